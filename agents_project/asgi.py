@@ -1,0 +1,13 @@
+"""The ASGI application, for uvicorn: `uvicorn agents_project.asgi:application`."""
+
+import os
+
+from agents_project import embedded
+
+os.environ.setdefault("DJANGO_SETTINGS_MODULE", "agents_project.settings")
+os.environ.setdefault("LONGHAUL_DB_POOL", "1")
+embedded.ensure()
+
+from django.core.asgi import get_asgi_application  # noqa: E402
+
+application = get_asgi_application()

@@ -1,0 +1,37 @@
+"""The Celery app of the project. Its settings are the CELERY_ ones of `settings.py`; its tasks stand in the apps."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from celery import Celery
+from celery.signals import celeryd_init, task_postrun, task_prerun
+
+os.environ.setdefault("DJANGO_SETTINGS_MODULE", "agents_project.settings")
+
+app = Celery("agents_project")
+app.config_from_object("django.conf:settings", namespace="CELERY")
+app.autodiscover_tasks()
+
+
+@celeryd_init.connect
+def have_servers(**_: Any) -> None:
+    """A worker started by hand, without URLs in its environment, joins the embedded servers or starts them."""
+    from agents_project import embedded  # noqa: PLC0415
+
+    embedded.ensure()
+
+
+@task_prerun.connect
+@task_postrun.connect
+def drop_broken_connections(**_: Any) -> None:
+    """Close what an outage of Postgres broke.
+
+    CELERY_DB_REUSE_MAX takes the place of both closes that Celery makes around a task, the one of broken connections too.
+    """
+    from django.db import connections  # noqa: PLC0415
+
+    for connection in connections.all(initialized_only=True):
+        if connection.errors_occurred and not connection.in_atomic_block and not connection.is_usable():
+            connection.close()

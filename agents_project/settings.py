@@ -1,0 +1,159 @@
+"""Settings of the project: the environment first, embedded servers where it says nothing.
+
+Reading them starts nothing: with DATABASE_URL or REDIS_URL unset they name the sockets of the embedded servers, which
+`embedded.ensure()` brings up (manage.py, a worker, asgi.py and the tests call it).
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qsl, unquote, urlsplit
+
+from agents_project import embedded
+
+BASE_DIR = Path(__file__).resolve().parent.parent
+
+
+def database_from_url(url: str) -> dict[str, Any]:
+    """Read `postgresql://user:password@host:port/name?option=value`, as libpq does, as a Django database.
+
+    A socket stands as `?host=/folder` or as a percent-encoded host: `postgresql://user@%2Ffolder/name`. Other options
+    go to libpq. Raises ValueError for anything but Postgres.
+    """
+    parts = urlsplit(url)
+    if parts.scheme not in ("postgres", "postgresql"):
+        raise ValueError(f"DATABASE_URL must begin with postgresql://, for Longhaul needs Postgres; it is {parts.scheme}://")
+    options: dict[str, Any] = dict(parse_qsl(parts.query))
+    authority = parts.netloc.rpartition("@")[2]
+    host, _, port = authority.rpartition(":") if not authority.endswith("]") and ":" in authority else (authority, "", "")
+    return {
+        "ENGINE": "django.db.backends.postgresql",
+        "NAME": unquote(parts.path.lstrip("/")) or options.pop("dbname", ""),
+        "USER": unquote(parts.username or "") or options.pop("user", ""),
+        "PASSWORD": unquote(parts.password or "") or options.pop("password", ""),
+        "HOST": options.pop("host", "") or unquote(host).strip("[]"),
+        "PORT": options.pop("port", "") or port,
+        "OPTIONS": options,
+    }
+
+
+def broker_from_redis(url: str) -> str:
+    """Return kombu's form of a redis-py URL: a socket is `redis+socket:///path?virtual_host=0` there."""
+    if not url.startswith("unix://"):
+        return url
+    parts = urlsplit(url)
+    return f"redis+socket://{parts.path}?virtual_host={dict(parse_qsl(parts.query)).get('db', '0')}"
+
+
+def _secret_key() -> str:
+    """Return a key of this checkout's own, made once and kept beside the development data."""
+    folder = embedded.data_folder()
+    path = folder / "secret_key"
+    try:
+        return path.read_text()
+    except OSError:
+        pass
+    if not folder.is_dir():
+        return secrets.token_urlsafe(50)  # nothing was ever started here: a lint run, or servers of one's own
+    draft = folder / f"secret_key.{os.getpid()}"
+    draft.touch(mode=0o600)
+    draft.write_text(secrets.token_urlsafe(50))
+    try:
+        draft.rename(path)
+    except OSError:
+        draft.unlink(missing_ok=True)
+    return path.read_text()
+
+
+DEBUG = os.environ.get("DJANGO_DEBUG", "") == "1"
+SECRET_KEY = os.environ.get("SECRET_KEY") or _secret_key()
+ALLOWED_HOSTS = os.environ.get("ALLOWED_HOSTS", "localhost,127.0.0.1,[::1]").split(",")
+
+INSTALLED_APPS = [
+    "django.contrib.admin",
+    "django.contrib.auth",
+    "django.contrib.contenttypes",
+    "django.contrib.sessions",
+    "django.contrib.messages",
+    "django.contrib.staticfiles",
+    "rest_framework",
+    "threads",
+    "tools",
+    "runs",
+    "agents_project.apps.ProjectConfig",
+    *(["agents_project.demo"] if (BASE_DIR / "agents_project" / "demo" / "apps.py").exists() else []),
+]
+MIDDLEWARE = [
+    "django.middleware.security.SecurityMiddleware",
+    "django.contrib.sessions.middleware.SessionMiddleware",
+    "django.middleware.common.CommonMiddleware",
+    "django.middleware.csrf.CsrfViewMiddleware",
+    "django.contrib.auth.middleware.AuthenticationMiddleware",
+    "django.contrib.messages.middleware.MessageMiddleware",
+    "django.middleware.clickjacking.XFrameOptionsMiddleware",
+]
+ROOT_URLCONF = "agents_project.urls"
+ASGI_APPLICATION = "agents_project.asgi.application"
+WSGI_APPLICATION = "agents_project.wsgi.application"
+TEMPLATES = [
+    {
+        "BACKEND": "django.template.backends.django.DjangoTemplates",
+        "APP_DIRS": True,
+        "OPTIONS": {
+            "context_processors": [
+                "django.template.context_processors.request",
+                "django.contrib.auth.context_processors.auth",
+                "django.contrib.messages.context_processors.messages",
+            ]
+        },
+    }
+]
+STATIC_URL = "static/"
+STATIC_ROOT = BASE_DIR / "staticfiles"
+TIME_ZONE = "UTC"
+USE_TZ = True
+DEFAULT_AUTO_FIELD = "django.db.models.BigAutoField"
+
+_embedded = embedded.urls()
+DATABASE_URL = os.environ.get("DATABASE_URL") or _embedded.database_url
+REDIS_URL = os.environ.get("REDIS_URL") or _embedded.redis_url
+
+DATABASES = {"default": {**database_from_url(DATABASE_URL), "CONN_MAX_AGE": 0}}
+# A pool pays where many waiting greenlets or requests share a process (the agents worker, web). In prefork it costs
+# more than it saves: Celery closes it after each task.
+DB_POOL = os.environ.get("LONGHAUL_DB_POOL") == "1"
+if DB_POOL:
+    DATABASES["default"]["OPTIONS"]["pool"] = {"min_size": 1, "max_size": 10, "timeout": 10}
+
+CELERY_BROKER_URL = os.environ.get("CELERY_BROKER_URL") or broker_from_redis(REDIS_URL)
+# Without a socket timeout a publish to a hung Redis blocks for ever.
+CELERY_BROKER_TRANSPORT_OPTIONS = (
+    {"socket_timeout": 10, "socket_connect_timeout": 10, "socket_keepalive": True, "visibility_timeout": 3600}
+    if CELERY_BROKER_URL.startswith(("redis", "unix", "valkey", "sentinel"))
+    else {"confirm_publish": True}
+)
+CELERY_BROKER_CONNECTION_RETRY_ON_STARTUP = True
+CELERY_RESULT_BACKEND = None  # the results are rows; any backend, even an ignored one, costs a third of a task
+CELERY_TASK_IGNORE_RESULT = True
+CELERY_TASK_SERIALIZER = "json"
+CELERY_ACCEPT_CONTENT = ["json"]
+CELERY_TASK_DEFAULT_QUEUE = "longhaul.control"
+CELERY_WORKER_PREFETCH_MULTIPLIER = 1
+CELERY_WORKER_SEND_TASK_EVENTS = False  # Flower's events double the cost of a task
+CELERY_WORKER_HIJACK_ROOT_LOGGER = False
+CELERY_TIMEZONE = "UTC"
+if not DB_POOL:
+    CELERY_DB_REUSE_MAX = 1_000_000  # tasks; keeps a prefork child's connection from task to task
+
+LOGGING = {
+    "version": 1,
+    "disable_existing_loggers": False,
+    "formatters": {"line": {"format": "%(asctime)s %(levelname)s %(name)s: %(message)s"}},
+    "handlers": {"console": {"class": "logging.StreamHandler", "formatter": "line"}},
+    "root": {"handlers": ["console"], "level": os.environ.get("LOG_LEVEL", "WARNING")},
+}
+
+LONGHAUL: dict[str, Any] = {}

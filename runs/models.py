@@ -1,0 +1,257 @@
+"""Runs, their legs, steps and events. `runs.lifecycle` and `runs/sql` are the only writers of a run's status."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from django.conf import settings
+from django.db import models
+
+from threads.clock import Now
+from threads.ids import new_id
+from threads.models import Thread
+
+
+class Status(models.TextChoices):
+    HELD = "held"
+    QUEUED = "queued"
+    RUNNING = "running"
+    WAITING = "waiting"
+    REQUIRES_ACTION = "requires_action"
+    COMPLETED = "completed"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+
+OCCUPYING = (Status.QUEUED, Status.RUNNING, Status.WAITING, Status.REQUIRES_ACTION)
+LIVE = (Status.HELD, *OCCUPYING)
+TERMINAL = (Status.COMPLETED, Status.FAILED, Status.CANCELLED)
+
+
+class StopReason(models.TextChoices):
+    END_TURN = "end_turn"
+    MAX_STEPS = "max_steps"
+    TOKEN_BUDGET = "token_budget"  # noqa: S105 (a reason to stop, not a secret)
+    COST_BUDGET = "cost_budget"
+    DEADLINE = "deadline"
+    MODEL_ERROR = "model_error"
+    POISON = "poison"
+    CONFIGURATION = "configuration"
+    CANCELLED = "cancelled"
+    INTERRUPTED = "interrupted"
+    ROLLED_BACK = "rolled_back"
+    THREAD_DELETED = "thread_deleted"
+    PARENT_ENDED = "parent_ended"
+
+
+class Run(models.Model):
+    """One execution of an agent over a thread.
+
+    `epoch` rises with every claim and reclaim, `holder` is the claiming worker's life (`tools.Worker.id`): together
+    they are the fence. `dispatch_seq` rises whenever the run becomes queued; a task's message carries it.
+    `steps` and `legs` count; `lost` counts reclaims since the last committed step.
+    """
+
+    id = models.UUIDField(primary_key=True, default=new_id, editable=False)
+    thread = models.ForeignKey(Thread, on_delete=models.CASCADE, related_name="runs")
+    owner = models.ForeignKey(
+        settings.AUTH_USER_MODEL, on_delete=models.CASCADE, null=True, blank=True, related_name="longhaul_runs"
+    )
+    agent = models.CharField(max_length=200)
+    status = models.CharField(max_length=16, choices=Status.choices, default=Status.QUEUED)
+    stop_reason = models.CharField(max_length=16, choices=StopReason.choices, blank=True, default="")
+    origin = models.CharField(max_length=16, default="start")  # start, resume, retry, fork, child, handoff
+    parent = models.ForeignKey("self", on_delete=models.SET_NULL, null=True, related_name="children", db_index=False)
+    parent_call_id = models.UUIDField(null=True)
+    depth = models.SmallIntegerField(default=0)
+    busy = models.CharField(max_length=16, default="enqueue")
+    priority = models.SmallIntegerField(default=0)
+    overrides = models.JSONField(default=dict, blank=True)  # model, instructions, tools, limits, context, ...
+    save_mode = models.CharField(max_length=20, default="prompt_and_output")
+    metadata = models.JSONField(default=dict, blank=True)
+    input_message_id = models.UUIDField(null=True)
+    idempotency_key = models.CharField(max_length=200, null=True)
+    fingerprint = models.CharField(max_length=64, blank=True, default="")
+    # the claim
+    epoch = models.IntegerField(default=0)
+    holder = models.UUIDField(null=True)
+    dispatch_seq = models.IntegerField(default=0)
+    pending_message_id = models.UUIDField(null=True)
+    leg_deadline = models.DateTimeField(null=True)
+    linger_until = models.DateTimeField(null=True)
+    # dispatch
+    not_before = models.DateTimeField(null=True)
+    next_publish_at = models.DateTimeField(null=True)
+    publishes = models.IntegerField(default=0)
+    # counters
+    last_seq = models.BigIntegerField(default=0)
+    steps = models.IntegerField(default=0)
+    legs = models.IntegerField(default=0)
+    lost = models.IntegerField(default=0)
+    bad_calls = models.IntegerField(default=0)  # steps in a row in which the model made only bad calls
+    model_tries = models.IntegerField(default=0)
+    retry_since = models.DateTimeField(null=True)
+    input_tokens = models.BigIntegerField(default=0)
+    output_tokens = models.BigIntegerField(default=0)
+    cost = models.DecimalField(max_digits=18, decimal_places=9, default=0)
+    # the end
+    output = models.JSONField(null=True)
+    error = models.JSONField(null=True)
+    deadline = models.DateTimeField(null=True)
+    created_at = models.DateTimeField(db_default=Now(), editable=False)
+    queued_at = models.DateTimeField(null=True)
+    started_at = models.DateTimeField(null=True)
+    finished_at = models.DateTimeField(null=True)
+
+    class Meta:
+        constraints: ClassVar = [
+            models.UniqueConstraint(
+                fields=["thread"],
+                condition=models.Q(status__in=["queued", "running", "waiting", "requires_action"]),
+                name="longhaul_one_run_occupies_a_thread",
+            ),
+            models.UniqueConstraint(
+                fields=["owner", "idempotency_key"],
+                nulls_distinct=False,
+                condition=models.Q(idempotency_key__isnull=False),
+                name="longhaul_one_run_an_idempotency_key",
+            ),
+            models.UniqueConstraint(
+                fields=["parent_call_id"],
+                condition=models.Q(parent_call_id__isnull=False),
+                name="longhaul_one_child_a_call",
+            ),
+            models.CheckConstraint(
+                condition=models.Q(status="running", holder__isnull=False)
+                | (~models.Q(status="running") & models.Q(holder__isnull=True)),
+                name="longhaul_only_a_running_run_has_a_holder",
+            ),
+            models.CheckConstraint(
+                condition=models.Q(status="running") | models.Q(pending_message_id__isnull=True),
+                name="longhaul_only_a_running_run_has_a_pending_message",
+            ),
+            models.CheckConstraint(
+                condition=models.Q(status__in=["completed", "failed", "cancelled"]) ^ models.Q(stop_reason=""),
+                name="longhaul_an_ended_run_has_a_stop_reason",
+            ),
+        ]
+        indexes: ClassVar = [
+            models.Index(fields=["next_publish_at"], name="longhaul_run_due", condition=models.Q(status="queued")),
+            models.Index(fields=["holder"], name="longhaul_run_running", condition=models.Q(status="running")),
+            models.Index(fields=["thread", "id"], name="longhaul_run_held", condition=models.Q(status="held")),
+            models.Index(
+                fields=["deadline"],
+                name="longhaul_run_deadline",
+                condition=models.Q(
+                    deadline__isnull=False, status__in=["held", "queued", "running", "waiting", "requires_action"]
+                ),
+            ),
+        ]
+
+    def __str__(self) -> str:
+        return f"{self.agent} {self.id}"
+
+
+class Leg(models.Model):
+    """One Celery task's stretch of a run. `epoch` is that of its last claim. At most one leg of a run is open."""
+
+    id = models.UUIDField(primary_key=True, default=new_id, editable=False)
+    run = models.ForeignKey(Run, on_delete=models.CASCADE, related_name="leg_set", db_index=False)
+    number = models.IntegerField()
+    epoch = models.IntegerField()
+    worker_id = models.UUIDField()
+    worker = models.CharField(max_length=200)
+    task_id = models.CharField(max_length=100, blank=True, default="")
+    started_at = models.DateTimeField(db_default=Now())
+    ended_at = models.DateTimeField(null=True)
+    # budget, tools, person, retry, drained, lost, cancelled, failed, finished
+    reason = models.CharField(max_length=16, blank=True, default="")
+
+    class Meta:
+        constraints: ClassVar = [
+            models.UniqueConstraint(fields=["run", "number"], name="longhaul_legs_are_a_chain"),
+            models.UniqueConstraint(
+                fields=["run"], condition=models.Q(ended_at__isnull=True), name="longhaul_one_open_leg_a_run"
+            ),
+        ]
+
+    def __str__(self) -> str:
+        return f"leg {self.number} of {self.run_id}"
+
+
+class Step(models.Model):
+    """One committed model turn, with enough to rebuild the exact request that was sent.
+
+    `context` is `{"first": position, "last": position, "pinned": [ids], "skipped": [ids]}`: the messages of the thread from first to last
+    without the skipped ones, after the pinned ones.
+    """
+
+    id = models.UUIDField(primary_key=True, default=new_id, editable=False)
+    run = models.ForeignKey(Run, on_delete=models.CASCADE, related_name="step_set", db_index=False)
+    number = models.IntegerField()
+    leg_id = models.UUIDField()
+    epoch = models.IntegerField()
+    message_id = models.UUIDField()
+    model = models.CharField(max_length=200)
+    instructions = models.TextField(blank=True, default="")
+    tool_names = models.JSONField(default=list)
+    schema_digest = models.CharField(max_length=64, blank=True, default="")
+    options = models.JSONField(default=dict)
+    context = models.JSONField(default=dict)
+    created_at = models.DateTimeField(db_default=Now())
+
+    class Meta:
+        constraints: ClassVar = [models.UniqueConstraint(fields=["run", "number"], name="longhaul_one_commit_a_step")]
+
+    def __str__(self) -> str:
+        return f"step {self.number} of {self.run_id}"
+
+
+class Event(models.Model):
+    """An append-only fact of a run. `seq` is gap-free from 1. `epoch` is set on what a leg wrote.
+
+    A delta names its message and the ordinal of its last chunk. The run has no foreign key constraint here: each
+    event would pay for the check, and its writer holds the run's row already.
+    """
+
+    id = models.BigAutoField(primary_key=True)
+    run = models.ForeignKey(
+        Run, on_delete=models.CASCADE, related_name="event_set", db_index=False, db_constraint=False
+    )
+    seq = models.BigIntegerField()
+    type = models.CharField(max_length=40)
+    at = models.DateTimeField()
+    epoch = models.IntegerField(null=True)
+    message_id = models.UUIDField(null=True)
+    ordinal = models.IntegerField(null=True)
+    payload = models.JSONField(default=dict)
+
+    class Meta:
+        constraints: ClassVar = [models.UniqueConstraint(fields=["run", "seq"], name="longhaul_one_event_a_seq")]
+
+    def __str__(self) -> str:
+        return f"{self.seq} {self.type}"
+
+
+class Usage(models.Model):
+    """One model call that reported usage, of a discarded message too."""
+
+    id = models.UUIDField(primary_key=True, default=new_id, editable=False)
+    run = models.ForeignKey(Run, on_delete=models.CASCADE, related_name="usage_set")
+    step = models.IntegerField()
+    epoch = models.IntegerField()
+    message_id = models.UUIDField()
+    model = models.CharField(max_length=200)
+    input_tokens = models.BigIntegerField(default=0)
+    output_tokens = models.BigIntegerField(default=0)
+    cached_tokens = models.BigIntegerField(default=0)
+    reasoning_tokens = models.BigIntegerField(default=0)
+    cost = models.DecimalField(max_digits=18, decimal_places=9, null=True)
+    discarded = models.BooleanField(default=False)
+    created_at = models.DateTimeField(db_default=Now())
+
+    class Meta:
+        verbose_name_plural = "usage"
+
+    def __str__(self) -> str:
+        return f"usage of {self.message_id}"

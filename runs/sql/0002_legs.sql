@@ -1,0 +1,418 @@
+-- The transitions of a run. Locks first, in a statement of their own; the fence of a leg is
+-- id, epoch, status = 'running', holder: no row means that the leg was lost, and it writes nothing more.
+
+-- What every exit from `running` leaves behind: nothing. Ends the pending message (for a cancel its text is kept) and the
+-- open leg, with their events. The caller holds the run and sets its status.
+CREATE OR REPLACE FUNCTION longhaul_leg_end(p_run uuid, p_reason text, p_keep_text boolean, p_epoch integer DEFAULT NULL)
+RETURNS void LANGUAGE plpgsql AS $$
+DECLARE
+    v_message uuid;
+    v_step integer;
+    v_content jsonb;
+    v_leg longhaul_runs_leg;
+BEGIN
+    SELECT pending_message_id INTO v_message FROM longhaul_runs_run WHERE id = p_run;
+    IF v_message IS NOT NULL THEN
+        IF p_keep_text THEN
+            SELECT jsonb_agg(jsonb_build_object('type', d.kind, 'text', d.text) ORDER BY d.first) INTO v_content
+            FROM (SELECT split_part(type, '.', 1) AS kind, string_agg(payload->>'text', '' ORDER BY seq) AS text, min(seq) AS first
+                  FROM longhaul_runs_event
+                  WHERE run_id = p_run AND message_id = v_message AND type IN ('text.delta', 'reasoning.delta')
+                  GROUP BY 1) AS d;
+        END IF;
+        UPDATE longhaul_threads_message
+        SET status = CASE WHEN v_content IS NULL THEN 'discarded' ELSE 'partial' END, content = coalesce(v_content, '[]')
+        WHERE id = v_message AND status = 'pending' RETURNING step INTO v_step;
+        UPDATE longhaul_runs_run SET pending_message_id = NULL WHERE id = p_run;
+        IF v_content IS NULL THEN
+            PERFORM longhaul_run_record(p_run, 'message.discarded', jsonb_build_object(
+                'message', v_message, 'role', 'assistant', 'step', v_step, 'reason', p_reason), p_epoch);
+        ELSE
+            PERFORM longhaul_run_record(p_run, 'message.completed', jsonb_build_object(
+                'message', v_message, 'role', 'assistant', 'step', v_step, 'content', v_content, 'partial', true), p_epoch);
+        END IF;
+    END IF;
+    UPDATE longhaul_runs_leg SET ended_at = longhaul_now(), reason = p_reason WHERE run_id = p_run AND ended_at IS NULL
+    RETURNING * INTO v_leg;
+    IF FOUND THEN
+        PERFORM longhaul_run_record(p_run, 'leg.ended', jsonb_build_object(
+            'leg', v_leg.number, 'epoch', v_leg.epoch, 'worker', v_leg.worker, 'reason', p_reason), p_epoch);
+    END IF;
+END $$;
+
+-- Gives the waiting messages of a thread their places, in the order in which they were accepted: those saved by hand
+-- (p_owner NULL) at a boundary or an end, those of a held run when it is released. The caller holds the run p_run that
+-- occupies (or will occupy) the thread; each shows as an event of that run.
+CREATE OR REPLACE FUNCTION longhaul_messages_admit(p_thread uuid, p_run uuid, p_owner uuid) RETURNS void LANGUAGE plpgsql AS $$
+DECLARE
+    v_message longhaul_threads_message;
+BEGIN
+    FOR v_message IN
+        SELECT * FROM longhaul_threads_message
+        WHERE thread_id = p_thread AND status = 'waiting' AND run_id IS NOT DISTINCT FROM p_owner ORDER BY created_at, id
+    LOOP
+        UPDATE longhaul_threads_message
+        SET status = 'completed',
+            position = (SELECT coalesce(max(position), 0) + 1 FROM longhaul_threads_message WHERE thread_id = p_thread)
+        WHERE id = v_message.id;
+        PERFORM longhaul_run_record(p_run, 'message.completed', jsonb_build_object(
+            'message', v_message.id, 'role', v_message.role, 'content', v_message.content, 'client_id', v_message.client_id));
+    END LOOP;
+END $$;
+
+-- The end of a run, of whatever cause: nothing pending, nothing open, the transcript joined, the terminal event last, the
+-- oldest held run of the thread queued, all in the caller's transaction. The caller holds the run and has checked
+-- that it is live. Cancel raises the epoch: the leg learns of it by its fence. Returns {"status", "released": [run, dispatch_seq]}.
+CREATE OR REPLACE FUNCTION longhaul_run_end(
+    p_run uuid, p_status text, p_stop_reason text, p_error jsonb, p_output jsonb, p_leg_reason text, p_epoch integer DEFAULT NULL)
+RETURNS jsonb LANGUAGE plpgsql AS $$
+DECLARE
+    v_run longhaul_runs_run;
+    v_held uuid;
+    v_next longhaul_runs_run;
+    v_message longhaul_threads_message;
+BEGIN
+    SELECT * INTO v_run FROM longhaul_runs_run WHERE id = p_run;
+    PERFORM longhaul_leg_end(p_run, p_leg_reason, p_status = 'cancelled', p_epoch);
+    PERFORM longhaul_calls_close(p_run);
+    PERFORM longhaul_calls_join(p_run);
+    IF v_run.status = 'held' THEN
+        UPDATE longhaul_threads_message SET status = 'discarded' WHERE run_id = p_run AND status = 'waiting';
+    ELSE
+        PERFORM longhaul_messages_admit(v_run.thread_id, p_run, NULL);
+    END IF;
+    UPDATE longhaul_runs_run
+    SET status = p_status, stop_reason = p_stop_reason, error = p_error, output = p_output, finished_at = longhaul_now(),
+        holder = NULL, leg_deadline = NULL, linger_until = NULL, not_before = NULL, next_publish_at = NULL,
+        epoch = epoch + CASE WHEN p_status = 'cancelled' THEN 1 ELSE 0 END
+    WHERE id = p_run;
+    PERFORM longhaul_run_record(p_run, 'run.' || p_status, jsonb_build_object(
+        'stop_reason', p_stop_reason, 'output', p_output, 'error', p_error,
+        'usage', jsonb_build_object('input_tokens', v_run.input_tokens, 'output_tokens', v_run.output_tokens, 'cost', v_run.cost)),
+        p_epoch);
+    IF v_run.status <> 'held' THEN
+        SELECT id INTO v_held FROM longhaul_runs_run
+        WHERE thread_id = v_run.thread_id AND status = 'held' ORDER BY id LIMIT 1 FOR NO KEY UPDATE;
+    END IF;
+    IF v_held IS NULL THEN RETURN jsonb_build_object('run', p_run, 'status', p_status); END IF;
+    UPDATE longhaul_runs_run
+    SET status = 'queued', dispatch_seq = dispatch_seq + 1, queued_at = longhaul_now(), publishes = 1,
+        next_publish_at = longhaul_now() + interval '1 second'
+    WHERE id = v_held RETURNING * INTO v_next;
+    PERFORM longhaul_messages_admit(v_run.thread_id, v_held, v_held);
+    PERFORM longhaul_run_record(v_held, 'run.queued', '{"reason": "released"}');
+    RETURN jsonb_build_object('run', p_run, 'status', p_status, 'released', jsonb_build_array(v_held, v_next.dispatch_seq));
+END $$;
+
+-- queued -> running, by dispatch_seq: a doubled or late message matches no row (NULL). {"absent": true}: the worker must beat
+-- first. A leg that still lingers is ended here, by the claim of another task. Returns what a leg needs to begin.
+CREATE OR REPLACE FUNCTION longhaul_run_claim(
+    p_run uuid, p_dispatch integer, p_worker uuid, p_worker_name text, p_task text, p_leg uuid, p_prepare interval)
+RETURNS jsonb LANGUAGE plpgsql AS $$
+DECLARE
+    v_run longhaul_runs_run;
+    v_now timestamptz;
+    v_overrides jsonb;
+BEGIN
+    IF NOT longhaul_worker_present(p_worker) THEN RETURN '{"absent": true}'; END IF;
+    v_now := longhaul_now();
+    UPDATE longhaul_runs_run
+    SET status = 'running', epoch = epoch + 1, holder = p_worker, leg_deadline = v_now + p_prepare, linger_until = NULL,
+        not_before = NULL, next_publish_at = NULL, publishes = 0, legs = legs + 1, started_at = coalesce(started_at, v_now)
+    WHERE id = p_run AND status = 'queued' AND dispatch_seq = p_dispatch AND (not_before IS NULL OR not_before <= v_now)
+    RETURNING * INTO v_run;
+    IF NOT FOUND THEN RETURN NULL; END IF;  -- another worker got there first, or it is no longer due
+    PERFORM longhaul_leg_end(p_run, 'tools', false, v_run.epoch);
+    INSERT INTO longhaul_runs_leg (id, run_id, number, epoch, worker_id, worker, task_id, started_at, reason)
+    VALUES (p_leg, p_run, v_run.legs, v_run.epoch, p_worker, p_worker_name, p_task, v_now, '');
+    IF v_run.legs = 1 THEN PERFORM longhaul_run_record(p_run, 'run.started', '{}', v_run.epoch); END IF;
+    PERFORM longhaul_run_record(p_run, 'leg.started', jsonb_build_object(
+        'leg', v_run.legs, 'epoch', v_run.epoch, 'worker', p_worker_name), v_run.epoch);
+    SELECT overrides INTO v_overrides FROM longhaul_threads_thread WHERE id = v_run.thread_id;
+    RETURN jsonb_build_object(
+        'run', p_run, 'epoch', v_run.epoch, 'thread', v_run.thread_id, 'owner', v_run.owner_id::text, 'agent', v_run.agent,
+        'leg', v_run.legs, 'steps', v_run.steps, 'overrides', v_run.overrides, 'thread_overrides', v_overrides,
+        'model_tries', v_run.model_tries, 'bad_calls', v_run.bad_calls,
+        'retry_seconds', extract(epoch FROM v_now - v_run.retry_since));
+END $$;
+
+-- The messages that the model is shown: the last p_limit of the thread after p_after, by place; a run sees its own
+-- always. [[id, position, role, content, run], ...]. Its cost does not grow with the thread.
+CREATE OR REPLACE FUNCTION longhaul_context_read(p_thread uuid, p_run uuid, p_after bigint, p_limit integer)
+RETURNS jsonb LANGUAGE plpgsql STABLE AS $$
+BEGIN
+    RETURN (
+        SELECT coalesce(jsonb_agg(jsonb_build_array(m.id, m.position, m.role, m.content, m.run_id) ORDER BY m.position), '[]')
+        FROM (SELECT id, position, role, content, run_id FROM longhaul_threads_message
+              WHERE thread_id = p_thread AND position > p_after AND status IN ('completed', 'partial')
+                AND (shown OR run_id = p_run)
+              ORDER BY position DESC LIMIT p_limit) AS m);
+END $$;
+
+-- A step boundary, fenced: limits, messages saved by hand meanwhile, then the pending message with its leg_deadline, and the
+-- context after p_after. NULL: the fence was lost. {"limit": name}: a limit is reached, nothing was changed.
+CREATE OR REPLACE FUNCTION longhaul_turn_open(
+    p_run uuid, p_epoch integer, p_worker uuid, p_message uuid, p_model_time interval, p_after bigint, p_limit integer,
+    p_max_steps integer, p_max_tokens bigint, p_max_cost numeric)
+RETURNS jsonb LANGUAGE plpgsql AS $$
+DECLARE
+    v_run longhaul_runs_run;
+    v_now timestamptz;
+    v_place bigint;
+    v_context jsonb;
+    v_pinned jsonb;
+BEGIN
+    SELECT * INTO v_run FROM longhaul_runs_run
+    WHERE id = p_run AND epoch = p_epoch AND status = 'running' AND holder = p_worker FOR NO KEY UPDATE;
+    IF NOT FOUND THEN RETURN NULL; END IF;  -- the fence
+    v_now := longhaul_now();
+    IF v_run.deadline <= v_now THEN RETURN '{"limit": "deadline"}'; END IF;
+    IF v_run.steps >= p_max_steps THEN RETURN '{"limit": "max_steps"}'; END IF;
+    IF v_run.input_tokens + v_run.output_tokens >= p_max_tokens THEN RETURN '{"limit": "token_budget"}'; END IF;
+    IF v_run.cost >= p_max_cost THEN RETURN '{"limit": "cost_budget"}'; END IF;
+    IF EXISTS (SELECT 1 FROM longhaul_threads_message
+               WHERE thread_id = v_run.thread_id AND status = 'waiting' AND run_id IS NULL) THEN
+        PERFORM longhaul_messages_admit(v_run.thread_id, p_run, NULL);
+    END IF;
+    v_context := longhaul_context_read(v_run.thread_id, p_run, p_after, p_limit);
+    IF p_after = 0 THEN  -- the run's own input is shown even when it is further back
+        SELECT jsonb_agg(jsonb_build_array(id, position, role, content, run_id) ORDER BY position) INTO v_pinned
+        FROM longhaul_threads_message
+        WHERE run_id = p_run AND step IS NULL AND status IN ('completed', 'partial')
+          AND position < coalesce((v_context->0->>1)::bigint, 0);
+    END IF;
+    SELECT coalesce(max(position), 0) + 1 INTO v_place FROM longhaul_threads_message WHERE thread_id = v_run.thread_id;
+    INSERT INTO longhaul_threads_message (
+        id, thread_id, run_id, step, role, status, position, content, metadata, client_id, shown, created_at)
+    VALUES (p_message, v_run.thread_id, p_run, v_run.steps + 1, 'assistant', 'pending', v_place, '[]', '{}', '',
+            v_run.save_mode <> 'none', v_now);
+    UPDATE longhaul_runs_run
+    SET pending_message_id = p_message, leg_deadline = v_now + p_model_time, last_seq = last_seq + 1
+    WHERE id = p_run RETURNING * INTO v_run;
+    INSERT INTO longhaul_runs_event (run_id, seq, type, at, epoch, message_id, payload)
+    VALUES (p_run, v_run.last_seq, 'message.created', v_now, p_epoch, p_message,
+            jsonb_build_object('message', p_message, 'role', 'assistant', 'step', v_run.steps + 1));
+    RETURN jsonb_build_object('epoch', p_epoch, 'steps', v_run.steps, 'bad_calls', v_run.bad_calls,
+                              'context', v_context, 'pinned', v_pinned);
+END $$;
+
+-- The leg that lingered claims again: when the join has queued the run and its leg is still the open one, it takes the
+-- dispatch_seq that it finds. p_open false: claim only. {"status": ...} when there is nothing to claim (yet);
+-- "lost" when the run is somebody else's now, or has ended.
+CREATE OR REPLACE FUNCTION longhaul_linger_claim(
+    p_run uuid, p_leg uuid, p_worker uuid, p_prepare interval, p_open boolean, p_message uuid, p_model_time interval,
+    p_after bigint, p_limit integer, p_max_steps integer, p_max_tokens bigint, p_max_cost numeric)
+RETURNS jsonb LANGUAGE plpgsql AS $$
+DECLARE
+    v_run longhaul_runs_run;
+    v_now timestamptz;
+    v_turn jsonb;
+BEGIN
+    SELECT * INTO v_run FROM longhaul_runs_run WHERE id = p_run FOR NO KEY UPDATE;
+    IF NOT FOUND THEN RETURN '{"status": "lost"}'; END IF;
+    PERFORM 1 FROM longhaul_runs_leg WHERE id = p_leg AND ended_at IS NULL;
+    IF NOT FOUND THEN RETURN '{"status": "lost"}'; END IF;  -- a claim by another task, or the run's end, closed this leg
+    IF v_run.status IN ('waiting', 'requires_action') THEN RETURN jsonb_build_object('status', v_run.status); END IF;
+    IF v_run.status <> 'queued' THEN RETURN '{"status": "lost"}'; END IF;
+    IF NOT longhaul_worker_present(p_worker) THEN RETURN '{"status": "absent"}'; END IF;
+    v_now := longhaul_now();
+    UPDATE longhaul_runs_run
+    SET status = 'running', epoch = epoch + 1, holder = p_worker, leg_deadline = v_now + p_prepare, linger_until = NULL,
+        not_before = NULL, next_publish_at = NULL, publishes = 0
+    WHERE id = p_run RETURNING * INTO v_run;
+    UPDATE longhaul_runs_leg SET epoch = v_run.epoch WHERE id = p_leg;
+    IF p_open THEN
+        v_turn := longhaul_turn_open(p_run, v_run.epoch, p_worker, p_message, p_model_time, p_after, p_limit,
+                                     p_max_steps, p_max_tokens, p_max_cost);
+    END IF;
+    RETURN jsonb_build_object('status', 'running', 'epoch', v_run.epoch, 'steps', v_run.steps, 'turn', v_turn);
+END $$;
+
+-- The lingerer gives up: it locks the run and, if its leg is still the open one and the run waits, ends it. linger_until is
+-- cleared with it, for a join from now on must publish. A run that the join had already queued for this leg is published.
+CREATE OR REPLACE FUNCTION longhaul_linger_end(p_run uuid, p_leg uuid, p_reason text) RETURNS jsonb LANGUAGE plpgsql AS $$
+DECLARE
+    v_run longhaul_runs_run;
+BEGIN
+    SELECT * INTO v_run FROM longhaul_runs_run WHERE id = p_run FOR NO KEY UPDATE;
+    IF NOT FOUND OR v_run.status NOT IN ('waiting', 'requires_action', 'queued') THEN RETURN '{}'; END IF;
+    PERFORM 1 FROM longhaul_runs_leg WHERE id = p_leg AND ended_at IS NULL;
+    IF NOT FOUND THEN RETURN '{}'; END IF;
+    PERFORM longhaul_leg_end(p_run, p_reason, false);
+    UPDATE longhaul_runs_run
+    SET linger_until = NULL, next_publish_at = CASE WHEN status = 'queued' THEN longhaul_now() + interval '1 second' END
+    WHERE id = p_run;
+    IF v_run.status = 'queued' THEN
+        RETURN jsonb_build_object('run', p_run, 'status', 'queued', 'dispatch_seq', v_run.dispatch_seq, 'lingering', false);
+    END IF;
+    RETURN '{}';
+END $$;
+
+-- The commit of a step, fenced, one transaction: the deltas that the flusher still held and the other events (p_events, in
+-- order), the message complete, the step, its usage, its calls, and the run's next state: waiting for its calls, or
+-- ended (p_end: {"status", "stop_reason", "output", "error"}). Returns NULL when the fence was lost. With calls: what
+-- longhaul_calls_changed says when all came settled already, else {"status": "waiting"}.
+CREATE OR REPLACE FUNCTION longhaul_step_commit(
+    p_run uuid, p_epoch integer, p_worker uuid, p_message uuid, p_leg uuid, p_content jsonb, p_events jsonb, p_step_row jsonb,
+    p_usage jsonb, p_calls jsonb, p_bad boolean, p_end jsonb, p_linger interval)
+RETURNS jsonb LANGUAGE plpgsql AS $$
+DECLARE
+    v_run longhaul_runs_run;
+    v_now timestamptz;
+    v_step integer;
+    v_count integer;
+    v_waits boolean := p_calls IS NOT NULL AND p_end IS NULL;
+    v_leg_ends boolean := v_waits AND p_linger <= interval '0';
+BEGIN
+    SELECT * INTO v_run FROM longhaul_runs_run
+    WHERE id = p_run AND epoch = p_epoch AND status = 'running' AND holder = p_worker AND pending_message_id = p_message
+    FOR NO KEY UPDATE;
+    IF NOT FOUND THEN RETURN NULL; END IF;  -- the fence
+    v_now := longhaul_now();
+    v_step := v_run.steps + 1;
+    INSERT INTO longhaul_runs_event (run_id, seq, type, at, epoch, message_id, ordinal, payload)
+    SELECT p_run, v_run.last_seq + e.place, e.value->>0, v_now, p_epoch, p_message, (e.value->>1)::integer, e.value->2
+    FROM jsonb_array_elements(p_events) WITH ORDINALITY AS e(value, place);
+    GET DIAGNOSTICS v_count = ROW_COUNT;
+    UPDATE longhaul_threads_message SET status = 'completed', content = p_content WHERE id = p_message;
+    INSERT INTO longhaul_runs_step (
+        id, run_id, number, leg_id, epoch, message_id, model, instructions, tool_names, schema_digest, options, context, created_at)
+    VALUES (longhaul_uuid7(), p_run, v_step, p_leg, p_epoch, p_message, p_step_row->>'model', p_step_row->>'instructions',
+            p_step_row->'tool_names', p_step_row->>'schema_digest', p_step_row->'options', p_step_row->'context', v_now);
+    IF p_usage IS NOT NULL THEN
+        PERFORM longhaul_usage_record(p_run, v_step, p_epoch, p_message, p_usage, false);
+    END IF;
+    UPDATE longhaul_runs_run
+    SET steps = v_step, lost = 0, model_tries = 0, retry_since = NULL, pending_message_id = NULL,
+        bad_calls = CASE WHEN p_bad THEN bad_calls + 1 ELSE 0 END,
+        input_tokens = input_tokens + coalesce((p_usage->>'input_tokens')::bigint, 0),
+        output_tokens = output_tokens + coalesce((p_usage->>'output_tokens')::bigint, 0),
+        cost = cost + coalesce((p_usage->>'cost')::numeric, 0),
+        last_seq = last_seq + v_count + CASE WHEN v_waits THEN 1 ELSE 0 END,
+        status = CASE WHEN v_waits THEN 'waiting' ELSE status END,
+        holder = CASE WHEN v_waits THEN NULL ELSE holder END,
+        leg_deadline = CASE WHEN v_waits THEN NULL ELSE leg_deadline END,
+        linger_until = CASE WHEN v_waits AND NOT v_leg_ends THEN v_now + p_linger END
+    WHERE id = p_run;
+    IF p_calls IS NOT NULL THEN
+        PERFORM longhaul_calls_request(p_run, p_message, v_step, p_calls);
+    END IF;
+    IF p_end IS NOT NULL THEN
+        RETURN longhaul_run_end(p_run, p_end->>'status', p_end->>'stop_reason', nullif(p_end->'error', 'null'::jsonb), p_end->'output',
+                                CASE p_end->>'status' WHEN 'completed' THEN 'finished' ELSE 'failed' END, p_epoch);
+    END IF;
+    INSERT INTO longhaul_runs_event (run_id, seq, type, at, epoch, payload)
+    VALUES (p_run, v_run.last_seq + v_count + 1, 'run.waiting', v_now, p_epoch, jsonb_build_object('tool_calls',
+            (SELECT jsonb_agg(c->'id' ORDER BY (c->>'index')::integer) FROM jsonb_array_elements(p_calls) AS c
+             WHERE c->>'outcome' IS NULL)));
+    IF v_leg_ends THEN PERFORM longhaul_leg_end(p_run, 'tools', false, p_epoch); END IF;
+    IF p_bad THEN RETURN longhaul_calls_changed(p_run); END IF;  -- every call came settled: join at once
+    RETURN jsonb_build_object('run', p_run, 'status', 'waiting');
+END $$;
+
+CREATE OR REPLACE FUNCTION longhaul_usage_record(
+    p_run uuid, p_step integer, p_epoch integer, p_message uuid, p_usage jsonb, p_discarded boolean)
+RETURNS void LANGUAGE plpgsql AS $$
+BEGIN
+    INSERT INTO longhaul_runs_usage (id, run_id, step, epoch, message_id, model, input_tokens, output_tokens, cached_tokens,
+                                     reasoning_tokens, cost, discarded, created_at)
+    VALUES (longhaul_uuid7(), p_run, p_step, p_epoch, p_message, p_usage->>'model', coalesce((p_usage->>'input_tokens')::bigint, 0),
+            coalesce((p_usage->>'output_tokens')::bigint, 0), coalesce((p_usage->>'cached_tokens')::bigint, 0),
+            coalesce((p_usage->>'reasoning_tokens')::bigint, 0), (p_usage->>'cost')::numeric, p_discarded, longhaul_now());
+END $$;
+
+-- A leg hands over, fenced: its time budget is used, its worker drains, or the model's error grants another try after
+-- p_delay. One transaction: nothing pending, the leg ended, the run queued. Returns NULL when the fence was lost, else what to publish.
+-- Only `retry` counts a try of the model; nothing here counts toward poison.
+CREATE OR REPLACE FUNCTION longhaul_run_requeue(
+    p_run uuid, p_epoch integer, p_worker uuid, p_reason text, p_delay interval, p_error jsonb, p_usage jsonb)
+RETURNS jsonb LANGUAGE plpgsql AS $$
+DECLARE
+    v_run longhaul_runs_run;
+    v_now timestamptz;
+    v_due timestamptz;
+BEGIN
+    SELECT * INTO v_run FROM longhaul_runs_run
+    WHERE id = p_run AND epoch = p_epoch AND status = 'running' AND holder = p_worker FOR NO KEY UPDATE;
+    IF NOT FOUND THEN RETURN NULL; END IF;  -- the fence
+    v_now := longhaul_now();
+    IF p_usage IS NOT NULL AND v_run.pending_message_id IS NOT NULL THEN
+        PERFORM longhaul_usage_record(p_run, v_run.steps + 1, p_epoch, v_run.pending_message_id, p_usage, true);
+    END IF;
+    IF p_error IS NOT NULL THEN PERFORM longhaul_run_record(p_run, 'error', p_error, p_epoch); END IF;
+    PERFORM longhaul_leg_end(p_run, p_reason, false, p_epoch);
+    v_due := CASE WHEN p_delay > interval '0' THEN v_now + p_delay END;
+    UPDATE longhaul_runs_run
+    SET status = 'queued', dispatch_seq = dispatch_seq + 1, queued_at = v_now, holder = NULL, leg_deadline = NULL, linger_until = NULL,
+        not_before = v_due, next_publish_at = coalesce(v_due, v_now + interval '1 second'),
+        publishes = CASE WHEN v_due IS NULL THEN 1 ELSE 0 END,
+        model_tries = model_tries + CASE p_reason WHEN 'retry' THEN 1 ELSE 0 END,
+        retry_since = CASE p_reason WHEN 'retry' THEN coalesce(retry_since, v_now) ELSE retry_since END,
+        input_tokens = input_tokens + coalesce((p_usage->>'input_tokens')::bigint, 0),
+        output_tokens = output_tokens + coalesce((p_usage->>'output_tokens')::bigint, 0),
+        cost = cost + coalesce((p_usage->>'cost')::numeric, 0)
+    WHERE id = p_run RETURNING * INTO v_run;
+    PERFORM longhaul_run_record(p_run, 'run.queued', jsonb_strip_nulls(jsonb_build_object('reason', p_reason, 'not_before', v_due)), p_epoch);
+    RETURN jsonb_build_object('run', p_run, 'status', 'queued', 'dispatch_seq', CASE WHEN v_due IS NULL THEN v_run.dispatch_seq END,
+                              'lingering', false);
+END $$;
+
+-- A leg ends its run outside of a step's commit, fenced: a limit at the boundary, an error of the model or of the configuration.
+CREATE OR REPLACE FUNCTION longhaul_run_finish(
+    p_run uuid, p_epoch integer, p_worker uuid, p_status text, p_stop_reason text, p_error jsonb, p_output jsonb)
+RETURNS jsonb LANGUAGE plpgsql AS $$
+BEGIN
+    PERFORM 1 FROM longhaul_runs_run
+    WHERE id = p_run AND epoch = p_epoch AND status = 'running' AND holder = p_worker FOR NO KEY UPDATE;
+    IF NOT FOUND THEN RETURN NULL; END IF;  -- the fence
+    RETURN longhaul_run_end(p_run, p_status, p_stop_reason, p_error, p_output,
+                            CASE p_status WHEN 'completed' THEN 'finished' ELSE 'failed' END, p_epoch);
+END $$;
+
+-- Any live run -> cancelled, or failed (a deadline that nobody holds): a transition, not a flag. NULL: it had ended, nothing changed.
+CREATE OR REPLACE FUNCTION longhaul_run_cancel(p_run uuid, p_status text, p_stop_reason text, p_error jsonb)
+RETURNS jsonb LANGUAGE plpgsql AS $$
+BEGIN
+    IF (longhaul_run_lock(p_run)).thread_id IS NULL THEN RETURN NULL; END IF;
+    RETURN longhaul_run_end(p_run, p_status, p_stop_reason, p_error, NULL, p_status);
+END $$;
+
+-- running -> queued, without its leg: the holder is dead, past its leg_deadline, or does not know the claim. Names holder and
+-- epoch. The only thing that counts toward poison.
+CREATE OR REPLACE FUNCTION longhaul_run_reclaim(p_run uuid, p_epoch integer, p_holder uuid, p_poison integer)
+RETURNS jsonb LANGUAGE plpgsql AS $$
+DECLARE
+    v_run longhaul_runs_run;
+BEGIN
+    SELECT * INTO v_run FROM longhaul_runs_run
+    WHERE id = p_run AND epoch = p_epoch AND status = 'running' AND holder = p_holder FOR NO KEY UPDATE;
+    IF NOT FOUND THEN RETURN NULL; END IF;  -- it ended itself, or somebody else took it
+    IF v_run.lost + 1 >= p_poison THEN
+        UPDATE longhaul_runs_run SET lost = lost + 1 WHERE id = p_run;
+        RETURN longhaul_run_end(p_run, 'failed', 'poison', jsonb_build_object('code', 'poison', 'retryable', false, 'message',
+            format('The worker of this run died %s times without a committed step.', v_run.lost + 1)), NULL, 'lost');
+    END IF;
+    PERFORM longhaul_leg_end(p_run, 'lost', false);
+    UPDATE longhaul_runs_run
+    SET status = 'queued', epoch = epoch + 1, dispatch_seq = dispatch_seq + 1, lost = lost + 1, queued_at = longhaul_now(), holder = NULL,
+        leg_deadline = NULL, linger_until = NULL, publishes = 1, next_publish_at = longhaul_now() + interval '1 second'
+    WHERE id = p_run RETURNING * INTO v_run;
+    PERFORM longhaul_run_record(p_run, 'run.queued', '{"reason": "lost"}');
+    RETURN jsonb_build_object('run', p_run, 'status', 'queued', 'dispatch_seq', v_run.dispatch_seq, 'lingering', false);
+END $$;
+
+-- Queued runs whose message must be sent (again). Raises next_publish_at, doubling from 1 s to 15 s.
+CREATE OR REPLACE FUNCTION longhaul_runs_due(p_limit integer) RETURNS TABLE (run_id uuid, dispatch_seq integer, priority smallint)
+LANGUAGE plpgsql AS $$
+DECLARE
+    v_now timestamptz := longhaul_now();
+BEGIN
+    RETURN QUERY
+    WITH due AS (
+        SELECT r.id FROM longhaul_runs_run r WHERE r.status = 'queued' AND r.next_publish_at <= v_now
+        ORDER BY r.next_publish_at LIMIT p_limit FOR NO KEY UPDATE SKIP LOCKED)
+    UPDATE longhaul_runs_run r
+    SET publishes = r.publishes + 1, next_publish_at = v_now + least(interval '15 seconds', interval '1 second' * 2 ^ least(r.publishes, 4))
+    FROM due WHERE r.id = due.id
+    RETURNING r.id, r.dispatch_seq, r.priority;
+END $$;

@@ -1,0 +1,137 @@
+from pathlib import Path
+
+import django.db.models.deletion
+import threads.clock
+import threads.ids
+from django.conf import settings
+from django.db import migrations, models
+
+
+SQL = Path(__file__).parents[1] / "sql"
+
+
+class Migration(migrations.Migration):
+
+    initial = True
+
+    dependencies = [
+        migrations.swappable_dependency(settings.AUTH_USER_MODEL),
+    ]
+
+    operations = [
+        migrations.CreateModel(
+            name='ToolCall',
+            fields=[
+                ('id', models.UUIDField(default=threads.ids.new_id, editable=False, primary_key=True, serialize=False)),
+                ('run_id', models.UUIDField()),
+                ('message_id', models.UUIDField()),
+                ('step', models.IntegerField()),
+                ('index', models.IntegerField()),
+                ('name', models.CharField(max_length=200)),
+                ('arguments', models.JSONField(default=dict)),
+                ('status', models.CharField(choices=[('requested', 'Requested'), ('awaiting_approval', 'Awaiting Approval'), ('running', 'Running'), ('retrying', 'Retrying'), ('awaiting_result', 'Awaiting Result'), ('awaiting_child', 'Awaiting Child'), ('unknown', 'Unknown'), ('settled', 'Settled')], default='requested', max_length=20)),
+                ('outcome', models.CharField(blank=True, choices=[('success', 'Success'), ('failed', 'Failed'), ('denied', 'Denied'), ('cancelled', 'Cancelled')], default='', max_length=16)),
+                ('result', models.JSONField(null=True)),
+                ('error', models.JSONField(null=True)),
+                ('attempt', models.IntegerField(default=1)),
+                ('max_attempts', models.IntegerField(default=1)),
+                ('idempotency_key', models.CharField(max_length=100)),
+                ('idempotent', models.BooleanField(null=True)),
+                ('atomic', models.BooleanField(default=False)),
+                ('deferred', models.BooleanField(default=False)),
+                ('timeout', models.DurationField()),
+                ('holder', models.UUIDField(null=True)),
+                ('claimed_at', models.DateTimeField(null=True)),
+                ('timeout_at', models.DateTimeField(null=True)),
+                ('not_before', models.DateTimeField(null=True)),
+                ('next_publish_at', models.DateTimeField(null=True)),
+                ('publishes', models.IntegerField(default=0)),
+                ('deadline', models.DateTimeField(null=True)),
+                ('progress', models.JSONField(null=True)),
+                ('created_at', models.DateTimeField(db_default=threads.clock.Now(), editable=False)),
+                ('settled_at', models.DateTimeField(null=True)),
+                ('assignee', models.ForeignKey(blank=True, null=True, on_delete=django.db.models.deletion.SET_NULL, related_name='longhaul_assigned_calls', to=settings.AUTH_USER_MODEL)),
+            ],
+        ),
+        migrations.CreateModel(
+            name='ToolAttempt',
+            fields=[
+                ('id', models.UUIDField(default=threads.ids.new_id, editable=False, primary_key=True, serialize=False)),
+                ('number', models.IntegerField()),
+                ('worker_id', models.UUIDField()),
+                ('task_id', models.CharField(blank=True, default='', max_length=100)),
+                ('started_at', models.DateTimeField(db_default=threads.clock.Now())),
+                ('ended_at', models.DateTimeField(null=True)),
+                ('outcome', models.CharField(blank=True, default='', max_length=20)),
+                ('error', models.JSONField(null=True)),
+                ('backend_pid', models.IntegerField(null=True)),
+                ('call', models.ForeignKey(db_index=False, on_delete=django.db.models.deletion.CASCADE, related_name='attempts', to='longhaul_tools.toolcall')),
+            ],
+        ),
+        migrations.CreateModel(
+            name='Approval',
+            fields=[
+                ('id', models.UUIDField(default=threads.ids.new_id, editable=False, primary_key=True, serialize=False)),
+                ('approved', models.BooleanField(null=True)),
+                ('note', models.TextField(blank=True, default='')),
+                ('arguments', models.JSONField(null=True)),
+                ('created_at', models.DateTimeField(db_default=threads.clock.Now())),
+                ('decided_at', models.DateTimeField(null=True)),
+                ('decided_by', models.ForeignKey(null=True, on_delete=django.db.models.deletion.SET_NULL, related_name='longhaul_approvals', to=settings.AUTH_USER_MODEL)),
+                ('call', models.OneToOneField(on_delete=django.db.models.deletion.CASCADE, related_name='approval', to='longhaul_tools.toolcall')),
+            ],
+        ),
+        migrations.CreateModel(
+            name='Worker',
+            fields=[
+                ('id', models.UUIDField(default=threads.ids.new_id, editable=False, primary_key=True, serialize=False)),
+                ('name', models.CharField(max_length=200)),
+                ('kind', models.CharField(max_length=16)),
+                ('host', models.CharField(max_length=200)),
+                ('pid', models.IntegerField()),
+                ('lock_key', models.BigIntegerField(unique=True)),
+                ('started_at', models.DateTimeField(db_default=threads.clock.Now())),
+                ('beat_at', models.DateTimeField(db_default=threads.clock.Now())),
+                ('draining', models.BooleanField(default=False)),
+                ('gone_at', models.DateTimeField(null=True)),
+                ('parent', models.ForeignKey(null=True, on_delete=django.db.models.deletion.CASCADE, related_name='children', to='longhaul_tools.worker')),
+            ],
+        ),
+        migrations.AddIndex(
+            model_name='toolcall',
+            index=models.Index(condition=models.Q(('status', 'settled'), _negated=True), fields=['run_id'], name='longhaul_call_open'),
+        ),
+        migrations.AddIndex(
+            model_name='toolcall',
+            index=models.Index(condition=models.Q(('status__in', ['requested', 'retrying'])), fields=['next_publish_at'], name='longhaul_call_due'),
+        ),
+        migrations.AddIndex(
+            model_name='toolcall',
+            index=models.Index(condition=models.Q(('status', 'running')), fields=['holder'], name='longhaul_call_held'),
+        ),
+        migrations.AddConstraint(
+            model_name='toolcall',
+            constraint=models.UniqueConstraint(fields=('run_id', 'step', 'index'), name='longhaul_one_call_a_place'),
+        ),
+        migrations.AddConstraint(
+            model_name='toolcall',
+            constraint=models.CheckConstraint(condition=models.Q(('status', 'settled'), ('outcome', ''), _connector='XOR'), name='longhaul_a_settled_call_has_an_outcome'),
+        ),
+        migrations.AddConstraint(
+            model_name='toolcall',
+            constraint=models.CheckConstraint(condition=models.Q(models.Q(('holder__isnull', False), ('status', 'running')), models.Q(('status', 'running'), _negated=True), _connector='OR'), name='longhaul_a_running_call_has_a_holder'),
+        ),
+        migrations.AddConstraint(
+            model_name='toolcall',
+            constraint=models.CheckConstraint(condition=models.Q(('atomic', True), ('idempotent__isnull', False), _negated=True), name='longhaul_atomic_excludes_idempotent'),
+        ),
+        migrations.AddConstraint(
+            model_name='toolattempt',
+            constraint=models.UniqueConstraint(fields=('call', 'number'), name='longhaul_one_claim_an_attempt'),
+        ),
+        migrations.AddIndex(
+            model_name='worker',
+            index=models.Index(condition=models.Q(('gone_at__isnull', True)), fields=['beat_at'], name='longhaul_worker_present'),
+        ),
+        migrations.RunSQL((SQL / "0001_calls.sql").read_text(), migrations.RunSQL.noop),
+    ]

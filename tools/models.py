@@ -1,0 +1,171 @@
+"""Tool calls, their attempts, and the worker processes that are present."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from django.conf import settings
+from django.db import models
+
+from threads.clock import Now
+from threads.ids import new_id
+
+
+class CallStatus(models.TextChoices):
+    REQUESTED = "requested"
+    AWAITING_APPROVAL = "awaiting_approval"
+    RUNNING = "running"
+    RETRYING = "retrying"  # `requested` from the second attempt on
+    AWAITING_RESULT = "awaiting_result"
+    AWAITING_CHILD = "awaiting_child"
+    UNKNOWN = (
+        "unknown"  # idempotent=False, and its worker died: open until a person, a policy or a late result settles it
+    )
+    SETTLED = "settled"
+
+
+class Outcome(models.TextChoices):
+    SUCCESS = "success"
+    FAILED = "failed"
+    DENIED = "denied"
+    CANCELLED = "cancelled"
+
+
+class ToolCall(models.Model):
+    """The model's request to run a tool. Only `tools.lifecycle` and `tools/sql` write its status.
+
+    `attempt` is raised by whoever makes the call requested again; `holder` is the worker's life (`Worker.id`).
+    """
+
+    id = models.UUIDField(primary_key=True, default=new_id, editable=False)
+    run_id = models.UUIDField()
+    message_id = models.UUIDField()
+    step = models.IntegerField()
+    index = models.IntegerField()
+    name = models.CharField(max_length=200)
+    arguments = models.JSONField(default=dict)
+    status = models.CharField(max_length=20, choices=CallStatus.choices, default=CallStatus.REQUESTED)
+    outcome = models.CharField(max_length=16, choices=Outcome.choices, blank=True, default="")
+    result = models.JSONField(null=True)
+    error = models.JSONField(null=True)
+    attempt = models.IntegerField(default=1)
+    max_attempts = models.IntegerField(default=1)
+    idempotency_key = models.CharField(max_length=100)
+    idempotent = models.BooleanField(null=True)
+    atomic = models.BooleanField(default=False)
+    deferred = models.BooleanField(default=False)
+    timeout = models.DurationField()
+    holder = models.UUIDField(null=True)
+    claimed_at = models.DateTimeField(null=True)
+    timeout_at = models.DateTimeField(null=True)
+    not_before = models.DateTimeField(null=True)
+    next_publish_at = models.DateTimeField(null=True)
+    publishes = models.IntegerField(default=0)
+    deadline = models.DateTimeField(null=True)
+    assignee = models.ForeignKey(
+        settings.AUTH_USER_MODEL,
+        on_delete=models.SET_NULL,
+        null=True,
+        blank=True,
+        related_name="longhaul_assigned_calls",
+    )
+    progress = models.JSONField(null=True)
+    created_at = models.DateTimeField(db_default=Now(), editable=False)
+    settled_at = models.DateTimeField(null=True)
+
+    class Meta:
+        constraints: ClassVar = [
+            models.UniqueConstraint(fields=["run_id", "step", "index"], name="longhaul_one_call_a_place"),
+            models.CheckConstraint(
+                condition=models.Q(status="settled") ^ models.Q(outcome=""),
+                name="longhaul_a_settled_call_has_an_outcome",
+            ),
+            models.CheckConstraint(
+                condition=models.Q(status="running", holder__isnull=False) | ~models.Q(status="running"),
+                name="longhaul_a_running_call_has_a_holder",
+            ),
+            models.CheckConstraint(
+                condition=~models.Q(atomic=True, idempotent__isnull=False), name="longhaul_atomic_excludes_idempotent"
+            ),
+        ]
+        indexes: ClassVar = [
+            models.Index(fields=["run_id"], name="longhaul_call_open", condition=~models.Q(status="settled")),
+            models.Index(
+                fields=["next_publish_at"],
+                name="longhaul_call_due",
+                condition=models.Q(status__in=["requested", "retrying"]),
+            ),
+            models.Index(fields=["holder"], name="longhaul_call_held", condition=models.Q(status="running")),
+        ]
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.id}"
+
+
+class ToolAttempt(models.Model):
+    """One claim of a call: inserted by the claim, closed by whoever ends the attempt."""
+
+    id = models.UUIDField(primary_key=True, default=new_id, editable=False)
+    call = models.ForeignKey(ToolCall, on_delete=models.CASCADE, related_name="attempts", db_index=False)
+    number = models.IntegerField()
+    worker_id = models.UUIDField()
+    task_id = models.CharField(max_length=100, blank=True, default="")
+    started_at = models.DateTimeField(db_default=Now())
+    ended_at = models.DateTimeField(null=True)
+    outcome = models.CharField(max_length=20, blank=True, default="")  # an Outcome, or retrying, lost, given_back
+    error = models.JSONField(null=True)
+    backend_pid = models.IntegerField(null=True)
+
+    class Meta:
+        constraints: ClassVar = [
+            models.UniqueConstraint(fields=["call", "number"], name="longhaul_one_claim_an_attempt"),
+        ]
+
+    def __str__(self) -> str:
+        return f"attempt {self.number} of {self.call_id}"
+
+
+class Approval(models.Model):
+    """A person's decision on a call (written by a later issue)."""
+
+    id = models.UUIDField(primary_key=True, default=new_id, editable=False)
+    call = models.OneToOneField(ToolCall, on_delete=models.CASCADE, related_name="approval")
+    decided_by = models.ForeignKey(
+        settings.AUTH_USER_MODEL, on_delete=models.SET_NULL, null=True, related_name="longhaul_approvals"
+    )
+    approved = models.BooleanField(null=True)
+    note = models.TextField(blank=True, default="")
+    arguments = models.JSONField(null=True)
+    created_at = models.DateTimeField(db_default=Now())
+    decided_at = models.DateTimeField(null=True)
+
+    def __str__(self) -> str:
+        return f"approval of {self.call_id}"
+
+
+class Worker(models.Model):
+    """One life of one worker process. It holds the session advisory lock `lock_key` and beats every 2 s.
+
+    A prefork child names its parent, which beats for it. `gone_at` is set when the process left or was found dead:
+    a process that finds it set begins a new life under a new row.
+    """
+
+    id = models.UUIDField(primary_key=True, default=new_id, editable=False)
+    name = models.CharField(max_length=200)
+    kind = models.CharField(max_length=16)
+    host = models.CharField(max_length=200)
+    pid = models.IntegerField()
+    parent = models.ForeignKey("self", on_delete=models.CASCADE, null=True, related_name="children")
+    lock_key = models.BigIntegerField(unique=True)
+    started_at = models.DateTimeField(db_default=Now())
+    beat_at = models.DateTimeField(db_default=Now())
+    draining = models.BooleanField(default=False)
+    gone_at = models.DateTimeField(null=True)
+
+    class Meta:
+        indexes: ClassVar = [
+            models.Index(fields=["beat_at"], name="longhaul_worker_present", condition=models.Q(gone_at__isnull=True))
+        ]
+
+    def __str__(self) -> str:
+        return self.name

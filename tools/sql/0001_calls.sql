@@ -1,0 +1,235 @@
+-- The only writers of a call's status, beside tools/lifecycle.py. Each locks the run first (longhaul_run_lock), then the call.
+-- longhaul_run_lock, longhaul_run_record and longhaul_calls_changed are installed by `runs`: plpgsql binds them at run time.
+
+-- Is this life of a worker present? User code starts and claims are made only while it is: its row stands and its own
+-- beat is fresh, so that a process that was stopped and woke cannot claim before it has beaten again.
+CREATE OR REPLACE FUNCTION longhaul_worker_present(p_worker uuid) RETURNS boolean LANGUAGE plpgsql AS $$
+BEGIN
+    RETURN EXISTS (
+        SELECT 1 FROM longhaul_tools_worker
+        WHERE id = p_worker AND gone_at IS NULL AND beat_at > longhaul_now() - interval '6 seconds');
+END $$;
+
+-- Inserts the calls of a step. Called by the step's commit, which holds the run. A bad call comes settled already.
+-- A requested one counts as published once: its publisher follows the commit, the sweep follows the publisher.
+CREATE OR REPLACE FUNCTION longhaul_calls_request(p_run uuid, p_message uuid, p_step integer, p_calls jsonb)
+RETURNS void LANGUAGE plpgsql AS $$
+DECLARE
+    v_now timestamptz := longhaul_now();
+BEGIN
+    INSERT INTO longhaul_tools_toolcall (
+        id, run_id, message_id, step, index, name, arguments, status, outcome, error, attempt, max_attempts,
+        idempotency_key, idempotent, atomic, deferred, timeout, publishes, next_publish_at, settled_at, created_at)
+    SELECT c.id, p_run, p_message, p_step, c.index, c.name, coalesce(c.arguments, '{}'::jsonb),
+           CASE WHEN c.outcome IS NULL THEN 'requested' ELSE 'settled' END, coalesce(c.outcome, ''), c.error, 1,
+           coalesce(c.max_attempts, 1), c.id::text, c.idempotent, coalesce(c.atomic, false), coalesce(c.deferred, false),
+           make_interval(secs => coalesce(c.timeout_seconds, 60)),
+           CASE WHEN c.outcome IS NULL THEN 1 ELSE 0 END,
+           CASE WHEN c.outcome IS NULL THEN v_now + interval '1 second' END,
+           CASE WHEN c.outcome IS NOT NULL THEN v_now END, v_now
+    FROM jsonb_to_recordset(p_calls) AS c (
+        id uuid, index integer, name text, arguments jsonb, outcome text, error jsonb, max_attempts integer,
+        idempotent boolean, atomic boolean, deferred boolean, timeout_seconds double precision);
+END $$;
+
+-- requested, retrying -> running, by attempt: a doubled or late message matches no row. Returns NULL then, and when the
+-- run has ended; {"absent": true} when this worker must beat first; {"orphans": [[id, attempt], ...]} when running calls
+-- name this worker though it is about to claim (it runs one at a time): it gives them back and claims again.
+CREATE OR REPLACE FUNCTION longhaul_call_claim(
+    p_call uuid, p_attempt integer, p_worker uuid, p_worker_name text, p_task text, p_alone boolean)
+RETURNS jsonb LANGUAGE plpgsql AS $$
+DECLARE
+    v_run_id uuid;
+    v_run record;
+    v_call longhaul_tools_toolcall;
+    v_now timestamptz;
+    v_orphans jsonb;
+    v_attempt_id uuid := longhaul_uuid7();
+BEGIN
+    SELECT run_id INTO v_run_id FROM longhaul_tools_toolcall WHERE id = p_call;
+    IF NOT FOUND THEN RETURN NULL; END IF;  -- its run was deleted
+    IF NOT longhaul_worker_present(p_worker) THEN RETURN '{"absent": true}'; END IF;
+    IF p_alone THEN
+        SELECT jsonb_agg(jsonb_build_array(id, attempt)) INTO v_orphans
+        FROM longhaul_tools_toolcall WHERE holder = p_worker AND status = 'running';
+        IF v_orphans IS NOT NULL THEN RETURN jsonb_build_object('orphans', v_orphans); END IF;
+    END IF;
+    SELECT * INTO v_run FROM longhaul_run_lock(v_run_id);
+    IF v_run.thread_id IS NULL THEN RETURN NULL; END IF;  -- the run has ended, and closed its calls
+    v_now := longhaul_now();
+    UPDATE longhaul_tools_toolcall
+    SET status = 'running', holder = p_worker, claimed_at = v_now, next_publish_at = NULL, not_before = NULL,
+        timeout_at = least(v_now + timeout, v_run.deadline)
+    WHERE id = p_call AND attempt = p_attempt AND status IN ('requested', 'retrying')
+      AND (not_before IS NULL OR not_before <= v_now)
+    RETURNING * INTO v_call;
+    IF NOT FOUND THEN RETURN NULL; END IF;  -- another worker got there first
+    INSERT INTO longhaul_tools_toolattempt (id, call_id, number, worker_id, task_id, started_at, outcome, backend_pid)
+    VALUES (v_attempt_id, p_call, p_attempt, p_worker, p_task, v_now, '', pg_backend_pid());
+    PERFORM longhaul_run_record(v_run_id, 'tool_call.started', jsonb_build_object(
+        'tool_call', p_call, 'name', v_call.name, 'message', v_call.message_id, 'attempt', p_attempt, 'worker', p_worker_name));
+    RETURN jsonb_build_object(
+        'call', p_call, 'run', v_run_id, 'thread', v_run.thread_id, 'owner', v_run.owner, 'agent', v_run.agent,
+        'overrides', v_run.overrides, 'message', v_call.message_id,
+        'name', v_call.name, 'arguments', v_call.arguments, 'attempt', p_attempt, 'attempt_id', v_attempt_id,
+        'max_attempts', v_call.max_attempts, 'idempotency_key', v_call.idempotency_key, 'atomic', v_call.atomic,
+        'step', v_call.step, 'timeout_at', v_call.timeout_at);
+END $$;
+
+-- running -> settled, exactly once: guarded by attempt, holder and status, under the run's lock. The late result of an
+-- `unknown` call settles it too. Returns NULL when somebody else settled it (or its run ended): nothing changed then.
+-- {"already": true}: this very attempt settled it before, and the answer was lost. Else what longhaul_calls_changed says.
+CREATE OR REPLACE FUNCTION longhaul_call_settle(
+    p_call uuid, p_attempt integer, p_worker uuid, p_outcome text, p_result jsonb, p_error jsonb)
+RETURNS jsonb LANGUAGE plpgsql AS $$
+DECLARE
+    v_run_id uuid;
+    v_call longhaul_tools_toolcall;
+    v_now timestamptz;
+BEGIN
+    SELECT run_id INTO v_run_id FROM longhaul_tools_toolcall WHERE id = p_call;
+    IF NOT FOUND THEN RETURN NULL; END IF;
+    IF (longhaul_run_lock(v_run_id)).thread_id IS NOT NULL THEN
+        v_now := longhaul_now();
+        UPDATE longhaul_tools_toolcall
+        SET status = 'settled', outcome = p_outcome, result = p_result, error = p_error, holder = NULL, settled_at = v_now
+        WHERE id = p_call AND attempt = p_attempt
+          AND (status = 'running' AND holder = p_worker OR status = 'unknown')
+        RETURNING * INTO v_call;
+        IF FOUND THEN
+            UPDATE longhaul_tools_toolattempt SET ended_at = v_now, outcome = p_outcome, error = p_error
+            WHERE call_id = p_call AND number = p_attempt AND (ended_at IS NULL OR outcome = 'lost');
+            PERFORM longhaul_run_record(v_run_id, 'tool_call.settled', jsonb_strip_nulls(jsonb_build_object(
+                'tool_call', p_call, 'name', v_call.name, 'message', v_call.message_id, 'outcome', p_outcome,
+                'error', p_error)) || jsonb_build_object('result', p_result));
+            RETURN longhaul_calls_changed(v_run_id);
+        END IF;
+    END IF;
+    PERFORM 1 FROM longhaul_tools_toolattempt
+    WHERE call_id = p_call AND number = p_attempt AND worker_id = p_worker AND outcome = p_outcome;
+    IF FOUND THEN RETURN '{"already": true}'; END IF;
+    RETURN NULL;  -- another attempt, a person or a cancel was first
+END $$;
+
+-- running -> retrying: the attempt failed and its policy grants another one after p_delay. Same guard as settle.
+CREATE OR REPLACE FUNCTION longhaul_call_retry(
+    p_call uuid, p_attempt integer, p_worker uuid, p_error jsonb, p_delay interval)
+RETURNS jsonb LANGUAGE plpgsql AS $$
+DECLARE
+    v_run_id uuid;
+    v_call longhaul_tools_toolcall;
+    v_now timestamptz;
+BEGIN
+    SELECT run_id INTO v_run_id FROM longhaul_tools_toolcall WHERE id = p_call;
+    IF NOT FOUND THEN RETURN NULL; END IF;
+    IF (longhaul_run_lock(v_run_id)).thread_id IS NULL THEN RETURN NULL; END IF;
+    v_now := longhaul_now();
+    UPDATE longhaul_tools_toolcall
+    SET status = 'retrying', attempt = attempt + 1, holder = NULL, timeout_at = NULL, error = p_error,
+        not_before = v_now + p_delay, next_publish_at = v_now + p_delay, publishes = 0
+    WHERE id = p_call AND attempt = p_attempt AND status = 'running' AND holder = p_worker
+    RETURNING * INTO v_call;
+    IF NOT FOUND THEN RETURN NULL; END IF;
+    UPDATE longhaul_tools_toolattempt SET ended_at = v_now, outcome = 'retrying', error = p_error
+    WHERE call_id = p_call AND number = p_attempt AND ended_at IS NULL;
+    PERFORM longhaul_run_record(v_run_id, 'tool_call.retrying', jsonb_build_object(
+        'tool_call', p_call, 'name', v_call.name, 'message', v_call.message_id, 'attempt', v_call.attempt,
+        'error', p_error, 'delay_seconds', extract(epoch FROM p_delay)));
+    RETURN longhaul_calls_changed(v_run_id) || jsonb_build_object('call', p_call, 'attempt', v_call.attempt);
+END $$;
+
+-- Takes a running call from a holder that is not present, is past its time, or does not know it holds it. Names holder and
+-- attempt, so that a stale look takes nothing from a new holder. Past its timeout_at: settled failed/timed_out. Else
+-- idempotent=False goes to unknown (unless its user code never began), a call without attempts left is settled
+-- failed/worker_lost, any other is requested again. The backend of an atomic attempt is ended first: its open
+-- transaction would keep rows of the application locked.
+CREATE OR REPLACE FUNCTION longhaul_call_reclaim(p_call uuid, p_attempt integer, p_holder uuid, p_began boolean)
+RETURNS jsonb LANGUAGE plpgsql AS $$
+DECLARE
+    v_run_id uuid;
+    v_call longhaul_tools_toolcall;
+    v_attempt longhaul_tools_toolattempt;
+    v_now timestamptz;
+    v_error jsonb;
+    v_code text;
+    v_more jsonb := '{}';
+BEGIN
+    SELECT run_id INTO v_run_id FROM longhaul_tools_toolcall WHERE id = p_call;
+    IF NOT FOUND THEN RETURN NULL; END IF;
+    IF (longhaul_run_lock(v_run_id)).thread_id IS NULL THEN RETURN NULL; END IF;
+    v_now := longhaul_now();
+    SELECT * INTO v_call FROM longhaul_tools_toolcall
+    WHERE id = p_call AND attempt = p_attempt AND status = 'running' AND holder = p_holder FOR NO KEY UPDATE;
+    IF NOT FOUND THEN RETURN NULL; END IF;  -- it ended, or somebody else took it
+    UPDATE longhaul_tools_toolattempt SET ended_at = v_now, outcome = CASE WHEN p_began THEN 'lost' ELSE 'given_back' END
+    WHERE call_id = p_call AND number = p_attempt AND ended_at IS NULL RETURNING * INTO v_attempt;
+    IF v_call.atomic AND v_attempt.backend_pid IS NOT NULL AND v_attempt.backend_pid <> pg_backend_pid() THEN
+        PERFORM pg_terminate_backend(pid) FROM pg_stat_activity
+        WHERE pid = v_attempt.backend_pid AND application_name = 'longhaul ' || v_attempt.id::text;
+    END IF;
+    v_code := CASE WHEN v_call.timeout_at <= v_now THEN 'timed_out'
+                   WHEN v_call.idempotent IS FALSE AND p_began THEN 'unknown'
+                   WHEN v_call.attempt >= v_call.max_attempts AND p_began THEN 'worker_lost'
+                   ELSE 'again' END;
+    IF v_code IN ('timed_out', 'worker_lost') THEN
+        v_error := jsonb_build_object('code', v_code, 'message', CASE v_code
+            WHEN 'timed_out' THEN 'The tool did not finish in time.'
+            ELSE 'The worker that ran this tool died, and no attempt is left.' END);
+        UPDATE longhaul_tools_toolcall
+        SET status = 'settled', outcome = 'failed', error = v_error, holder = NULL, settled_at = v_now WHERE id = p_call;
+        PERFORM longhaul_run_record(v_run_id, 'tool_call.settled', jsonb_build_object(
+            'tool_call', p_call, 'name', v_call.name, 'message', v_call.message_id, 'outcome', 'failed',
+            'result', NULL, 'error', v_error));
+    ELSIF v_code = 'unknown' THEN
+        UPDATE longhaul_tools_toolcall SET status = 'unknown', holder = NULL, timeout_at = NULL WHERE id = p_call;
+        PERFORM longhaul_run_record(v_run_id, 'tool_call.unknown', jsonb_build_object(
+            'tool_call', p_call, 'name', v_call.name, 'message', v_call.message_id, 'attempt', p_attempt));
+    ELSE
+        UPDATE longhaul_tools_toolcall
+        SET status = 'retrying', attempt = attempt + 1, holder = NULL, timeout_at = NULL,
+            max_attempts = max_attempts + CASE WHEN p_began THEN 0 ELSE 1 END,
+            not_before = NULL, next_publish_at = v_now + interval '1 second', publishes = 1
+        WHERE id = p_call;
+        PERFORM longhaul_run_record(v_run_id, 'tool_call.retrying', jsonb_build_object(
+            'tool_call', p_call, 'name', v_call.name, 'message', v_call.message_id, 'attempt', p_attempt + 1,
+            'error', jsonb_build_object('code', CASE WHEN p_began THEN 'worker_lost' ELSE 'given_back' END), 'delay_seconds', 0));
+        v_more := jsonb_build_object('publish_call', jsonb_build_array(p_call, p_attempt + 1));
+    END IF;
+    RETURN longhaul_calls_changed(v_run_id) || v_more || jsonb_build_object('code', v_code);
+END $$;
+
+-- Settles every open call of a run that ends. The caller holds the run.
+CREATE OR REPLACE FUNCTION longhaul_calls_close(p_run uuid) RETURNS void LANGUAGE plpgsql AS $$
+DECLARE
+    v_call longhaul_tools_toolcall;
+    v_now timestamptz := longhaul_now();
+BEGIN
+    FOR v_call IN
+        SELECT * FROM longhaul_tools_toolcall WHERE run_id = p_run AND status <> 'settled' ORDER BY step, index FOR NO KEY UPDATE
+    LOOP
+        UPDATE longhaul_tools_toolcall
+        SET status = 'settled', outcome = 'cancelled', holder = NULL, settled_at = v_now, next_publish_at = NULL
+        WHERE id = v_call.id;
+        UPDATE longhaul_tools_toolattempt SET ended_at = v_now, outcome = 'cancelled'
+        WHERE call_id = v_call.id AND ended_at IS NULL;
+        PERFORM longhaul_run_record(p_run, 'tool_call.settled', jsonb_build_object(
+            'tool_call', v_call.id, 'name', v_call.name, 'message', v_call.message_id, 'outcome', 'cancelled', 'result', NULL));
+    END LOOP;
+END $$;
+
+-- Calls whose message must be sent (again): requested or retrying and due. Raises next_publish_at, doubling from 1 s to 15 s.
+CREATE OR REPLACE FUNCTION longhaul_calls_due(p_limit integer) RETURNS TABLE (call_id uuid, attempt integer, timeout interval)
+LANGUAGE plpgsql AS $$
+DECLARE
+    v_now timestamptz := longhaul_now();
+BEGIN
+    RETURN QUERY
+    WITH due AS (
+        SELECT c.id FROM longhaul_tools_toolcall c
+        WHERE c.status IN ('requested', 'retrying') AND c.next_publish_at <= v_now
+        ORDER BY c.next_publish_at LIMIT p_limit FOR NO KEY UPDATE SKIP LOCKED)
+    UPDATE longhaul_tools_toolcall c
+    SET publishes = c.publishes + 1, next_publish_at = v_now + least(interval '15 seconds', interval '1 second' * 2 ^ least(c.publishes, 4))
+    FROM due WHERE c.id = due.id
+    RETURNING c.id, c.attempt, c.timeout;
+END $$;

@@ -1,11 +1,11 @@
 #!/usr/bin/env python
-"""Django's commands for this project. Those that use data bring up the embedded servers when the environment names none."""
+"""Django's commands for this project, on embedded servers when the environment names none."""
 
 import os
 import sys
 
 # Commands that touch neither database nor broker; with --help none does.
-WITHOUT_SERVERS = {"help", "version", "check", "makemigrations", "startapp", "diffsettings", "findstatic", "collectstatic"}
+WITHOUT_SERVERS = {"help", "version", "check", "makemigrations", "diffsettings", "findstatic", "collectstatic"}
 
 
 def main() -> None:

@@ -1,1 +1,4 @@
-"""The Django project: the only place that knows everything. Nothing is imported here, so that `agents_project.embedded` starts fast."""
+"""The Django project: the only place that knows everything.
+
+Nothing is imported here, so that `agents_project.embedded` starts fast.
+"""

@@ -8,5 +8,5 @@ class ProjectConfig(AppConfig):
     label = "longhaul_project"
 
     def ready(self) -> None:
-        # Creating the app makes it the current one: `@shared_task` of the apps publishes through it, in web processes too.
-        from agents_project import celery  # noqa: F401, PLC0415
+        # Creating the Celery app makes it the current one: `@shared_task` publishes through it, in web processes too.
+        from agents_project import celery  # noqa: F401

@@ -18,7 +18,7 @@ app.autodiscover_tasks()
 @celeryd_init.connect
 def have_servers(**_: Any) -> None:
     """A worker started by hand, without URLs in its environment, joins the embedded servers or starts them."""
-    from agents_project import embedded  # noqa: PLC0415
+    from agents_project import embedded
 
     embedded.ensure()
 
@@ -28,9 +28,10 @@ def have_servers(**_: Any) -> None:
 def drop_broken_connections(**_: Any) -> None:
     """Close what an outage of Postgres broke.
 
-    CELERY_DB_REUSE_MAX takes the place of both closes that Celery makes around a task, the one of broken connections too.
+    CELERY_DB_REUSE_MAX takes the place of both closes that Celery makes around a task, so also of the one that would
+    notice a broken connection.
     """
-    from django.db import connections  # noqa: PLC0415
+    from django.db import connections
 
     for connection in connections.all(initialized_only=True):
         if connection.errors_occurred and not connection.in_atomic_block and not connection.is_usable():

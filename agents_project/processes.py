@@ -125,6 +125,8 @@ def die_with_parent(parent: int) -> None:
 
     The signal is tied to the thread that forked: start children from a thread that lives as long as they should.
     """
+    if _LIBC is None:
+        return
     _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:  # the parent died before the call above: nobody would send the signal
         os._exit(1)
@@ -156,8 +158,8 @@ class Children:
     ) -> subprocess.Popen[bytes]:
         """Start `command` in a session of its own, so that Ctrl-C in the terminal reaches only the supervisor.
 
-        `env` is the whole environment (None: ours); `output` takes both stdout and stderr. The child dies with us (Linux).
-        Raises OSError when it cannot be started, ValueError when a child of this name still runs.
+        `env` is the whole environment (None: ours); `output` takes both stdout and stderr. On Linux the child dies
+        with us. Raises OSError when it cannot be started, ValueError when a child of this name still runs.
         """
         if name in self._children and self._children[name].poll() is None:
             raise ValueError(f"{name} is still running; stop it or take another name")
@@ -170,7 +172,7 @@ class Children:
             stdout=output,
             stderr=subprocess.STDOUT if output is not None else None,
             start_new_session=True,
-            preexec_fn=(lambda: die_with_parent(parent)) if _LIBC is not None else None,
+            preexec_fn=lambda: die_with_parent(parent),
         )
         self._children[name] = child
         identity = Identity.of(child.pid)
@@ -234,7 +236,7 @@ class Children:
 
 
 def free_port(preferred: int, host: str = "127.0.0.1") -> int:
-    """Return `preferred` if nobody listens there, else a port that the system picks. The caller names the difference."""
+    """Return `preferred` if nobody listens there, else a port that the system picks; the caller says which it is."""
     for port in (preferred, 0):
         with socket.socket() as probe:
             # As servers do; else a port with connections in TIME_WAIT from the last start would look taken.

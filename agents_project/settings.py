@@ -25,10 +25,15 @@ def database_from_url(url: str) -> dict[str, Any]:
     """
     parts = urlsplit(url)
     if parts.scheme not in ("postgres", "postgresql"):
-        raise ValueError(f"DATABASE_URL must begin with postgresql://, for Longhaul needs Postgres; it is {parts.scheme}://")
+        raise ValueError(
+            f"DATABASE_URL must begin with postgresql://, for Longhaul needs Postgres; it is {parts.scheme}://"
+        )
     options: dict[str, Any] = dict(parse_qsl(parts.query))
     authority = parts.netloc.rpartition("@")[2]
-    host, _, port = authority.rpartition(":") if not authority.endswith("]") and ":" in authority else (authority, "", "")
+    # A colon inside of [...] belongs to an IPv6 address.
+    host, port = authority, ""
+    if ":" in authority and not authority.endswith("]"):
+        host, _, port = authority.rpartition(":")
     return {
         "ENGINE": "django.db.backends.postgresql",
         "NAME": unquote(parts.path.lstrip("/")) or options.pop("dbname", ""),

@@ -1,0 +1,63 @@
+# Needs Python 3.11 or newer, git and make. Everything else goes into .venv at the first use.
+# Only relative paths, for make cannot deal with a space in the project's own.
+
+.DEFAULT_GOAL := help
+MAKEFLAGS += --no-print-directory
+PYTHON := .venv/bin/python
+TESTED := runs tools threads agents_project
+
+# The sync keeps to .venv and to the Python that made it, whatever the caller's shell has active.
+unexport VIRTUAL_ENV CONDA_PREFIX PYTHONPATH PYTHONHOME PIP_USER UV_PYTHON
+export UV_PROJECT_ENVIRONMENT := .venv
+export UV_PYTHON_DOWNLOADS := never
+
+.PHONY: help demo test test-slow lint bench proof clean
+
+help: ## say what there is
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1|\2/p' Makefile | awk -F'|' '{ printf "%-16s %s\n", $$1, $$2 }'
+
+demo: .venv/ready ## an agent, 50 tool calls, two kills, on servers of its own; DEMO_ARGS="--once"
+	@exec $(PYTHON) manage.py demo $(DEMO_ARGS)
+
+test: .venv/ready ## the tests that are quick; TEST_ARGS="-k claim"
+	@exec $(PYTHON) -m pytest -m "not slow and not proof and not bench" $(TEST_ARGS)
+
+# pytest answers 5 when it finds no test: none of them is slow, then, which is no failure.
+test-slow: .venv/ready ## the tests that take time or kill processes
+	@$(PYTHON) -m pytest -m "slow and not proof and not bench" $(TEST_ARGS) || { code=$$?; [ $$code -eq 5 ] || exit $$code; }
+
+lint: .venv/ready ## style, types, imports, migrations, Django's and Longhaul's checks
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m mypy $(TESTED) tests $(wildcard benchmarks)
+	$(PYTHON) -c 'from importlinter.cli import lint_imports_command as lint; lint()' --no-logo
+	$(PYTHON) manage.py makemigrations --check --dry-run
+	$(PYTHON) manage.py check --fail-level WARNING
+
+bench: .venv/ready ## what is claimed, measured; BENCH_ARGS="--quick"
+	@exec $(PYTHON) -m benchmarks $(BENCH_ARGS)
+
+proof: .venv/ready ## the long proofs
+	@exec $(PYTHON) -m pytest -m proof --timeout 1800 $(TEST_ARGS)
+
+clean: ## end and delete the embedded servers, their data and all caches; .venv stays
+	@python=$(PYTHON); [ -x $$python ] || python=python3; $$python -m agents_project.embedded remove --all
+	rm -rf .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis staticfiles
+	find . -path ./.venv -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# A Python that is only a shim for a version that is not there, or has no venv, does not count.
+.venv/ready: uv.lock pyproject.toml
+	@if ! $(PYTHON) -m pip --version >/dev/null 2>&1; then \
+		for candidate in python3 python3.13 python3.12 python3.11 python3.14; do \
+			if $$candidate -c 'import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info < (3, 15))' \
+				>/dev/null 2>&1; then found=$$candidate; break; fi; \
+		done; \
+		if [ -z "$$found" ]; then \
+			echo "Python 3.11 to 3.14 with its venv module is needed (on Debian: apt install python3-venv)." >&2; exit 1; \
+		fi; \
+		echo "Setting up .venv with $$($$found --version)"; \
+		$$found -m venv --clear .venv; \
+	fi
+	@[ -x .venv/bin/uv ] || $(PYTHON) -m pip install --quiet --disable-pip-version-check uv
+	@.venv/bin/uv sync --frozen --quiet
+	@touch $@

@@ -1,0 +1,49 @@
+"""URLs from the environment become Django's and Celery's settings."""
+
+from __future__ import annotations
+
+import pytest
+from django.contrib.auth.models import User
+
+from agents_project import embedded
+from agents_project.settings import broker_from_redis, database_from_url
+
+
+@pytest.mark.parametrize(
+    ("url", "expected"),
+    [
+        (
+            "postgresql://u:p%40s@db:5433/app",
+            {"USER": "u", "PASSWORD": "p@s", "HOST": "db", "PORT": "5433", "NAME": "app"},
+        ),
+        ("postgres://u@db/app", {"USER": "u", "PASSWORD": "", "HOST": "db", "PORT": "", "NAME": "app"}),
+        ("postgresql://u@[::1]:5433/app", {"HOST": "::1", "PORT": "5433"}),
+        ("postgresql://u@[::1]/app", {"HOST": "::1", "PORT": ""}),
+        ("postgresql://u@/app?host=/run/a b&port=5433", {"HOST": "/run/a b", "PORT": "5433", "OPTIONS": {}}),
+        ("postgresql://u@%2Frun%2Fpg:5433/app", {"HOST": "/run/pg", "PORT": "5433"}),
+        ("postgresql:///app?sslmode=require", {"HOST": "", "USER": "", "OPTIONS": {"sslmode": "require"}}),
+        ("postgresql:///app?user=u&password=p", {"USER": "u", "PASSWORD": "p"}),
+    ],
+)
+def test_a_database_url_is_read_as_libpq_reads_it(url: str, expected: dict[str, object]) -> None:
+    assert database_from_url(url).items() >= expected.items()
+
+
+@pytest.mark.parametrize("url", ["mysql://u@db/app", "sqlite:///a.db", "db.example.com/app"])
+def test_a_database_that_is_not_postgres_is_refused_by_name(url: str) -> None:
+    with pytest.raises(ValueError, match=r"needs Postgres"):
+        database_from_url(url)
+
+
+def test_a_redis_socket_becomes_a_broker_url() -> None:
+    assert broker_from_redis("unix:///run/valkey.sock?db=3") == "redis+socket:///run/valkey.sock?virtual_host=3"
+    assert broker_from_redis("redis://host:6379/1") == "redis://host:6379/1"
+
+
+@pytest.mark.django_db
+def test_the_session_has_real_servers(servers: embedded.Servers) -> None:
+    import redis
+
+    assert User.objects.count() == 0
+    with redis.Redis.from_url(servers.redis_url) as client:
+        assert client.ping()

@@ -1,0 +1,268 @@
+"""`@tool`: a function that agents can call.
+
+There is no list of all tools: an agent names its own, and a run means the tools of its agent.
+"""
+
+import hashlib
+import inspect
+import json
+import math
+import re
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from datetime import timedelta
+from functools import cached_property
+from typing import Any, Generic, TypeAlias, overload
+
+from typing_extensions import ParamSpec, TypeVar
+
+from tools.context import ToolContext
+from tools.exceptions import DuplicateTool, InvalidResult, ToolOptionError, ToolSchemaError
+from tools.retry import RetryPolicy
+from tools.schema import Arguments, compile_arguments, jsonable
+
+P = ParamSpec("P", default=...)
+R = TypeVar("R", default=Any)
+
+NeedsApproval: TypeAlias = bool | Callable[[dict[str, Any], ToolContext], bool]
+
+NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")  # what OpenAI's API, and those made after it, take as a function's name
+
+
+@dataclass(frozen=True, eq=False)
+class Tool(Generic[P, R]):
+    """A function with all that is needed to offer it to a model and to run what the model asks for.
+
+    Calling it calls the function, so that a tool is tested, and used by other code, like any function. Two tools are
+    equal when they are the same object.
+    """
+
+    name: str
+    description: str
+    function: Callable[P, R]
+    arguments: Arguments = field(repr=False)
+    timeout: timedelta
+    retry: RetryPolicy
+    idempotent: bool | None
+    atomic: bool
+    needs_approval: NeedsApproval
+    deferred: bool
+    queue: str | None
+    strict: bool
+
+    def __post_init__(self) -> None:
+        # By hand what functools.update_wrapper does, for a frozen object: help(), doctest and inspect see the function.
+        for each in ("__module__", "__name__", "__qualname__", "__doc__"):
+            object.__setattr__(self, each, getattr(self.function, each))
+        object.__setattr__(self, "__wrapped__", self.function)
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        return self.function(*args, **kwargs)
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """The JSON schema of the arguments, as the `parameters` of OpenAI's function tools. Not to be changed."""
+        return self.arguments.schema
+
+    @property
+    def context_parameter(self) -> str | None:
+        """The name of the parameter that wants the ToolContext."""
+        return self.arguments.injected
+
+    @property
+    def takes_context(self) -> bool:
+        return self.arguments.injected is not None
+
+    @cached_property
+    def is_async(self) -> bool:
+        return inspect.iscoroutinefunction(self.function)
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 (hex) of what a model is told: name, description, schema. The same in every process."""
+        told = [self.name, self.description, self.parameters]
+        return hashlib.sha256(json.dumps(told, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+    def validate(self, arguments: Mapping[str, Any] | str | bytes) -> dict[str, Any]:
+        """Return the keyword arguments of the function, from JSON text or a decoded object, defaults filled in.
+
+        The context is not among them. Raises InvalidArguments, whose text tells the model what was wrong.
+        """
+        return self.arguments.validate(self.name, arguments)
+
+    def serialize(self, result: Any) -> Any:
+        """Return the result as JSON knows it. Raises InvalidResult, a ToolFailed, when that cannot be."""
+        try:
+            return jsonable(result)
+        except TypeError as error:
+            raise InvalidResult(f"Tool {self.name!r} ran, but its result is lost: {error}") from error
+
+
+@overload
+def tool(function: Callable[P, R], /) -> Tool[P, R]: ...
+
+
+@overload
+def tool(
+    *,
+    name: str | None = None,
+    description: str | None = None,
+    timeout_seconds: float = 60,
+    retry: RetryPolicy | None = None,
+    idempotent: bool | None = None,
+    atomic: bool = False,
+    needs_approval: NeedsApproval = False,
+    deferred: bool = False,
+    queue: str | None = None,
+    strict: bool = False,
+) -> Callable[[Callable[P, R]], Tool[P, R]]: ...
+
+
+def tool(
+    function: Callable[..., Any] | None = None,
+    /,
+    *,
+    name: str | None = None,
+    description: str | None = None,
+    timeout_seconds: float = 60,
+    retry: RetryPolicy | None = None,
+    idempotent: bool | None = None,
+    atomic: bool = False,
+    needs_approval: NeedsApproval = False,
+    deferred: bool = False,
+    queue: str | None = None,
+    strict: bool = False,
+) -> Tool | Callable[[Callable[..., Any]], Tool]:
+    """Make a tool of a function: bare, or with options.
+
+    name: what the model calls it; the function's name if not given. Letters, digits, `_`, `-`, at most 64.
+    description: what the model reads; the docstring if not given.
+    timeout_seconds: one attempt may take so long.
+    retry: which failures are tried again, and when; `RetryPolicy()` if not given.
+    idempotent: True: may run again at once. None: runs again only after its worker is surely gone, and an effect may
+        happen twice. False: starts at most once, so it has no retry (`retry.attempts` is 1 if not given), and is
+        `unknown` when its worker dies.
+    atomic: body and settlement are one transaction on Longhaul's database; sync, short, no network. What happens is
+        there exactly once, so `idempotent` has nothing to add.
+    needs_approval: True, or `(arguments, context) -> bool` (sync): a person decides before it runs.
+    deferred: the function only begins something; its result is handed in later, from outside.
+    queue: the Celery queue of its calls; the tools queue if not given.
+    strict: ask the service to hold the model to the schema; the schema must be closed then, without defaults.
+
+    Raises ToolSchemaError and ToolOptionError, at import.
+    """
+    # Annotations that are strings may name what is local to the place of the definition (tools made in a function).
+    caller = sys._getframe(1)
+    scope = None if caller.f_locals is caller.f_globals else dict(caller.f_locals)
+    del caller
+
+    def decorate(function: Callable[..., Any]) -> Tool:
+        called = name if name is not None else getattr(function, "__name__", repr(function))
+        arguments = compile_arguments(function, called, injected=ToolContext, scope=scope, strict=strict)
+        if not NAME.fullmatch(called):
+            raise ToolSchemaError(called, "a tool's name has 1 to 64 letters, digits, `_` and `-`. Give it by name=.")
+        _check_options(
+            called,
+            function,
+            timeout_seconds=timeout_seconds,
+            retry=retry,
+            idempotent=idempotent,
+            atomic=atomic,
+            needs_approval=needs_approval,
+            deferred=deferred,
+            queue=queue,
+        )
+        return Tool(
+            name=called,
+            description=arguments.description if description is None else description,
+            function=function,
+            arguments=arguments,
+            timeout=timedelta(seconds=timeout_seconds),
+            retry=retry or RetryPolicy(attempts=1 if idempotent is False else RetryPolicy().attempts),
+            idempotent=idempotent,
+            atomic=atomic,
+            needs_approval=needs_approval,
+            deferred=deferred,
+            queue=queue,
+            strict=strict,
+        )
+
+    return decorate if function is None else decorate(function)
+
+
+def tools_by_name(tools: Iterable[Tool]) -> dict[str, Tool]:
+    """Return the tools by name, in order. Raises DuplicateTool, and TypeError for what is no tool."""
+    found: dict[str, Tool] = {}
+    for each in tools:
+        if not isinstance(each, Tool):
+            raise TypeError(f"{each!r} is not a tool. Decorate the function with @tool.")
+        if each.name in found:
+            first = found[each.name].function
+            raise DuplicateTool(
+                f"Two tools are named {each.name!r}: {first.__module__}.{first.__qualname__} and"
+                f" {each.function.__module__}.{each.function.__qualname__}. Rename one by @tool(name=...)."
+            )
+        found[each.name] = each
+    return found
+
+
+def tool_names(tools: Iterable[Tool]) -> list[str]:
+    """Return the names of the tools, in order. Raises DuplicateTool, and TypeError for what is no tool."""
+    return list(tools_by_name(tools))
+
+
+def _check_options(
+    called: str,
+    function: Callable[..., Any],
+    *,
+    timeout_seconds: float,
+    retry: RetryPolicy | None,
+    idempotent: bool | None,
+    atomic: bool,
+    needs_approval: NeedsApproval,
+    deferred: bool,
+    queue: str | None,
+) -> None:
+    def refuse(problem: str) -> ToolOptionError:
+        return ToolOptionError(f"Tool {called!r}: {problem}")
+
+    if isinstance(timeout_seconds, bool) or not isinstance(timeout_seconds, int | float):
+        raise refuse(f"timeout_seconds is a number of seconds; got {timeout_seconds!r}.")
+    if not math.isfinite(timeout_seconds) or not 0 < timeout_seconds <= timedelta(days=365).total_seconds():
+        raise refuse(f"timeout_seconds must be above 0 and at most a year; got {timeout_seconds!r}.")
+    if retry is not None and not isinstance(retry, RetryPolicy):
+        raise refuse(f"retry is a RetryPolicy; got {retry!r}.")
+    if idempotent not in (True, False, None):
+        raise refuse(f"idempotent is True, False or None; got {idempotent!r}.")
+    if atomic and idempotent is not None:
+        raise refuse(
+            f"atomic=True excludes idempotent={idempotent}: an atomic effect is there exactly when its settlement is,"
+            " however often the body starts. Drop idempotent."
+        )
+    if atomic and inspect.iscoroutinefunction(function):
+        raise refuse("atomic=True runs the body inside a database transaction, so it cannot be `async def`.")
+    if atomic and deferred:
+        raise refuse("atomic=True settles the call in the body's transaction; a deferred call settles later. Drop one.")
+    if idempotent is False and retry is not None and retry.attempts > 1:
+        raise refuse(
+            f"idempotent=False starts at most once, but its retry has {retry.attempts} attempts. Drop the retry,"
+            " or idempotent=False if a second try does no harm."
+        )
+    if not isinstance(needs_approval, bool):
+        _check_predicate(refuse, needs_approval)
+    if queue is not None and (not isinstance(queue, str) or not queue.strip()):
+        raise refuse(f"queue is the name of a Celery queue; got {queue!r}.")
+
+
+def _check_predicate(refuse: Callable[[str], ToolOptionError], predicate: Callable[..., Any]) -> None:
+    if not callable(predicate):
+        raise refuse(f"needs_approval is True, False or a function (arguments, context) -> bool; got {predicate!r}.")
+    if inspect.iscoroutinefunction(predicate):
+        raise refuse("needs_approval is asked in the agents worker, which runs no coroutines; make it a plain def.")
+    try:
+        inspect.signature(predicate).bind({}, None)
+    except TypeError:
+        raise refuse("needs_approval must take two arguments, (arguments, context).") from None
+    except ValueError:  # a builtin without a signature: it will show when it is called
+        return

@@ -222,7 +222,7 @@ def _check_options(
     atomic: bool,
     needs_approval: NeedsApproval,
     deferred: bool,
-    queue: str | None,
+    queue: object,
 ) -> None:
     def refuse(problem: str) -> ToolOptionError:
         return ToolOptionError(f"Tool {called!r}: {problem}")

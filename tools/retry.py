@@ -35,7 +35,7 @@ class RetryPolicy:
     give_up_on: tuple[type[BaseException], ...] = ()
 
     def __post_init__(self) -> None:
-        if not isinstance(self.attempts, int) or isinstance(self.attempts, bool) or self.attempts < 1:
+        if not _is_whole(self.attempts) or self.attempts < 1:
             raise ValueError(f"attempts counts the first try too, so it is an integer from 1; got {self.attempts!r}.")
         for name, least in (("initial_seconds", 0.0), ("factor", 1.0), ("max_seconds", 0.0)):
             value = getattr(self, name)
@@ -79,6 +79,10 @@ class RetryPolicy:
             return float(min(self.initial_seconds * self.factor ** (attempt - 1), self.max_seconds))
         except OverflowError:  # the power outgrew a float long after it passed the cap
             return float(self.max_seconds if self.initial_seconds else 0)
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _number(value: object) -> float | None:

@@ -235,7 +235,7 @@ def _refuse_alias(tool: str, name: str, hint: Any, default: Any) -> None:
 
 class _Schema(GenerateJsonSchema):
     # A default that is not JSON (a sentinel, say) is the function's own business: the schema just does not show it.
-    ignored_warning_kinds: set[JsonSchemaWarningKind] = {"skipped-choice", "non-serializable-default"}  # noqa: RUF012
+    ignored_warning_kinds: set[JsonSchemaWarningKind] = {"skipped-choice", "non-serializable-default"}
 
     def field_title_should_be_set(self, schema: Any) -> bool:
         return False
@@ -369,7 +369,7 @@ def read_docstring(function: Callable[..., Any]) -> tuple[str, dict[str, str]]:
     if style is None:
         return text, {}
 
-    import griffe  # noqa: PLC0415  0.1 s, and only tools with such a section need it
+    import griffe  # here: it takes 0.1 s, and only tools with such a section need it
 
     # Detected here and not by griffe: its patterns miss a section in the first or the last line.
     docstring = griffe.Docstring(text)

@@ -104,7 +104,7 @@ def test_retry_after_gives_no_attempt_that_there_was_not() -> None:
 
 @pytest.mark.parametrize("nonsense", ["7", -1, float("nan"), float("inf"), None, True, timedelta(-1), object()])
 def test_a_retry_after_that_says_nothing_usable_is_passed_over(nonsense: Any) -> None:
-    assert EVEN.delay(1, Asked(nonsense)) == timedelta(seconds=1)
+    assert EVEN.delay(3, Asked(nonsense)) == timedelta(seconds=4)
 
 
 @pytest.mark.parametrize(

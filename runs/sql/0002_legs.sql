@@ -18,6 +18,10 @@ BEGIN
             FROM (SELECT split_part(type, '.', 1) AS kind, string_agg(payload->>'text', '' ORDER BY seq) AS text, min(seq) AS first
                   FROM longhaul_runs_event
                   WHERE run_id = p_run AND message_id = v_message AND type IN ('text.delta', 'reasoning.delta')
+                    AND seq > (  -- walked backwards from the end: the cost does not grow with the run
+                        SELECT c.seq FROM longhaul_runs_event c
+                        WHERE c.run_id = p_run AND c.message_id = v_message AND c.type = 'message.created'
+                        ORDER BY c.seq DESC LIMIT 1)
                   GROUP BY 1) AS d;
         END IF;
         UPDATE longhaul_threads_message
@@ -92,7 +96,7 @@ BEGIN
         p_epoch);
     IF v_run.status <> 'held' THEN
         SELECT id INTO v_held FROM longhaul_runs_run
-        WHERE thread_id = v_run.thread_id AND status = 'held' ORDER BY id LIMIT 1 FOR NO KEY UPDATE;
+        WHERE thread_id = v_run.thread_id AND status = 'held' ORDER BY created_at, id LIMIT 1 FOR NO KEY UPDATE;
     END IF;
     IF v_held IS NULL THEN RETURN jsonb_build_object('run', p_run, 'status', p_status); END IF;
     UPDATE longhaul_runs_run
@@ -150,7 +154,8 @@ BEGIN
 END $$;
 
 -- A step boundary, fenced: limits, messages saved by hand meanwhile, then the pending message with its leg_deadline, and the
--- context after p_after. NULL: the fence was lost. {"limit": name}: a limit is reached, nothing was changed.
+-- context after p_after. NULL: the fence was lost, or a message is pending already (a turn that was opened twice would leave
+-- the first one pending for ever). {"limit": name}: a limit is reached, nothing was changed.
 CREATE OR REPLACE FUNCTION longhaul_turn_open(
     p_run uuid, p_epoch integer, p_worker uuid, p_message uuid, p_model_time interval, p_after bigint, p_limit integer,
     p_max_steps integer, p_max_tokens bigint, p_max_cost numeric)
@@ -163,7 +168,8 @@ DECLARE
     v_pinned jsonb;
 BEGIN
     SELECT * INTO v_run FROM longhaul_runs_run
-    WHERE id = p_run AND epoch = p_epoch AND status = 'running' AND holder = p_worker FOR NO KEY UPDATE;
+    WHERE id = p_run AND epoch = p_epoch AND status = 'running' AND holder = p_worker AND pending_message_id IS NULL
+    FOR NO KEY UPDATE;
     IF NOT FOUND THEN RETURN NULL; END IF;  -- the fence
     v_now := longhaul_now();
     IF v_run.deadline <= v_now THEN RETURN '{"limit": "deadline"}'; END IF;
@@ -250,7 +256,8 @@ END $$;
 
 -- The commit of a step, fenced, one transaction: the deltas that the flusher still held and the other events (p_events, in
 -- order), the message complete, the step, its usage, its calls, and the run's next state: waiting for its calls, or
--- ended (p_end: {"status", "stop_reason", "output", "error"}). Returns NULL when the fence was lost. With calls: what
+-- ended (p_end: {"status", "stop_reason", "output", "error"}), or, with neither calls nor an end (input to take in, an
+-- answer to correct), still running: the leg opens its next turn. Returns NULL when the fence was lost. With calls: what
 -- longhaul_calls_changed says when all came settled already, else {"status": "waiting"}.
 CREATE OR REPLACE FUNCTION longhaul_step_commit(
     p_run uuid, p_epoch integer, p_worker uuid, p_message uuid, p_leg uuid, p_content jsonb, p_events jsonb, p_step_row jsonb,
@@ -261,8 +268,9 @@ DECLARE
     v_now timestamptz;
     v_step integer;
     v_count integer;
-    v_waits boolean := p_calls IS NOT NULL AND p_end IS NULL;
-    v_leg_ends boolean := v_waits AND p_linger <= interval '0';
+    v_open jsonb;
+    v_waits boolean := coalesce(jsonb_array_length(p_calls), 0) > 0 AND p_end IS NULL;
+    v_leg_ends boolean := v_waits AND coalesce(p_linger, interval '0') <= interval '0';
 BEGIN
     SELECT * INTO v_run FROM longhaul_runs_run
     WHERE id = p_run AND epoch = p_epoch AND status = 'running' AND holder = p_worker AND pending_message_id = p_message
@@ -301,12 +309,13 @@ BEGIN
         RETURN longhaul_run_end(p_run, p_end->>'status', p_end->>'stop_reason', nullif(p_end->'error', 'null'::jsonb), p_end->'output',
                                 CASE p_end->>'status' WHEN 'completed' THEN 'finished' ELSE 'failed' END, p_epoch);
     END IF;
+    IF NOT v_waits THEN RETURN jsonb_build_object('run', p_run, 'status', 'running'); END IF;
+    SELECT coalesce(jsonb_agg(c->'id' ORDER BY (c->>'index')::integer), '[]') INTO v_open
+    FROM jsonb_array_elements(p_calls) AS c WHERE c->>'outcome' IS NULL;
     INSERT INTO longhaul_runs_event (run_id, seq, type, at, epoch, payload)
-    VALUES (p_run, v_run.last_seq + v_count + 1, 'run.waiting', v_now, p_epoch, jsonb_build_object('tool_calls',
-            (SELECT jsonb_agg(c->'id' ORDER BY (c->>'index')::integer) FROM jsonb_array_elements(p_calls) AS c
-             WHERE c->>'outcome' IS NULL)));
+    VALUES (p_run, v_run.last_seq + v_count + 1, 'run.waiting', v_now, p_epoch, jsonb_build_object('tool_calls', v_open));
     IF v_leg_ends THEN PERFORM longhaul_leg_end(p_run, 'tools', false, p_epoch); END IF;
-    IF p_bad THEN RETURN longhaul_calls_changed(p_run); END IF;  -- every call came settled: join at once
+    IF v_open = '[]' THEN RETURN longhaul_calls_changed(p_run); END IF;  -- every call came settled: join at once
     RETURN jsonb_build_object('run', p_run, 'status', 'waiting');
 END $$;
 

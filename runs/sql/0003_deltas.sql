@@ -1,5 +1,6 @@
 -- One batch of deltas of many runs. Locks the run rows that still carry their fence in (depth, id) order and leaves those that are
--- locked to the next round, so that it neither deadlocks nor waits. Says for each claim: written, busy (try again), lost.
+-- locked to the next round, so that it neither deadlocks nor waits. The pending message is part of the fence: a delta of
+-- a step that was committed under the same claim comes too late. Says for each claim and message: written, busy (try again), lost.
 CREATE OR REPLACE FUNCTION longhaul_deltas_write(
     p_worker uuid, p_runs uuid[], p_epochs integer[], p_messages uuid[], p_types text[], p_ordinals integer[], p_payloads jsonb[])
 RETURNS TABLE (run_id uuid, epoch integer, state text) LANGUAGE plpgsql AS $$
@@ -17,15 +18,15 @@ BEGIN
     SELECT b.run, r.last_seq + row_number() OVER (PARTITION BY b.run ORDER BY b.place), b.type, v_now, b.epoch, b.message, b.ordinal, b.payload
     FROM unnest(p_runs, p_epochs, p_messages, p_types, p_ordinals, p_payloads) WITH ORDINALITY
          AS b(run, epoch, message, type, ordinal, payload, place)
-    JOIN longhaul_runs_run r ON r.id = b.run AND r.epoch = b.epoch
+    JOIN longhaul_runs_run r ON r.id = b.run AND r.epoch = b.epoch AND r.pending_message_id = b.message
     WHERE b.run = ANY (v_locked);
     UPDATE longhaul_runs_run r SET last_seq = last_seq + n.count
-    FROM (SELECT b.run, b.epoch, count(*) AS count FROM unnest(p_runs, p_epochs) AS b(run, epoch) WHERE b.run = ANY (v_locked)
-          GROUP BY 1, 2) AS n
-    WHERE r.id = n.run AND r.epoch = n.epoch;
+    FROM (SELECT b.run, b.epoch, b.message, count(*) AS count FROM unnest(p_runs, p_epochs, p_messages) AS b(run, epoch, message)
+          WHERE b.run = ANY (v_locked) GROUP BY 1, 2, 3) AS n
+    WHERE r.id = n.run AND r.epoch = n.epoch AND r.pending_message_id = n.message;
     RETURN QUERY
     SELECT c.run, c.epoch, CASE
-        WHEN c.run = ANY (v_locked) AND r.epoch = c.epoch THEN 'written'
+        WHEN c.run = ANY (v_locked) AND r.epoch = c.epoch AND r.pending_message_id = c.message THEN 'written'
         WHEN r.epoch = c.epoch AND r.status = 'running' AND r.holder = p_worker AND r.pending_message_id = c.message THEN 'busy'
         ELSE 'lost' END
     FROM (SELECT DISTINCT b.run, b.epoch, b.message FROM unnest(p_runs, p_epochs, p_messages) AS b(run, epoch, message)) AS c

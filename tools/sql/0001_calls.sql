@@ -126,7 +126,7 @@ BEGIN
     v_now := longhaul_now();
     UPDATE longhaul_tools_toolcall
     SET status = 'retrying', attempt = attempt + 1, holder = NULL, timeout_at = NULL, error = p_error,
-        not_before = v_now + p_delay, next_publish_at = v_now + p_delay, publishes = 0
+        not_before = v_now + p_delay, next_publish_at = v_now + coalesce(p_delay, interval '0'), publishes = 0
     WHERE id = p_call AND attempt = p_attempt AND status = 'running' AND holder = p_worker
     RETURNING * INTO v_call;
     IF NOT FOUND THEN RETURN NULL; END IF;

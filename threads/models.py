@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from django.conf import settings
-from django.db import models
+from django.db import models, transaction
 
 from threads.clock import Now
 from threads.ids import new_id
@@ -53,6 +53,14 @@ class Thread(models.Model):
         if role is None:
             return super().save(*args, **options)
         return self.save_many([{"role": role, "content": content, **options}])[0]
+
+    def delete(self, *args: Any, **options: Any) -> tuple[int, dict[str, int]]:
+        """Cancel the thread's live runs, then delete it with all that hangs on it."""
+        from threads import transcript
+
+        with transaction.atomic():
+            transcript.vacate(self.pk)
+            return super().delete(*args, **options)
 
     def save_many(self, messages: Sequence[Mapping[str, Any]]) -> list[Message]:
         """Save several messages at once, in order, atomically; runs nothing."""

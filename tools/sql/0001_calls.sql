@@ -193,7 +193,7 @@ BEGIN
         PERFORM longhaul_run_record(v_run_id, 'tool_call.retrying', jsonb_build_object(
             'tool_call', p_call, 'name', v_call.name, 'message', v_call.message_id, 'attempt', p_attempt + 1,
             'error', jsonb_build_object('code', CASE WHEN p_began THEN 'worker_lost' ELSE 'given_back' END), 'delay_seconds', 0));
-        v_more := jsonb_build_object('publish_call', jsonb_build_array(p_call, p_attempt + 1));
+        v_more := jsonb_build_object('publish_call', jsonb_build_array(p_call, p_attempt + 1, extract(epoch FROM v_call.timeout)));
     END IF;
     RETURN longhaul_calls_changed(v_run_id) || v_more || jsonb_build_object('code', v_code);
 END $$;

@@ -1,0 +1,350 @@
+"""How a run comes to be, and how its message gets out.
+
+Every row that is ready is published at once; fair release between owners comes later, its columns exist. A message is only
+a hint: it is published after the commit, and the sweep publishes again what stays queued.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from datetime import timedelta
+from typing import Any
+from uuid import UUID
+
+from django.db import IntegrityError, transaction
+
+from runs import agents, bells, lifecycle
+from runs.conf import settings
+from runs.exceptions import (
+    BadInput,
+    IdempotencyConflict,
+    InputTooLarge,
+    NothingToDo,
+    ThreadBusy,
+    TooManyHeld,
+)
+from runs.models import OCCUPYING, Run, Status, StopReason
+from threads import clock, database, transcript
+from threads.content import Part, parts_of
+from threads.models import Message, MessageStatus, Role, Thread
+
+SAVE_MODES = ("prompt_and_output", "all", "none")
+BUSY = ("enqueue", "reject")
+FIRST_REPUBLISH = timedelta(seconds=1)
+LATER = ("steer", "interrupt", "rollback")
+
+
+def start(
+    agent: agents.Agent,
+    input: str | Sequence[Mapping[str, Any]] | None = None,
+    *,
+    owner: Any = None,
+    thread: Thread | None = None,
+    message: Message | None = None,
+    messages: Sequence[Mapping[str, Any]] = (),
+    save: str = "prompt_and_output",
+    busy: str = "enqueue",
+    priority: int = 0,
+    model: str | None = None,
+    instructions: str | None = None,
+    tools: Sequence[Any] | None = None,
+    tool_choice: str | None = None,
+    limits: Mapping[str, Any] | None = None,
+    context: Mapping[str, Any] | None = None,
+    options: Mapping[str, Any] | None = None,
+    metadata: Mapping[str, Any] | None = None,
+    client_id: str = "",
+    idempotency_key: str | None = None,
+    parent: Run | None = None,
+    origin: str = "start",
+) -> Run:
+    """Make a run of `agent`, to be dispatched when the surrounding transaction commits.
+
+    input: a text or a list of parts, saved as the user's message; or `message`, one that is saved already; with neither
+    the run goes on from the thread's last state. messages: extra ones, shown to the model before the input.
+    save: what later runs of the thread see of this one: prompt_and_output, all (`messages` too), none.
+    busy: what happens when a run occupies the thread: enqueue (held until it ends), reject.
+    idempotency_key: the same key of the same owner and the same request give the same run.
+
+    Raises BadInput and its kind, ThreadBusy; the database is as before then.
+    """
+    if input is not None and message is not None:
+        raise BadInput("Give input or message, not both.")
+    if save not in SAVE_MODES:
+        raise BadInput(f"save must be one of {', '.join(SAVE_MODES)}; it is {save!r}.")
+    if busy in LATER:
+        raise BadInput(f"busy={busy!r} is not there yet; use one of {', '.join(BUSY)}.")
+    if busy not in BUSY:
+        raise BadInput(f"busy must be one of {', '.join(BUSY)}; it is {busy!r}.")
+    if isinstance(priority, bool) or not isinstance(priority, int) or not -32768 <= priority <= 32767:
+        raise BadInput("priority must be a whole number from -32768 to 32767.")
+    if len(client_id) > 200 or len(idempotency_key or "") > 200:
+        raise BadInput("client_id and idempotency_key have at most 200 characters.")
+    parts = _input_parts(input)
+    overrides = agents.check_overrides(
+        {
+            "model": model,
+            "instructions": instructions,
+            "tools": tools,
+            "tool_choice": tool_choice,
+            "limits": limits,
+            "context": context,
+            "options": options,
+        }
+    )
+    thread, owner_id = _thread_of(agent, thread, message, owner)
+    definition = agents.define(agent, thread.overrides, overrides)
+    if message is not None and idempotency_key is None:
+        idempotency_key = f"message:{message.pk}"
+    fingerprint = _fingerprint(
+        agent.name, parts, thread, message, list(messages), save, overrides, dict(metadata or {}), client_id
+    )
+    run = Run(
+        owner_id=owner_id,
+        agent=agent.name,
+        origin=origin,
+        parent=parent,
+        busy=busy,
+        priority=priority,
+        overrides=overrides,
+        save_mode=save,
+        metadata=dict(metadata or {}),
+        idempotency_key=idempotency_key,
+        fingerprint=fingerprint,
+    )
+    drafts = [transcript.draft(thread, extra) for extra in messages]
+    for extra in drafts:
+        extra.shown = save == "all"
+    if parts is not None:
+        drafts.append(
+            Message(thread=thread, role=Role.USER, content=parts, client_id=client_id, shown=save != "none")
+        )
+    try:
+        with transaction.atomic():
+            if idempotency_key is not None and (known := _known(owner_id, idempotency_key, fingerprint)):
+                return known
+            _insert(run, thread, drafts, message, has_input=parts is not None, definition=definition)
+    except IntegrityError:
+        # Somebody used the key between our look and our insert; anything else is a fault and goes on.
+        if idempotency_key is not None and (known := _known(owner_id, idempotency_key, fingerprint)):
+            return known
+        raise
+    return run
+
+
+def _insert(
+    run: Run,
+    thread: Thread,
+    drafts: list[Message],
+    message: Message | None,
+    *,
+    has_input: bool,
+    definition: agents.Definition,
+) -> None:
+    """Insert the run and its messages, held or queued. In a transaction."""
+    new_thread = thread._state.adding
+    if new_thread:
+        thread.save()
+        occupied = False
+    else:
+        occupied = transcript.lock_occupant(thread.pk)
+    if occupied:
+        _admit_held(run, thread)
+    elif not has_input and message is None and not drafts:
+        _something_to_do(thread)
+    moment = clock.now()
+    run.thread = thread
+    run.created_at = moment
+    run.deadline = moment + definition.limits.deadline if definition.limits.deadline else None
+    for draft in drafts:
+        draft.run_id = run.pk
+    if has_input:
+        run.input_message_id = drafts[-1].pk
+    elif message is not None:
+        run.input_message_id = message.pk
+    if occupied:
+        run.status = Status.HELD
+        for draft in drafts:
+            draft.status = MessageStatus.WAITING
+    else:
+        run.status = Status.QUEUED
+        run.dispatch_seq = 1
+        run.publishes = 1
+        run.queued_at = moment
+        run.next_publish_at = moment + FIRST_REPUBLISH
+        transcript.place(thread.pk, drafts)
+    run.save(force_insert=True)
+    Message.objects.bulk_create(drafts)
+    if message is not None:
+        Message.objects.filter(pk=message.pk, run_id=None).update(run_id=run.pk)
+    if occupied:
+        lifecycle.record(run.pk, "run.held", {})
+        return
+    for draft in drafts:
+        lifecycle.record(
+            run.pk,
+            "message.completed",
+            {"message": str(draft.pk), "role": draft.role, "content": draft.content, "client_id": draft.client_id},
+        )
+    lifecycle.record(run.pk, "run.queued", {"reason": "start"})
+    run_id = run.pk
+    # Between the commit and the publish a death costs a republish interval: the row says when it is due.
+    transaction.on_commit(lambda: publish(run_id, 1))
+
+
+def _admit_held(run: Run, thread: Thread) -> None:
+    live = Run.objects.filter(thread=thread, status__in=OCCUPYING).values_list("pk", flat=True).first()
+    if run.busy == "reject":
+        raise ThreadBusy(f"The thread has a live run, {live}. Wait for it, cancel it, or start with busy='enqueue'.")
+    if Run.objects.filter(thread=thread, status=Status.HELD).count() >= settings().max_held:
+        raise TooManyHeld(f"{settings().max_held} runs wait for this thread already. Try again when some have ended.")
+
+
+def _something_to_do(thread: Thread) -> None:
+    last = (
+        Message.objects.filter(thread=thread, status__in=[MessageStatus.COMPLETED, MessageStatus.PARTIAL], shown=True)
+        .order_by("-position")
+        .first()
+    )
+    if last is None:
+        raise NothingToDo("The thread is empty. Give an input.")
+    if last.role == Role.ASSISTANT and last.status == MessageStatus.COMPLETED:
+        raise NothingToDo
+
+
+def _thread_of(
+    agent: agents.Agent, thread: Thread | None, message: Message | None, owner: Any
+) -> tuple[Thread, Any]:
+    owner_id = None if owner is None else owner.pk
+    if message is not None:
+        if thread is not None and thread.pk != message.thread_id:
+            raise BadInput("The message is not of this thread.")
+        thread = message.thread
+    if thread is None:
+        return Thread(owner=owner, agent=agent.name), owner_id
+    if thread._state.adding:
+        raise BadInput("Save the thread first.")
+    if owner is not None and thread.owner_id != owner_id:
+        raise BadInput("The thread belongs to somebody else.")
+    return thread, thread.owner_id
+
+
+def _input_parts(input: str | Sequence[Mapping[str, Any]] | None) -> list[Part] | None:
+    if input is None:
+        return None
+    parts = parts_of(input)
+    size = sum(len(part.get("text", "")) for part in parts)
+    if not any(part["type"] != "text" or part["text"].strip() for part in parts):
+        raise BadInput("The input is empty. Give a text, or leave input out to go on from the thread's last state.")
+    if size > settings().max_input_chars:
+        raise InputTooLarge(
+            f"The input has {size:,} characters, {settings().max_input_chars:,} are allowed"
+            " (LONGHAUL['MAX_INPUT_CHARS'])."
+        )
+    return parts
+
+
+def _fingerprint(*request: Any) -> str:
+    plain = [
+        (str(each.pk) if not each._state.adding else None) if isinstance(each, Thread | Message) else each
+        for each in request
+    ]
+    return hashlib.sha256(database.dumps(plain).encode()).hexdigest()
+
+
+def _known(owner_id: Any, key: str, fingerprint: str) -> Run | None:
+    known = Run.objects.filter(owner_id=owner_id, idempotency_key=key).first()
+    if known is not None and known.fingerprint != fingerprint:
+        raise IdempotencyConflict(
+            f"The idempotency key {key!r} was used for another request (run {known.pk}). Use a new key."
+        )
+    return known
+
+
+def resume(run: Run, input: str | None = None) -> Run:
+    """Start a new run that goes on where a cancelled or failed one ended, on the same thread."""
+    run.refresh_from_db()
+    if run.status not in (Status.CANCELLED, Status.FAILED):
+        raise BadInput(f"Only a cancelled or failed run is resumed; this one is {run.status}.")
+    return start(
+        agents.get(run.agent),
+        input,
+        thread=run.thread,
+        priority=run.priority,
+        save=run.save_mode,
+        metadata=run.metadata,
+        parent=run,
+        origin="resume",
+        **{key: value for key, value in run.overrides.items() if key in agents.OVERRIDES},
+    )
+
+
+def cancel(run: Run, reason: str = "") -> Run:
+    """Cancel a live run, at once and for good; a finished one is left as it is. Returns the run as it is now."""
+    error = {"code": "cancelled", "message": reason, "retryable": False} if reason else None
+    with transaction.atomic():
+        answer = lifecycle.cancel(run.pk, error=error)
+        if answer is not None:
+            transaction.on_commit(lambda: announce(answer))
+    run.refresh_from_db()
+    return run
+
+
+def vacate(thread_id: UUID) -> None:
+    """Cancel every live run of a thread that is about to be deleted: the held ones first, that none is queued."""
+    live = Run.objects.filter(thread_id=thread_id, status__in=[Status.HELD, *OCCUPYING])
+    for run_id in [
+        *live.filter(status=Status.HELD).values_list("pk", flat=True),
+        *live.exclude(status=Status.HELD).values_list("pk", flat=True),
+    ]:
+        answer = lifecycle.cancel(run_id, StopReason.THREAD_DELETED)
+        if answer is not None:
+            transaction.on_commit(lambda answer=answer: announce(answer))  # type: ignore[misc]
+
+
+def occupied(thread_id: UUID, lock: bool) -> bool:
+    """Return whether a run occupies the thread; with `lock`, hold it for the rest of the transaction."""
+    occupying = Run.objects.filter(thread_id=thread_id, status__in=OCCUPYING)
+    if not lock:
+        return occupying.exists()
+    # The row may have ended between the look and the lock: Postgres then looks at it again and leaves it out.
+    while True:
+        if occupying.select_for_update(no_key=True, of=("self",)).first() is not None:
+            return True
+        if not occupying.exists():
+            return False
+
+
+def publish(run_id: UUID, dispatch_seq: int) -> None:
+    """Send a run's message. Losing it costs a republish interval."""
+    from runs import tasks
+
+    tasks.publish(run_id, dispatch_seq)
+
+
+def announce(answer: Mapping[str, Any], *, ring: bool = True) -> None:
+    """After the commit: publish and ring what a SQL function's answer says.
+
+    `{"run", "status", "dispatch_seq", "lingering", "released": [run, dispatch_seq], "publish_call": [call, attempt]}`
+    """
+    from tools import tasks as tool_tasks
+
+    run_id = answer.get("run")
+    channels = []
+    if run_id is not None:
+        if ring:
+            channels.append(bells.run_channel(run_id))
+        status = answer.get("status")
+        if answer.get("lingering") or status in ("cancelled", "failed", "completed"):
+            channels.append(bells.leg_channel(run_id))
+        if channels:
+            bells.ring(channels)
+        if answer.get("dispatch_seq") is not None and not answer.get("lingering"):
+            publish(UUID(run_id), answer["dispatch_seq"])
+    if released := answer.get("released"):
+        bells.ring([bells.run_channel(released[0])])
+        publish(UUID(released[0]), released[1])
+    if call := answer.get("publish_call"):
+        tool_tasks.publish(UUID(call[0]), call[1], timedelta(seconds=call[2]))
+

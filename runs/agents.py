@@ -1,0 +1,298 @@
+"""Agents: named definitions in code, discovered from `agents.py` of each installed app. No rows.
+
+What an agent says is overridden by its thread, that by the run. The nearest wins; lists replace, they never merge.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+from decimal import Decimal
+from functools import cached_property
+from importlib import import_module
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from django.apps import apps
+from django.utils.module_loading import module_has_submodule
+
+from runs.conf import settings
+from runs.exceptions import AgentsError, BadInput, UnknownAgent
+from runs.providers.port import ToolSpec, UnknownProvider, get_provider
+from tools.registry import Tool, tools_by_name
+
+if TYPE_CHECKING:
+    from runs.models import Run
+
+logger = logging.getLogger("longhaul.agents")
+
+Instructions: TypeAlias = "str | Callable[[Run], str]"
+
+# limit -> (type in words, what it must be)
+LIMITS: Mapping[str, str] = MappingProxyType(
+    {
+        "max_steps": "a whole number from 1",
+        "max_total_tokens": "a whole number from 1",
+        "max_cost": "a number above 0",
+        "deadline_seconds": "a number above 0",
+        "leg_budget_seconds": "a number above 0",
+    }
+)
+OVERRIDES = ("model", "instructions", "tools", "limits", "context", "tool_choice", "options")
+CONTEXT_OPTIONS = ("last_messages", "sources")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Agent:
+    """A named definition. `model` is `provider:name`; without one LONGHAUL["DEFAULT_MODEL"] counts.
+
+    instructions: what the model is told first: a text, or a sync function of the run that returns one.
+    tools: what `@tool` made; names must differ.
+    max_steps, max_total_tokens, max_cost, deadline_seconds, leg_budget_seconds: its limits, also as one dict `limits`.
+    context: `{"last_messages": n}`. options: fields of the model request (temperature, ...).
+    """
+
+    name: str
+    model: str | None = None
+    instructions: Instructions = ""
+    tools: Sequence[Tool] = ()
+    max_steps: int | None = None
+    max_total_tokens: int | None = None
+    max_cost: Decimal | float | None = None
+    deadline_seconds: float | None = None
+    leg_budget_seconds: float | None = None
+    limits: Mapping[str, Any] = field(default_factory=dict)
+    context: Mapping[str, Any] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)
+    tool_choice: str = "auto"
+
+    def __post_init__(self) -> None:
+        if not self.name or len(self.name) > 200:
+            raise AgentsError("An agent needs a name of 1 to 200 characters.")
+        tools_by_name(self.tools)
+        own = {name: getattr(self, name) for name in LIMITS if getattr(self, name) is not None}
+        object.__setattr__(self, "limits", check_limits({**self.limits, **own}))
+        check_context(self.context)
+
+    @cached_property
+    def tools_by_name(self) -> dict[str, Tool]:
+        return tools_by_name(self.tools)
+
+    def start(self, input: str | Sequence[Mapping[str, Any]] | None = None, **options: Any) -> Run:
+        """Start a run: a row now, dispatched when the surrounding transaction commits.
+
+        Options as in `runs.admission.start`: owner, thread, message, messages, save, busy, priority, limits, model,
+        instructions, tools, tool_choice, context, metadata, client_id, idempotency_key.
+        Raises BadInput and its kind; the database is as before then.
+        """
+        from runs import admission
+
+        return admission.start(self, input, **options)
+
+    async def astart(self, input: str | Sequence[Mapping[str, Any]] | None = None, **options: Any) -> Run:
+        """`start`, from async code."""
+        from asgiref.sync import sync_to_async
+
+        return await sync_to_async(self.start)(input, **options)
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What bounds a run. None is unlimited."""
+
+    max_steps: int
+    max_total_tokens: int | None
+    max_cost: Decimal | None
+    deadline: timedelta | None
+    leg_budget: timedelta
+
+
+@dataclass(frozen=True)
+class Definition:
+    """What an agent, its thread and its run say together."""
+
+    agent: str
+    model: str
+    instructions: Instructions
+    tools: dict[str, Tool]
+    limits: Limits
+    last_messages: int
+    tool_choice: str
+    options: Mapping[str, Any]
+
+    @cached_property
+    def specs(self) -> list[ToolSpec]:
+        return [ToolSpec(tool.name, tool.description, tool.parameters) for tool in self.tools.values()]
+
+    @cached_property
+    def schema_digest(self) -> str:
+        """SHA-256 (hex) of all tools that the model is offered."""
+        return hashlib.sha256("".join(tool.digest for tool in self.tools.values()).encode()).hexdigest()
+
+
+def define(agent: Agent, *overrides: Mapping[str, Any]) -> Definition:
+    """Lay the overrides over the agent, the later ones nearer. Raises BadInput when they do not fit it."""
+    said: dict[str, Any] = {
+        "model": agent.model or settings().default_model,
+        "instructions": agent.instructions,
+        "tools": None,
+        "tool_choice": agent.tool_choice,
+    }
+    limits: dict[str, Any] = dict(agent.limits)
+    context: dict[str, Any] = dict(agent.context)
+    options: dict[str, Any] = dict(agent.options)
+    for layer in overrides:
+        said.update({key: value for key, value in layer.items() if key in said and value is not None})
+        limits.update(layer.get("limits") or {})
+        context.update(layer.get("context") or {})
+        options.update(layer.get("options") or {})
+    if not said["model"]:
+        raise BadInput(f"Agent {agent.name!r} has no model. Give it one, or set LONGHAUL['DEFAULT_MODEL'].")
+    tools = agent.tools_by_name
+    if said["tools"] is not None:
+        unknown = [name for name in said["tools"] if name not in tools]
+        if unknown:
+            raise BadInput(f"Agent {agent.name!r} has no tool {unknown[0]!r}; it has: {', '.join(tools) or 'none'}.")
+        tools = {name: tools[name] for name in said["tools"]}
+    seconds = limits.get("deadline_seconds")
+    budget = limits.get("leg_budget_seconds")
+    cost = limits.get("max_cost")
+    return Definition(
+        agent=agent.name,
+        model=said["model"],
+        instructions=said["instructions"],
+        tools=tools,
+        limits=Limits(
+            max_steps=limits.get("max_steps") or settings().max_steps,
+            max_total_tokens=limits.get("max_total_tokens"),
+            max_cost=None if cost is None else Decimal(str(cost)),
+            deadline=None if seconds is None else timedelta(seconds=seconds),
+            leg_budget=settings().leg_budget if budget is None else timedelta(seconds=budget),
+        ),
+        last_messages=context.get("last_messages") or settings().context_messages,
+        tool_choice=said["tool_choice"],
+        options=options,
+    )
+
+
+def check_overrides(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a thread or run may override, without what is None. Raises BadInput that names the field."""
+    said = {key: value for key, value in given.items() if value is not None}
+    if unknown := set(said) - set(OVERRIDES):
+        raise BadInput(f"{', '.join(sorted(unknown))} cannot be overridden; {', '.join(OVERRIDES)} can.")
+    if "model" in said:
+        try:
+            get_provider(said["model"])
+        except UnknownProvider as error:
+            raise BadInput(str(error)) from error
+    for key in ("instructions", "tool_choice"):
+        if key in said and not isinstance(said[key], str):
+            raise BadInput(f"{key} must be a string.")
+    if "tools" in said:
+        names = [tool.name if isinstance(tool, Tool) else tool for tool in said["tools"]]
+        if not all(isinstance(name, str) for name in names):
+            raise BadInput("tools must be a list of names of the agent's tools.")
+        said["tools"] = names
+    if "limits" in said:
+        said["limits"] = check_limits(said["limits"])
+    if "context" in said:
+        check_context(said["context"])
+    return said
+
+
+def check_limits(limits: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the limits as plain numbers. Raises BadInput that names the limit."""
+    if not isinstance(limits, Mapping):
+        raise BadInput(f"limits must be a dict of: {', '.join(LIMITS)}.")
+    checked: dict[str, Any] = {}
+    for name, value in limits.items():
+        if name not in LIMITS:
+            raise BadInput(f"There is no limit {name!r}; there are: {', '.join(LIMITS)}.")
+        if value is None:
+            continue
+        whole = name in ("max_steps", "max_total_tokens")
+        kinds = (int,) if whole else (int, float, Decimal)
+        if isinstance(value, bool) or not isinstance(value, kinds) or not 0 < value < 10**12:
+            raise BadInput(f"{name} must be {LIMITS[name]}; it is {value!r}.")
+        checked[name] = float(value) if isinstance(value, Decimal) else value
+    return checked
+
+
+def check_context(context: Mapping[str, Any]) -> None:
+    """Raises BadInput that names the option."""
+    if not isinstance(context, Mapping):
+        raise BadInput("context must be a dict like {'last_messages': 100}.")
+    if unknown := set(context) - set(CONTEXT_OPTIONS):
+        raise BadInput(f"There is no context option {sorted(unknown)[0]!r}; there are: {', '.join(CONTEXT_OPTIONS)}.")
+    last = context.get("last_messages")
+    if last is not None and (isinstance(last, bool) or not isinstance(last, int) or not 1 <= last <= 10_000):
+        raise BadInput("last_messages must be a whole number from 1 to 10000.")
+
+
+class Registry:
+    """The agents of this project, found once. A module that fails to import is remembered; the others work."""
+
+    def __init__(self) -> None:
+        self._agents: dict[str, Agent] = {}
+        self._broken: dict[str, Exception] = {}
+        self._found = False
+        self._lock = threading.RLock()
+
+    def add(self, agent: Agent) -> Agent:
+        """Make known an agent that stands in no `agents.py` (in a test, say). One of the same name is replaced."""
+        self._agents[agent.name] = agent
+        return agent
+
+    def discover(self) -> None:
+        with self._lock:
+            if self._found:
+                return
+            for config in apps.get_app_configs():
+                # `runs.agents` is this module: definitions stand in the apps of its users.
+                if config.name == "runs" or not module_has_submodule(config.module, "agents"):
+                    continue
+                name = f"{config.name}.agents"
+                try:
+                    module = import_module(name)
+                    for value in list(vars(module).values()):
+                        if isinstance(value, Agent):
+                            self._take(value, name)
+                except Exception as error:
+                    self._broken[name] = error
+                    logger.exception("The agents of %s cannot be used", name)
+            self._found = True
+
+    def _take(self, agent: Agent, module: str) -> None:
+        known = self._agents.get(agent.name)
+        if known is not None and known is not agent:
+            raise AgentsError(f"Two agents are named {agent.name!r}; the second one stands in {module}. Rename one.")
+        self._agents[agent.name] = agent
+
+    def get(self, name: str) -> Agent:
+        """Return an agent. Raises UnknownAgent that says which there are, and which modules failed to import."""
+        self.discover()
+        if name in self._agents:
+            return self._agents[name]
+        told = f"There is no agent {name!r}; there are: {', '.join(sorted(self._agents)) or 'none'}."
+        for module, error in self._broken.items():
+            told += f" {module} failed to import: {type(error).__name__}: {error}"
+        raise UnknownAgent(told)
+
+    def all(self) -> dict[str, Agent]:
+        self.discover()
+        return dict(sorted(self._agents.items()))
+
+    def broken(self) -> dict[str, Exception]:
+        """Return the agents modules that failed to import, and why."""
+        self.discover()
+        return dict(self._broken)
+
+
+registry = Registry()
+get = registry.get
+
+__all__ = ["Agent", "Definition", "Limits", "Registry", "define", "get", "registry"]

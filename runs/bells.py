@@ -1,0 +1,147 @@
+"""The bell: a Redis publish that wakes readers and lingering legs. It never carries truth.
+
+Who hears it reads rows; who cannot hear it (Redis is away) looks once a second. A reader listens on the run's channel; a
+leg that lingers, or speaks, on the leg's: what concerns it is rare, while the run's channel rings for every event.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from functools import cache
+from typing import Any
+from uuid import UUID
+
+import redis
+from django.conf import settings as django_settings
+from redis.exceptions import RedisError
+
+logger = logging.getLogger("longhaul.bells")
+
+_PAUSE_SECONDS = 1.0  # after a failed ring none is tried for so long: rows do not wait for Redis
+_away_until = 0.0
+
+
+def run_channel(run_id: UUID | str) -> str:
+    return f"longhaul.run.{run_id}"
+
+
+def leg_channel(run_id: UUID | str) -> str:
+    return f"longhaul.leg.{run_id}"
+
+
+@cache
+def _client() -> redis.Redis | None:
+    url = getattr(django_settings, "REDIS_URL", None)
+    if not url:
+        return None
+    return redis.Redis.from_url(url, socket_timeout=2, socket_connect_timeout=2, socket_keepalive=True)
+
+
+def ring(channels: Iterable[str]) -> None:
+    """Publish on the channels, after a commit. A Redis that is away costs at most one time-out a second."""
+    global _away_until
+    client = _client()
+    if client is None or time.monotonic() < _away_until:
+        return
+    try:
+        names = list(channels)
+        if len(names) == 1:
+            client.publish(names[0], b"")
+            return
+        with client.pipeline(transaction=False) as pipeline:
+            for channel in names:
+                pipeline.publish(channel, b"")
+            pipeline.execute()
+    except (RedisError, OSError) as error:
+        _away_until = time.monotonic() + _PAUSE_SECONDS
+        logger.warning("The bell does not ring, readers look once a second: %s", type(error).__name__)
+
+
+class Ear:
+    """One subscription a process, for any number of channels.
+
+    `listen(channel)` yields an Event that is set whenever the channel rings, and whenever the connection was lost.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        self._events: dict[str, set[threading.Event]] = {}
+        self._pubsub: Any = None
+        self._thread: threading.Thread | None = None
+
+    @contextlib.contextmanager
+    def listen(self, channel: str) -> Iterator[threading.Event]:
+        event = threading.Event()
+        with self._lock:
+            first = channel not in self._events
+            self._events.setdefault(channel, set()).add(event)
+            if first:
+                self._subscribe(channel)
+        try:
+            yield event
+        finally:
+            with self._lock:
+                listening = self._events[channel]
+                listening.discard(event)
+                if not listening:
+                    del self._events[channel]
+                    if self._pubsub is not None:
+                        with contextlib.suppress(RedisError, OSError):
+                            self._pubsub.unsubscribe(channel)
+
+    def _subscribe(self, channel: str) -> None:
+        client = _client()
+        if client is None:
+            return
+        try:
+            if self._pubsub is None:
+                self._pubsub = client.pubsub(ignore_subscribe_messages=True)
+            self._pubsub.subscribe(channel)
+        except (RedisError, OSError):
+            return  # the thread subscribes again when Redis is back
+        finally:
+            if self._thread is None or not self._thread.is_alive():
+                self._thread = threading.Thread(target=self._hear, name="longhaul-ear", daemon=True)
+                self._thread.start()
+
+    def _hear(self) -> None:
+        while True:
+            try:
+                if self._pubsub is None:
+                    self._renew()
+                heard = self._pubsub.get_message(timeout=5.0)
+            except (RedisError, OSError, ValueError, AttributeError):
+                self._wake_all()  # what rang meanwhile was not heard
+                with self._lock:
+                    self._pubsub = None
+                time.sleep(_PAUSE_SECONDS)
+                continue
+            if heard is not None and heard["type"] == "message":
+                for event in list(self._events.get(heard["channel"].decode(), ())):
+                    event.set()
+
+    def _renew(self) -> None:
+        with self._lock:
+            client = _client()
+            if client is None:
+                raise OSError("no Redis")
+            made = client.pubsub(ignore_subscribe_messages=True)
+            channels = list(self._events)
+            if channels:
+                made.subscribe(*channels)
+            self._pubsub = made
+
+    def _wake_all(self) -> None:
+        with self._lock:
+            for events in self._events.values():
+                for event in events:
+                    event.set()
+
+
+@cache
+def ear() -> Ear:
+    return Ear()

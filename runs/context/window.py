@@ -1,0 +1,77 @@
+"""The last messages of a thread, whole turns only, kept rendered while a leg lives.
+
+A leg reads the thread once and afterwards only what is new, so a step costs what it adds, not what the thread holds.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class Shown:
+    """One message of the window."""
+
+    id: str
+    position: int
+    role: str
+    rendered: bytes
+
+
+Row = list[Any]  # [id, position, role, content, run], as longhaul_context_read gives it
+
+
+class Window:
+    """At most `size` of the thread's last messages, and before them what is pinned: the run's own input.
+
+    It never begins with a tool's result whose call lies further back. `render` is the provider's.
+    """
+
+    def __init__(self, size: int, render: Callable[[Mapping[str, Any]], bytes]) -> None:
+        self.size = size
+        self.last = 0  # the highest place that was read
+        self._render = render
+        self._run: str | None = None
+        self._pinned: list[Shown] = []
+        self._shown: deque[Shown] = deque()
+        self._own_input: dict[str, Shown] = {}
+
+    def pin(self, rows: Iterable[Row]) -> None:
+        """Take in what stays shown though the window has moved on."""
+        self._pinned = [self._read(row) for row in rows]
+
+    def extend(self, rows: Iterable[Row], *, run: str) -> None:
+        """Take in the messages after `last`, in their order. Those of `run` that nobody spoke in a step are its input."""
+        for row in rows:
+            message = self._read(row)
+            self._shown.append(message)
+            if row[4] == run and message.role in ("user", "system"):
+                self._own_input[message.id] = message
+        if self._shown:
+            self.last = max(self.last, self._shown[-1].position)
+        self._trim()
+
+    def _read(self, row: Row) -> Shown:
+        return Shown(row[0], row[1], row[2], self._render({"role": row[2], "content": row[3]}))
+
+    def _trim(self) -> None:
+        while len(self._shown) > self.size or (self._shown and self._shown[0].role == "tool"):
+            dropped = self._shown.popleft()
+            if dropped.id in self._own_input:
+                self._pinned.append(dropped)
+
+    def messages(self) -> list[bytes]:
+        """Return the rendered messages, in order, for a request."""
+        return [message.rendered for message in (*self._pinned, *self._shown) if message.rendered]
+
+    def described(self) -> dict[str, Any]:
+        """Return what a Step keeps, enough to rebuild the request: the places from first to last, and the pinned ids."""
+        return {
+            "first": self._shown[0].position if self._shown else 0,
+            "last": self._shown[-1].position if self._shown else 0,
+            "count": len(self._shown),
+            "pinned": [message.id for message in self._pinned],
+        }

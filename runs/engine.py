@@ -1,0 +1,622 @@
+"""A leg: one Celery task's stretch of a run.
+
+Claim; at every step boundary look at the limits and at the time; open a turn (the pending message is a row before the
+model is asked); stream, holding no database connection; commit the step in one transaction; linger for its tool calls;
+claim again. Every write carries the fence. What ends a leg is one transaction that leaves nothing behind.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import random
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from datetime import timedelta
+from decimal import Decimal
+from typing import Any
+from uuid import UUID
+
+from django.db import DatabaseError, InterfaceError, connection
+
+from runs import admission, agents, bells, lifecycle
+from runs.claims import Claim, Interrupted
+from runs.conf import settings
+from runs.context import Window
+from runs.exceptions import FenceLost, LonghaulError
+from runs.flusher import Buffer, Chunk, Flusher
+from runs.models import Run, Status, StopReason
+from runs.providers.port import (
+    Finished,
+    ModelRequest,
+    Provider,
+    ProviderError,
+    ReasoningDelta,
+    TextDelta,
+    ToolCallDelta,
+    UnknownProvider,
+    UsageReported,
+    get_provider,
+    parse_arguments,
+)
+from threads import database
+from threads.ids import new_id
+from tools.exceptions import ToolError, UnknownTool
+from tools.presence import Presence
+
+logger = logging.getLogger("longhaul.engine")
+
+MARGIN = timedelta(seconds=30)  # after model_timeout: what a commit may take
+LOOK_SECONDS = 1.0  # how often a lingering leg looks though no bell rang
+
+
+@dataclass
+class Process:
+    """What the legs of one worker process share. `flusher` None: every delta waits for its step's commit."""
+
+    presence: Presence
+    flusher: Flusher | None = None
+    draining: bool = False
+    legs: set[Claim] = field(default_factory=set)
+
+    def drain(self) -> None:
+        """Take no new step. Legs that wait for calls or for a person end now; streams have their grace first."""
+        self.draining = True
+        self.presence.draining = True
+        for claim in list(self.legs):
+            if claim.wake is not None:
+                claim.wake.set()
+
+    def cut(self) -> None:
+        """The grace is over: hand on what still streams."""
+        for claim in list(self.legs):
+            claim.interrupt("drained")
+
+
+@dataclass(slots=True)
+class Call:
+    """A tool call as the model speaks it. Its id is minted here, at its first chunk."""
+
+    id: UUID
+    name: str
+    text: list[str] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class Answer:
+    """What the model said in one turn: parts in the order in which they began."""
+
+    parts: list[dict[str, Any]] = field(default_factory=list)
+    calls: dict[int, Call] = field(default_factory=dict)
+    usage: UsageReported | None = None
+    finish: str = ""
+
+    @property
+    def text(self) -> str:
+        return "".join(part["text"] for part in self.parts if part["type"] == "text")
+
+
+@dataclass(slots=True)
+class Turn:
+    """An opened turn: its pending message is a row."""
+
+    message: UUID
+    step: int
+    bad_calls: int
+    last: bool  # the last allowed step: asked for without tools
+    buffer: Buffer
+
+
+def advance(run_id: UUID, dispatch_seq: int, process: Process, *, task_id: str = "") -> None:
+    """Claim the run by `dispatch_seq` and take it as far as this leg may. A doubled or late message does nothing."""
+    presence = process.presence
+    with presence.register.entry("run", run_id) as registered:
+        worker = presence.id
+        leg_id = new_id()
+        answer = lifecycle.claim(
+            run_id, dispatch_seq, worker=worker, worker_name=presence.name, task_id=task_id, leg=leg_id
+        )
+        if answer is None:
+            return  # another worker got there first, or the run is no longer due
+        if answer.get("absent"):
+            logger.warning("Run %s is left to others: this worker has not beaten", run_id)
+            return
+        claim = Claim(run_id, worker)
+        claim.epoch = answer["epoch"]
+        registered(claim.epoch)
+        process.legs.add(claim)
+        try:
+            logger.info("Run %s claimed", run_id, extra={"action": "run.claimed", "epoch": claim.epoch})
+            Leg(process, claim, leg_id, answer, registered).advance()
+        except FenceLost:
+            logger.info("Run %s epoch %s was lost", run_id, claim.epoch, extra={"action": "leg.lost"})
+        except (DatabaseError, InterfaceError) as error:
+            # Whether the last write took effect is unknown, so nothing is assumed: the leg ends. What the row still
+            # says it holds is given back by this process's presence, for it is no longer in the register.
+            logger.warning("Run %s: its leg ends without an answer of Postgres", run_id, exc_info=error)
+            if not connection.in_atomic_block:
+                connection.close()
+        finally:
+            process.legs.discard(claim)
+
+
+class Leg:
+    """One task's stretch of a run, over the claims that it makes after lingering."""
+
+    def __init__(self, process: Process, claim: Claim, leg_id: UUID, claimed: dict[str, Any], registered: Any) -> None:
+        self.process = process
+        self.claim = claim
+        self.id = leg_id
+        self.claimed = claimed
+        self.registered = registered
+        self.began = time.monotonic()
+        self.tries = int(claimed["model_tries"])
+        self.usage: dict[str, Any] | None = None
+
+    # -- the course of a leg --
+
+    def advance(self) -> None:
+        try:
+            definition = self._define()
+        except (LonghaulError, UnknownProvider, ToolError) as error:
+            self._fail(StopReason.CONFIGURATION, getattr(error, "code", "configuration"), str(error))
+            return
+        except Exception as error:  # the user's instructions
+            logger.exception("Run %s: its agent's instructions failed", self.claim.run_id)
+            self._fail(StopReason.CONFIGURATION, "configuration", f"The agent's instructions failed: {error!r}")
+            return
+        self.definition = definition
+        self._bell()
+        if self.process.draining:
+            self._requeue("drained")
+            return
+        try:
+            with self._listening():
+                self._steps()
+        except Interrupted as interrupted:
+            if interrupted.reason == "lost":
+                raise FenceLost from None
+            self._requeue("drained")
+
+    def _define(self) -> agents.Definition:
+        agent = agents.get(self.claimed["agent"])
+        definition = agents.define(agent, self.claimed["thread_overrides"] or {}, self.claimed["overrides"] or {})
+        self.provider: Provider
+        self.provider, self.model = get_provider(definition.model)
+        self.instructions = self._instruct(definition)
+        self.tools = self.provider.render_tools(definition.specs)
+        self.window = Window(definition.last_messages, self.provider.render)
+        return definition
+
+    def _instruct(self, definition: agents.Definition) -> str:
+        if isinstance(definition.instructions, str):
+            return definition.instructions
+        began = time.monotonic()
+        said = definition.instructions(Run.objects.get(pk=self.claim.run_id))
+        if time.monotonic() - began > 1:
+            logger.warning("The instructions of agent %s took over 1 s; other runs waited", definition.agent)
+        if not isinstance(said, str):
+            raise agents.BadInput(f"The instructions of agent {definition.agent!r} returned {type(said).__name__}, not a text.")
+        return said
+
+    def _steps(self) -> None:
+        turn = self._open()
+        while turn is not None:
+            try:
+                answer = self._speak(turn)
+            except ProviderError as error:
+                self._close(turn)
+                self._model_failed(error)
+                return
+            except BaseException:
+                self._close(turn)
+                raise
+            outcome = self._commit(turn, answer)
+            if outcome["status"] == "running":
+                turn = self._open()
+            elif outcome["status"] in ("waiting", "requires_action", "queued"):
+                turn = self._linger()
+            else:
+                turn = None
+
+    # -- boundaries --
+
+    def _opening(self) -> tuple[Any, ...]:
+        limits = self.definition.limits
+        return (
+            new_id(),
+            settings().model_timeout + MARGIN,
+            self.window.last,
+            self.window.size,
+            limits.max_steps,
+            limits.max_total_tokens or lifecycle.UNLIMITED_TOKENS,
+            limits.max_cost if limits.max_cost is not None else lifecycle.UNLIMITED_COST,
+        )
+
+    def _open(self) -> Turn | None:
+        """The boundary of a claim that is held: open the next turn, or end the run at a limit."""
+        if self._handed_over():
+            return None
+        opening = self._opening()
+        return self._opened(opening[0], lifecycle.open_turn(self.claim.run_id, self.claim.epoch, self.claim.worker, opening))
+
+    def _opened(self, message: UUID, answer: dict[str, Any]) -> Turn | None:
+        if limit := answer.get("limit"):
+            self._finish_at(StopReason(limit))
+            return None
+        run = str(self.claim.run_id)
+        if answer.get("pinned"):
+            self.window.pin(answer["pinned"])
+        self.window.extend(answer["context"], run=run)
+        steps = int(answer["steps"])
+        self._bell()
+        return Turn(
+            message=message,
+            step=steps + 1,
+            bad_calls=int(answer["bad_calls"]),
+            last=bool(self.definition.tools) and steps + 1 >= self.definition.limits.max_steps,
+            buffer=self._buffer(message),
+        )
+
+    def _handed_over(self) -> bool:
+        """Hand over when this worker drains or the time budget is used. A leg takes at least one step."""
+        if self.process.draining:
+            self._requeue("drained")
+            return True
+        # Measured from the leg's begin; a model call that is longer is cut at model_timeout, never here.
+        if time.monotonic() - self.began >= self.definition.limits.leg_budget.total_seconds():
+            self._requeue("budget")
+            return True
+        return False
+
+    # -- the model --
+
+    def _speak(self, turn: Turn) -> Answer:
+        request = ModelRequest(
+            model=self.model,
+            instructions=self.instructions,
+            messages=self.window.messages(),
+            tools=self.tools,
+            tool_choice="none" if turn.last else self.definition.tool_choice,
+            options=self.definition.options,
+            timeout=settings().model_timeout,
+            silence=settings().model_silence,
+        )
+        database.release()  # no connection is held while the model speaks
+        answer = Answer()
+        self.usage = None
+        stream = self.provider.stream(request)
+        with contextlib.closing(stream), self.claim.interruptible():  # type: ignore[type-var]
+            for event in stream:
+                self.claim.check()
+                self._hear(turn, answer, event)
+        return answer
+
+    def _hear(self, turn: Turn, answer: Answer, event: Any) -> None:
+        buffer = turn.buffer
+        match event:
+            case TextDelta(text):
+                _append(answer.parts, "text", text)
+                buffer.add("text.delta", text)
+            case ReasoningDelta(text):
+                _append(answer.parts, "reasoning", text)
+                buffer.add("reasoning.delta", text)
+            case ToolCallDelta(index, _, name, text):
+                call = answer.calls.get(index)
+                if call is None:
+                    call = answer.calls[index] = Call(new_id(), name)
+                call.text.append(text)
+                buffer.add("tool_call.arguments_delta", text, tool_call=str(call.id), name=call.name)
+            case UsageReported():
+                answer.usage = event
+                self.usage = self._usage_row(event)
+                return
+            case Finished(reason):
+                answer.finish = reason
+                return
+        if self.process.flusher is not None:
+            self.process.flusher.wake()
+
+    def _model_failed(self, error: ProviderError) -> None:
+        described = {"code": error.code, "message": error.message, "retryable": error.retryable}
+        waited = timedelta(seconds=float(self.claimed["retry_seconds"] or 0)) + timedelta(seconds=time.monotonic() - self.began)
+        tries = self.tries + 1
+        again = error.retryable and tries < settings().model_tries
+        if again and (tries == 1 or waited < settings().model_retry_total):
+            delay = retry_delay(tries, error.retry_after)
+            logger.info("Run %s: the model failed (%s), again in %s", self.claim.run_id, error.code, delay)
+            self._announce(
+                lifecycle.requeue(
+                    self.claim.run_id,
+                    self.claim.epoch,
+                    self.claim.worker,
+                    "retry",
+                    delay=delay,
+                    error={"error": described},
+                    usage=self.usage,
+                )
+            )
+            return
+        self._fail(StopReason.MODEL_ERROR, error.code, error.message, retryable=error.retryable)
+
+    # -- the commit --
+
+    def _commit(self, turn: Turn, answer: Answer) -> dict[str, Any]:
+        calls, settled_events = ([], []) if turn.last else self._calls(answer)
+        bad = bool(calls) and all("outcome" in call for call in calls)
+        content = [part for part in answer.parts if part["text"]]
+        content += [
+            {"type": "tool_call", "tool_call": call["id"], "name": call["name"], "arguments": call["arguments"]}
+            for call in calls
+        ]
+        end = self._end(turn, answer, calls, bad)
+        message = {"message": str(turn.message), "role": "assistant", "step": turn.step}
+        flusher = self.process.flusher
+        rest: list[Chunk] = turn.buffer.take()
+        events: list[list[Any]] = [[chunk.type, chunk.ordinal, chunk.payload] for chunk in rest]
+        events.append(["message.completed", None, {**message, "content": content}])
+        if self.usage is not None:
+            events.append(["usage", None, {"message": str(turn.message), **self.usage}])
+        events += [
+            [
+                "tool_call.created",
+                None,
+                {
+                    "tool_call": call["id"],
+                    "name": call["name"],
+                    "message": str(turn.message),
+                    "arguments": call["arguments"],
+                },
+            ]
+            for call in calls
+        ]
+        events += settled_events
+        try:
+            self.claim.check()
+            outcome: dict[str, Any] = lifecycle.commit_step(
+                self.claim.run_id,
+                self.claim.epoch,
+                self.claim.worker,
+                message=turn.message,
+                leg=self.id,
+                content=content,
+                events=events,
+                step=self._step_row(turn),
+                usage=self.usage,
+                calls=calls,
+                bad=bad,
+                end=end,
+                linger=timedelta(0) if self.process.draining else settings().linger,
+            )
+        finally:
+            if flusher is not None:
+                flusher.close(turn.buffer)
+        self.tries = 0
+        self.usage = None
+        if outcome["status"] == "waiting":
+            self._publish_calls(calls)
+        self._announce({**outcome, "lingering": True} if outcome["status"] == "queued" and self._lingers() else outcome)
+        return outcome
+
+    def _lingers(self) -> bool:
+        return settings().linger > timedelta(0) and not self.process.draining
+
+    def _publish_calls(self, calls: list[dict[str, Any]]) -> None:
+        # Between the commit and this a death costs a republish interval: the rows say when they are due.
+        from tools import tasks
+
+        for call in calls:
+            if "outcome" not in call:
+                tool = self.definition.tools[call["name"]]
+                tasks.publish(UUID(call["id"]), 1, tool.timeout, tool.queue)
+
+    def _calls(self, answer: Answer) -> tuple[list[dict[str, Any]], list[list[Any]]]:
+        """Return the rows of the calls, the bad ones settled with what the model is told, and the events of those."""
+        rows: list[dict[str, Any]] = []
+        settled: list[list[Any]] = []
+        for index, call in sorted(answer.calls.items()):
+            text = "".join(call.text)
+            arguments = parse_arguments(text)
+            row: dict[str, Any] = {"id": str(call.id), "index": index, "name": call.name, "arguments": arguments}
+            error = self._bad(call.name, text)
+            tool = self.definition.tools.get(call.name)
+            if error is None and tool is not None:
+                row |= {
+                    "max_attempts": tool.retry.attempts,
+                    "idempotent": tool.idempotent,
+                    "atomic": tool.atomic,
+                    "deferred": tool.deferred,
+                    "timeout_seconds": tool.timeout.total_seconds(),
+                }
+            else:
+                row |= {"outcome": "failed", "error": error}
+                payload = {"tool_call": str(call.id), "name": call.name, "outcome": "failed", "result": None, "error": error}
+                settled.append(["tool_call.settled", None, payload])
+            rows.append(row)
+        return rows, settled
+
+    def _bad(self, name: str, text: str) -> dict[str, str] | None:
+        """Return what is wrong with a call, as the model is told it."""
+        tool = self.definition.tools.get(name)
+        try:
+            if tool is None:
+                raise UnknownTool(name, self.definition.tools)
+            tool.validate(text)
+        except ToolError as error:
+            return {"code": error.code, "message": str(error)}
+        except Exception as error:  # a validator of the user's
+            return {"code": "invalid_arguments", "message": f"The arguments could not be checked ({type(error).__name__})."}
+        if tool.needs_approval or tool.deferred:
+            # Their code comes later; what needs a person's word must not run without it.
+            what = "a person's approval" if tool.needs_approval else "a result from outside"
+            return {"code": "not_available", "message": f"{name} needs {what}, which is not available here."}
+        return None
+
+    def _end(self, turn: Turn, answer: Answer, calls: list[dict[str, Any]], bad: bool) -> dict[str, Any] | None:
+        """Decide whether this step ends the run, and how."""
+        if not calls:
+            # What was asked for as the last step is the limit's doing, whatever the model made of it.
+            reason = StopReason.MAX_STEPS if turn.last else StopReason.END_TURN
+            return {"status": Status.COMPLETED, "stop_reason": reason, "output": answer.text, "error": None}
+        if bad and turn.bad_calls + 1 >= settings().bad_calls_limit:
+            message = f"The model made only invalid tool calls in {turn.bad_calls + 1} steps in a row."
+            error = {"code": "invalid_calls", "message": message, "retryable": False}
+            return {"status": Status.FAILED, "stop_reason": StopReason.MODEL_ERROR, "output": None, "error": error}
+        return None
+
+    def _step_row(self, turn: Turn) -> dict[str, Any]:
+        return {
+            "model": self.definition.model,
+            "instructions": self.instructions,
+            "tool_names": list(self.definition.tools),
+            "schema_digest": self.definition.schema_digest,
+            "options": {**self.definition.options, "tool_choice": "none" if turn.last else self.definition.tool_choice},
+            "context": self.window.described(),
+        }
+
+    def _usage_row(self, usage: UsageReported) -> dict[str, Any]:
+        price = settings().prices.get(self.model) or settings().prices.get(self.definition.model)
+        cost = None
+        if price is not None:
+            million = Decimal(1_000_000)
+            cost = str(
+                Decimal(str(price.get("input", 0))) * usage.input_tokens / million
+                + Decimal(str(price.get("output", 0))) * usage.output_tokens / million
+            )
+        return {
+            "model": self.definition.model,
+            "input_tokens": usage.input_tokens,
+            "output_tokens": usage.output_tokens,
+            "cached_tokens": usage.cached_tokens,
+            "reasoning_tokens": usage.reasoning_tokens,
+            "cost": cost,
+        }
+
+    # -- lingering --
+
+    def _linger(self) -> Turn | None:
+        """Wait a little for the calls, without connection and claim. Returns the next turn, or None when the leg is over."""
+        linger = settings().linger.total_seconds()
+        if linger <= 0 or not self._lingers():
+            return self._give_up("drained" if self.process.draining and linger > 0 else None)
+        until = time.monotonic() + linger + 0.05  # the last look is after linger_until
+        wake = self.claim.wake
+        first = True
+        while True:
+            remaining = until - time.monotonic()
+            if self.process.draining:
+                return self._give_up("drained")
+            if not first or remaining <= 0:
+                taken = self._look()
+                if taken is not False:
+                    return taken
+                if remaining <= 0:
+                    return self._give_up("tools")
+            first = False
+            if wake is not None:
+                database.release()
+                wake.wait(min(LOOK_SECONDS, max(remaining, 0.01)))
+                wake.clear()
+                self.claim.check()
+
+    def _look(self) -> Turn | None | bool:
+        """Claim if the join has queued the run. False: not yet."""
+        used = time.monotonic() - self.began >= self.definition.limits.leg_budget.total_seconds()
+        opening = self._opening()
+        answer = lifecycle.claim_lingering(
+            self.claim.run_id, self.id, self.claim.worker, opens=not used, turn=opening
+        )
+        status = answer["status"]
+        if status in ("waiting", "requires_action"):
+            return False
+        if status != "running":
+            raise FenceLost
+        self.claim.epoch = answer["epoch"]
+        self.registered(self.claim.epoch)
+        if used:
+            self._requeue("budget")
+            return None
+        if answer["turn"] is None:
+            raise FenceLost
+        return self._opened(opening[0], answer["turn"])
+
+    def _give_up(self, reason: str | None) -> None:
+        """End the leg that waits. Without a reason the step's commit ended it already."""
+        if reason is not None:
+            self._announce(lifecycle.end_lingering(self.claim.run_id, self.id, reason))
+
+    @contextlib.contextmanager
+    def _listening(self) -> Iterator[None]:
+        """Hear the leg's bell: the join of its calls, or the end of its run."""
+        if self.process.flusher is None:
+            yield
+            return
+        with bells.ear().listen(bells.leg_channel(self.claim.run_id)) as wake:
+            self.claim.wake = wake
+            try:
+                yield
+            finally:
+                self.claim.wake = None
+
+    # -- the exits of a leg, each one transaction --
+
+    def _requeue(self, reason: str) -> None:
+        self._announce(
+            lifecycle.requeue(self.claim.run_id, self.claim.epoch, self.claim.worker, reason, usage=self.usage)
+        )
+
+    def _finish_at(self, limit: StopReason) -> None:
+        status = Status.COMPLETED if limit == StopReason.MAX_STEPS else Status.FAILED
+        error = None
+        if status == Status.FAILED:
+            error = {"code": str(limit), "message": f"The run reached its limit: {limit.label.lower()}.", "retryable": False}
+        self._announce(
+            lifecycle.finish(self.claim.run_id, self.claim.epoch, self.claim.worker, status, limit, error=error)
+        )
+
+    def _fail(self, reason: StopReason, code: str, message: str, *, retryable: bool = False) -> None:
+        error = {"code": code, "message": message, "retryable": retryable}
+        self._announce(
+            lifecycle.finish(self.claim.run_id, self.claim.epoch, self.claim.worker, Status.FAILED, reason, error=error)
+        )
+
+    # -- what surrounds a message --
+
+    def _buffer(self, message: UUID) -> Buffer:
+        flusher = self.process.flusher
+        return Buffer(self.claim, self.claim.epoch, message) if flusher is None else flusher.open(self.claim, message)
+
+    def _close(self, turn: Turn) -> None:
+        if self.process.flusher is not None:
+            self.process.flusher.close(turn.buffer)
+
+    def _bell(self) -> None:
+        """Ring for what was just committed, with the flusher's next batch."""
+        if self.process.flusher is not None:
+            self.process.flusher.ring(self.claim.run_id)
+
+    def _announce(self, answer: dict[str, Any]) -> None:
+        if self.process.flusher is None:
+            admission.announce(answer)
+        else:
+            self._bell()
+            admission.announce(answer, ring=False)
+
+
+def _append(parts: list[dict[str, Any]], kind: str, text: str) -> None:
+    if parts and parts[-1]["type"] == kind:
+        parts[-1]["text"] += text
+    else:
+        parts.append({"type": kind, "text": text})
+
+
+def retry_delay(tries: int, retry_after: timedelta | None = None) -> timedelta:
+    """Return how long to wait before the next try of the model, after `tries` failed ones: full jitter, or what was asked.
+
+    The ceiling of the draw is 0.5, 1, 2, 4 ... 60 s; Retry-After is capped at 5 min.
+    """
+    if retry_after is not None:
+        return min(max(retry_after, timedelta(0)), timedelta(minutes=5)) + timedelta(milliseconds=50)
+    ceiling = min(60.0, 0.5 * 2 ** (tries - 1))
+    return timedelta(seconds=max(0.05, random.uniform(0, ceiling)))  # noqa: S311

@@ -1,0 +1,193 @@
+"""One flusher a worker process gathers the deltas of all its runs and commits them together (group commit).
+
+A leg adds chunks to its Buffer; every few tens of milliseconds the flusher writes all of them by one function call. A leg's
+step commit takes what is left, after the batch in flight was answered, so that no delta follows the end of its message.
+After a COMMIT whose answer was lost nothing is assumed: the highest ordinal of the message is read back.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any
+from uuid import UUID
+
+from django.db import DatabaseError, InterfaceError, OperationalError, connection
+
+from runs import bells
+from runs.claims import Claim
+from threads import database
+
+logger = logging.getLogger("longhaul.flusher")
+
+
+@dataclass(slots=True)
+class Chunk:
+    """A delta that is not yet a row. `ordinal` is that of its last piece; pieces of one kind in a row are joined."""
+
+    type: str
+    ordinal: int
+    payload: dict[str, Any]
+
+
+@dataclass
+class Buffer:
+    """The unwritten deltas of one message."""
+
+    claim: Claim
+    epoch: int
+    message: UUID
+    chunks: list[Chunk] = field(default_factory=list)
+    in_flight: list[Chunk] = field(default_factory=list)
+    answered: threading.Event = field(default_factory=threading.Event)
+    ordinal: int = 0
+
+    def add(self, type: str, text: str, **fields: Any) -> None:
+        self.ordinal += 1
+        last = self.chunks[-1] if self.chunks else None
+        if last is not None and last.type == type and all(last.payload[key] == value for key, value in fields.items()):
+            last.payload["text"] += text
+            last.ordinal = self.ordinal
+        else:
+            self.chunks.append(Chunk(type, self.ordinal, {"message": str(self.message), "text": text, **fields}))
+
+    def take(self) -> list[Chunk]:
+        """Return what the step's commit must write itself. Waits for the batch in flight."""
+        while self.in_flight:
+            self.answered.wait(1.0)
+            self.claim.check()
+        chunks, self.chunks = self.chunks, []
+        return chunks
+
+
+class Flusher:
+    """Writes the buffers of this process, and rings for its commits in the same rhythm."""
+
+    def __init__(self, interval: timedelta) -> None:
+        self._interval = interval.total_seconds()
+        self._buffers: dict[tuple[UUID, int], Buffer] = {}
+        self._rung: set[str] = set()
+        self._work = threading.Event()
+        self._ended = False
+        self._thread = threading.Thread(target=self._keep, name="longhaul-flusher", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def end(self) -> None:
+        self._ended = True
+        self._work.set()
+
+    def open(self, claim: Claim, message: UUID) -> Buffer:
+        buffer = Buffer(claim, claim.epoch, message)
+        self._buffers[claim.key] = buffer
+        return buffer
+
+    def close(self, buffer: Buffer) -> None:
+        """The message has ended, or its leg was lost: drop what was not written."""
+        self._buffers.pop((buffer.claim.run_id, buffer.epoch), None)
+
+    def wake(self) -> None:
+        self._work.set()
+
+    def ring(self, run_id: UUID) -> None:
+        """Ring for a commit with the next batch: many in one round trip."""
+        self._rung.add(bells.run_channel(run_id))
+        self._work.set()
+
+    def _keep(self) -> None:
+        while not self._ended:
+            self._work.wait()
+            self._work.clear()
+            time.sleep(self._interval)
+            try:
+                self.flush()
+            except Exception:
+                logger.exception("The flusher goes on after an error")
+                connection.close()
+
+    def flush(self) -> None:
+        """Write all that is buffered, in one transaction, then ring."""
+        batch = [buffer for buffer in list(self._buffers.values()) if buffer.chunks and not buffer.in_flight]
+        for buffer in batch:
+            buffer.in_flight, buffer.chunks = buffer.chunks, []
+            buffer.answered.clear()
+        if batch:
+            self._write(batch)
+            database.release()
+        rung, self._rung = self._rung, set()
+        if rung:
+            bells.ring(rung)
+
+    def _write(self, batch: list[Buffer]) -> None:
+        try:
+            states = _write_rows(batch)
+        except (OperationalError, InterfaceError) as error:
+            logger.warning("A batch of deltas was not answered: %s", type(error).__name__)
+            connection.close()
+            self._read_back(batch)
+            return
+        except DatabaseError:
+            if len(batch) > 1:  # one bad delta must not fail the others: run by run
+                for buffer in batch:
+                    self._write([buffer])
+            else:
+                logger.exception("A delta of run %s cannot be stored", batch[0].claim.run_id)
+                batch[0].in_flight = []
+                batch[0].answered.set()
+                batch[0].claim.interrupt("lost")
+            return
+        for buffer in batch:
+            self._answer(buffer, states.get((buffer.claim.run_id, buffer.epoch), "lost"))
+
+    def _answer(self, buffer: Buffer, state: str) -> None:
+        written, buffer.in_flight = buffer.in_flight, []
+        if state == "busy":  # somebody holds the run: the next round
+            buffer.chunks[:0] = written
+            self._work.set()
+        elif state == "lost":
+            buffer.claim.interrupt("lost")
+        else:
+            self._rung.add(bells.run_channel(buffer.claim.run_id))
+        buffer.answered.set()
+
+    def _read_back(self, batch: list[Buffer]) -> None:
+        """Find out which of the deltas are rows, and keep the others for the next round."""
+        while not self._ended:
+            try:
+                rows = database.rows_of(
+                    "SELECT message_id, max(ordinal) FROM longhaul_runs_event"
+                    " WHERE run_id = ANY (%s) AND message_id = ANY (%s) GROUP BY 1",
+                    ([buffer.claim.run_id for buffer in batch], [buffer.message for buffer in batch]),
+                )
+                break
+            except (OperationalError, InterfaceError):
+                connection.close()
+                time.sleep(0.2)
+        else:
+            return
+        highest = {row[0]: row[1] or 0 for row in rows}
+        for buffer in batch:
+            missing = [chunk for chunk in buffer.in_flight if chunk.ordinal > highest.get(buffer.message, 0)]
+            buffer.chunks[:0] = missing
+            buffer.in_flight = []
+            buffer.answered.set()
+        self._work.set()
+
+
+def _write_rows(batch: list[Buffer]) -> dict[tuple[UUID, int], str]:
+    rows = [
+        (buffer.claim.run_id, buffer.epoch, buffer.message, chunk.type, chunk.ordinal, database.dumps(chunk.payload))
+        for buffer in batch
+        for chunk in buffer.in_flight
+    ]
+    runs, epochs, messages, types, ordinals, payloads = (list(column) for column in zip(*rows, strict=True))
+    answers = database.rows_of(
+        "SELECT run_id, epoch, state FROM longhaul_deltas_write("
+        "%s::uuid, %s::uuid[], %s::int[], %s::uuid[], %s::text[], %s::int[], %s::jsonb[])",
+        (batch[0].claim.worker, runs, epochs, messages, types, ordinals, payloads),
+    )
+    return {(run, epoch): state for run, epoch, state in answers}

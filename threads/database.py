@@ -1,0 +1,45 @@
+"""The shortest way to Longhaul's SQL functions: one round trip on Django's own connection.
+
+The hot path is one function a transition, called in autocommit (or inside the caller's transaction). Django's cursor
+wrapper and its ORM cost a multiple of the call itself, so the psycopg connection below it is used directly, with a
+server-side prepared statement. Errors come out as Django's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import orjson
+from django.db import connection
+from psycopg import Cursor
+
+
+def call(statement: str, parameters: Sequence[Any] = ()) -> Any:
+    """Run `SELECT function(...)` and return its only column, JSON decoded. None for NULL or no row."""
+    rows = rows_of(statement, parameters)
+    value = rows[0][0] if rows else None
+    return orjson.loads(value) if isinstance(value, str) else value
+
+
+def rows_of(statement: str, parameters: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
+    """Run a statement and return all its rows. JSON columns come as text."""
+    connection.ensure_connection()
+    connection.validate_no_broken_transaction()
+    raw = connection.connection
+    with connection.wrap_database_errors:
+        # Prepared only where the host allows it: behind a pooler in transaction mode the threshold stays None.
+        with Cursor(raw) as cursor:
+            cursor.execute(statement, parameters, prepare=True)
+            return cursor.fetchall()
+
+
+def dumps(value: Any) -> str:
+    """JSON text for a jsonb parameter."""
+    return orjson.dumps(value, default=str).decode()
+
+
+def release() -> None:
+    """Give the connection back before waiting for anything but Postgres. Inside a transaction it stays."""
+    if not connection.in_atomic_block:
+        connection.close()

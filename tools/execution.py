@@ -1,0 +1,264 @@
+"""One attempt at one call, from its claim to its settlement.
+
+User code runs with no transaction open, but for an atomic tool: its body and its settlement are ONE transaction, the run's
+lock taken last. The settlement is repeated until it is answered; a crash between the body and the settlement is what
+`idempotent` is about.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Any
+from uuid import UUID
+
+from celery.exceptions import SoftTimeLimitExceeded
+from django.db import DatabaseError, InterfaceError, OperationalError, connection, transaction
+
+from threads import database
+from tools import lifecycle, run_log
+from tools.context import ToolContext
+from tools.exceptions import ToolError, ToolFailed
+from tools.models import Outcome, ToolCall
+from tools.presence import Presence
+from tools.registry import Tool
+
+logger = logging.getLogger("longhaul.tools")
+
+PROGRESS_SECONDS = 1.0
+
+
+class SettlementLost(Exception):
+    """Somebody else settled this call, or its run has ended: an atomic body is rolled back."""
+
+
+@dataclass(frozen=True, slots=True)
+class Claimed:
+    """What the claim of a call answered."""
+
+    call_id: UUID
+    run_id: UUID
+    attempt: int
+    attempt_id: UUID
+    worker: UUID
+    answer: Mapping[str, Any]
+
+    @property
+    def name(self) -> str:
+        return str(self.answer["name"])
+
+
+def execute(call_id: UUID, attempt: int, *, presence: Presence, task_id: str = "", alone: bool = False) -> None:
+    """Claim the call by attempt, run its tool and settle it. A doubled or late message does nothing.
+
+    `alone`: this process runs one call at a time (prefork), so whatever else names it is lost and given back first.
+    """
+    with presence.register.entry("call", call_id) as registered:
+        claimed = _claim(call_id, attempt, presence=presence, task_id=task_id, alone=alone)
+        if claimed is None:
+            return
+        registered(claimed.attempt)
+        run_log.current().announce({"run": str(claimed.run_id)})
+        try:
+            tool = run_log.current().tool(claimed.answer)
+            arguments = tool.validate(claimed.answer["arguments"])
+        except ToolError as error:
+            _settle(claimed, Outcome.FAILED, error=_described(error))
+            return
+        if tool.atomic:
+            _execute_atomic(claimed, tool, arguments)
+        else:
+            _execute(claimed, tool, arguments)
+
+
+def _claim(call_id: UUID, attempt: int, *, presence: Presence, task_id: str, alone: bool) -> Claimed | None:
+    while True:
+        worker = presence.id
+        answer = lifecycle.claim(
+            call_id, attempt, worker=worker, worker_name=presence.name, task_id=task_id, alone=alone
+        )
+        if answer is None:
+            return None  # another worker got there first, or the run ended
+        if answer.get("absent"):
+            logger.warning("Call %s is left to others: this worker has not beaten", call_id)
+            return None
+        if not answer.get("orphans"):
+            return Claimed(
+                call_id=call_id,
+                run_id=UUID(answer["run"]),
+                attempt=attempt,
+                attempt_id=UUID(answer["attempt_id"]),
+                worker=worker,
+                answer=answer,
+            )
+        for orphan, number in answer["orphans"]:  # lost in this process: an answer that never came
+            given_back = lifecycle.reclaim(UUID(orphan), number, holder=worker)
+            if given_back is not None:
+                run_log.current().announce(given_back)
+
+
+def _execute(claimed: Claimed, tool: Tool, arguments: dict[str, Any]) -> None:
+    try:
+        result = tool.serialize(_call(claimed, tool, arguments))
+    except Exception as error:
+        _after_error(claimed, tool, error)
+    else:
+        _settle(claimed, Outcome.SUCCESS, result=result)
+
+
+def _execute_atomic(claimed: Claimed, tool: Tool, arguments: dict[str, Any]) -> None:
+    """Body and settlement in one transaction: the effect is there exactly when the settlement is."""
+    try:
+        with transaction.atomic():
+            # By this name a later attempt ends this backend, should it outlive its worker with rows locked.
+            database.rows_of(
+                "SELECT set_config('application_name', %s, true)", (f"longhaul {claimed.attempt_id}",)
+            )
+            result = tool.serialize(_call(claimed, tool, arguments))
+            answer = lifecycle.settle(
+                claimed.call_id, claimed.attempt, worker=claimed.worker, outcome=Outcome.SUCCESS, result=result
+            )
+            if answer is None:
+                raise SettlementLost
+    except SettlementLost:
+        logger.warning("Call %s attempt %s came too late; its effect is rolled back", claimed.call_id, claimed.attempt)
+    except (OperationalError, InterfaceError) as error:
+        # Whether COMMIT took effect is unknown. Never run again from here: ask for another attempt under the same
+        # guard, which finds the call settled when the commit did take effect.
+        _after_error(claimed, tool, error)
+    except Exception as error:
+        _after_error(claimed, tool, error)
+    else:
+        run_log.current().announce(answer)
+
+
+def _call(claimed: Claimed, tool: Tool, arguments: dict[str, Any]) -> Any:
+    if tool.context_parameter is not None:
+        arguments[tool.context_parameter] = context_of(claimed)
+    if tool.is_async:
+        return asyncio.run(tool.function(**arguments))
+    return tool.function(**arguments)
+
+
+def _after_error(claimed: Claimed, tool: Tool, error: Exception) -> None:
+    """Settle as failed, or ask for another attempt, as the error's class and the tool's policy say."""
+    if isinstance(error, SoftTimeLimitExceeded):
+        return _settle(
+            claimed, Outcome.FAILED, error={"code": "timed_out", "message": "The tool did not finish in time."}
+        )
+    if isinstance(error, ToolError):
+        return _settle(claimed, Outcome.FAILED, error=_described(error))
+    logger.warning("Tool %s, call %s, attempt %s failed", claimed.name, claimed.call_id, claimed.attempt, exc_info=error)
+    # The class only: the text of a foreign exception may carry what neither model nor log may see.
+    described = {"code": "error", "message": f"The tool failed with {type(error).__name__}."}
+    delay = tool.retry.delay(claimed.attempt, error) if claimed.attempt < claimed.answer["max_attempts"] else None
+    if delay is None:
+        return _settle(claimed, Outcome.FAILED, error=described)
+    _until_answered(
+        claimed,
+        lambda: lifecycle.retry(claimed.call_id, claimed.attempt, worker=claimed.worker, error=described, delay=delay),
+    )
+
+
+def _described(error: ToolError) -> dict[str, str]:
+    return {"code": error.code, "message": str(error)}
+
+
+def _settle(claimed: Claimed, outcome: Outcome, *, result: Any = None, error: Mapping[str, Any] | None = None) -> None:
+    _until_answered(
+        claimed,
+        lambda: lifecycle.settle(
+            claimed.call_id, claimed.attempt, worker=claimed.worker, outcome=outcome, result=result, error=error
+        ),
+    )
+
+
+def _until_answered(claimed: Claimed, transition: Callable[[], Any]) -> None:
+    """Repeat a guarded transition until Postgres answers: a result must not be lost to an outage."""
+    pause = 0.05
+    while True:
+        try:
+            answer = transition()
+        except (OperationalError, InterfaceError) as error:
+            if connection.in_atomic_block:
+                raise
+            logger.warning("Call %s: its settlement was not answered, trying again", claimed.call_id, exc_info=error)
+            connection.close()
+            time.sleep(pause)
+            pause = min(pause * 2, 5.0)
+        except DatabaseError as error:
+            # The result itself cannot be stored (a NUL in a string, a number too large): say so instead.
+            logger.warning("Call %s: its result cannot be stored", claimed.call_id, exc_info=error)
+            refused = ToolFailed("The tool ran, but its result cannot be stored.")
+            return _settle(claimed, Outcome.FAILED, error=_described(refused))
+        else:
+            break
+    if answer is None:
+        logger.warning("Call %s attempt %s came too late; nothing was changed", claimed.call_id, claimed.attempt)
+    else:
+        run_log.current().announce(answer)
+
+
+def context_of(claimed: Claimed) -> ToolContext:
+    """Build what the tool is handed. Rows are read only when it asks for them."""
+    answer = claimed.answer
+    log = run_log.current()
+    thread_id = UUID(answer["thread"])
+    last = [0.0]
+
+    def report(fraction: float | None, note: str) -> None:
+        moment = time.monotonic()
+        if fraction != 1.0 and moment - last[0] < PROGRESS_SECONDS:
+            return  # at most one a second: each takes the run's lock
+        last[0] = moment
+        log.record(
+            claimed.run_id,
+            "tool_call.progress",
+            {
+                "tool_call": str(claimed.call_id),
+                "name": claimed.name,
+                "message": answer["message"],
+                "fraction": fraction,
+                "note": note,
+            },
+        )
+
+    def cancelled() -> bool:
+        return not ToolCall.objects.filter(pk=claimed.call_id, attempt=claimed.attempt, status="running").exists()
+
+    def owner() -> Any:
+        from django.contrib.auth import get_user_model
+
+        return get_user_model()._default_manager.filter(pk=answer["owner"]).first() if answer["owner"] else None
+
+    return ToolContext(
+        tool_call=ToolCall(
+            id=claimed.call_id,
+            run_id=claimed.run_id,
+            message_id=answer["message"],
+            step=answer["step"],
+            name=claimed.name,
+            arguments=answer["arguments"],
+            attempt=claimed.attempt,
+            status="running",
+            idempotency_key=answer["idempotency_key"],
+            atomic=answer["atomic"],
+            timeout=timedelta(0),
+        ),
+        attempt=claimed.attempt,
+        idempotency_key=answer["idempotency_key"],
+        deadline=datetime.fromisoformat(answer["timeout_at"]),
+        run_id=claimed.run_id,
+        thread_id=thread_id,
+        owner_id=answer["owner"],
+        load_run=lambda: log.run(claimed.run_id),
+        load_thread=lambda: log.thread(thread_id),
+        load_owner=owner,
+        report_progress=report,
+        emit_data=lambda data: log.record(claimed.run_id, "data", {"data": data}),
+        check_cancelled=cancelled,
+    )

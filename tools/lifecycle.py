@@ -1,0 +1,87 @@
+"""The only writer of a call's status: its edges as data, and the SQL functions beside it (`sql/`) by name.
+
+Every function here is one round trip and, in autocommit, one commit. What the answers mean stands above the functions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import timedelta
+from typing import Any
+from uuid import UUID
+
+from threads import database
+from tools.models import CallStatus, Outcome
+
+REQUESTED, RUNNING, RETRYING = CallStatus.REQUESTED, CallStatus.RUNNING, CallStatus.RETRYING
+AWAITING_APPROVAL, AWAITING_RESULT = CallStatus.AWAITING_APPROVAL, CallStatus.AWAITING_RESULT
+AWAITING_CHILD, UNKNOWN, SETTLED = CallStatus.AWAITING_CHILD, CallStatus.UNKNOWN, CallStatus.SETTLED
+
+TRANSITIONS: dict[CallStatus, set[CallStatus]] = {
+    REQUESTED: {
+        RUNNING,  # claimed by a worker
+        SETTLED,  # its run ended
+    },
+    RETRYING: {RUNNING, SETTLED},  # as requested
+    RUNNING: {
+        SETTLED,  # success, failed, timed out, cancelled with its run, no attempt left
+        RETRYING,  # its policy grants another attempt, or its worker is gone
+        UNKNOWN,  # idempotent=False, and its worker is gone
+        AWAITING_APPROVAL,  # the tool asks for a person (later)
+        AWAITING_RESULT,  # deferred (later)
+        AWAITING_CHILD,  # a child run answers it (later)
+    },
+    AWAITING_APPROVAL: {REQUESTED, SETTLED},
+    AWAITING_RESULT: {SETTLED},
+    AWAITING_CHILD: {SETTLED},
+    UNKNOWN: {
+        SETTLED,  # a person, its policy, or the original's late result
+        RETRYING,  # on a person's word
+    },
+    SETTLED: set(),
+}
+
+
+def claim(call_id: UUID, attempt: int, *, worker: UUID, worker_name: str, task_id: str, alone: bool) -> Any:
+    """Claim a call by attempt. None: another worker got there first, or the run ended. See longhaul_call_claim."""
+    return database.call(
+        "SELECT longhaul_call_claim(%s::uuid, %s::int, %s::uuid, %s::text, %s::text, %s::bool)",
+        (call_id, attempt, worker, worker_name, task_id, alone),
+    )
+
+
+def settle(
+    call_id: UUID, attempt: int, *, worker: UUID, outcome: Outcome, result: Any = None, error: Mapping[str, Any] | None = None
+) -> Any:
+    """Settle a call exactly once. None: somebody else did, or its run ended; nothing changed."""
+    return database.call(
+        "SELECT longhaul_call_settle(%s::uuid, %s::int, %s::uuid, %s::text, %s::jsonb, %s::jsonb)",
+        (
+            call_id,
+            attempt,
+            worker,
+            str(outcome),
+            None if result is None else database.dumps(result),
+            None if error is None else database.dumps(error),
+        ),
+    )
+
+
+def retry(call_id: UUID, attempt: int, *, worker: UUID, error: Mapping[str, Any], delay: timedelta) -> Any:
+    """Request the call again after `delay`. None as for settle."""
+    return database.call(
+        "SELECT longhaul_call_retry(%s::uuid, %s::int, %s::uuid, %s::jsonb, %s::interval)",
+        (call_id, attempt, worker, database.dumps(error), delay),
+    )
+
+
+def reclaim(call_id: UUID, attempt: int, *, holder: UUID, began: bool = True) -> Any:
+    """Take a running call from a holder that is gone. None: it ended, or somebody else took it."""
+    return database.call(
+        "SELECT longhaul_call_reclaim(%s::uuid, %s::int, %s::uuid, %s::bool)", (call_id, attempt, holder, began)
+    )
+
+
+def due(limit: int = 200) -> list[tuple[UUID, int, timedelta]]:
+    """Return (call, attempt, timeout) of the calls whose message is to be sent now, and raise their next_publish_at."""
+    return [(row[0], row[1], row[2]) for row in database.rows_of("SELECT * FROM longhaul_calls_due(%s::int)", (limit,))]

@@ -1,0 +1,277 @@
+"""What shows that a worker process is alive, and what it knows that it holds.
+
+A process that runs legs or calls lives under an id of its own (a `Worker` row) and, from a native thread with a
+connection of its own, holds a session advisory lock and beats every 2 s. A killed process loses the lock at once, for the
+kernel closes its socket. Once a second the thread compares the rows that name this life with the `Register`: what the
+process does not know it holds (a lost greenlet, a lost answer to a COMMIT) is given back.
+
+In a prefork worker each child has a life of its own, and the parent beats for those of its children that are there, for a tool
+that keeps the interpreter busy would miss its beats.
+
+The thread is a native one under gevent too, so it touches nothing that a greenlet may hold: no logging, no lazy import,
+no patched lock; all it uses is imported before it starts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import socket
+import sys
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any
+from uuid import UUID
+
+import psycopg
+from django.db import connection
+from psycopg import waiting
+
+from threads.ids import new_id
+
+BEAT = timedelta(seconds=2)
+# A process with a beat older than this claims nothing (longhaul_worker_present): it must beat first.
+FRESH = timedelta(seconds=6)
+# A beat is missed when none came for this long.
+MISSED = timedelta(seconds=3)
+_TICK_SECONDS = 1.0
+
+
+class Register:
+    """What this process holds or is about to claim: (kind, id) -> epoch or attempt, None until the claim is answered.
+
+    A claim is entered before it is sent, so that no look at the rows can find it missing. Plain dict operations: safe from any thread.
+    """
+
+    def __init__(self) -> None:
+        self._entries: dict[tuple[str, UUID, object], int | None] = {}
+
+    @contextlib.contextmanager
+    def entry(self, kind: str, id: UUID) -> Generator[Callable[[int], None]]:
+        """Hold an entry for the block; call what it yields with the epoch (or attempt) whenever a claim is answered."""
+        key = (kind, id, object())
+        self._entries[key] = None
+
+        def claimed(number: int) -> None:
+            self._entries[key] = number
+
+        try:
+            yield claimed
+        finally:
+            self._entries.pop(key, None)
+
+    def knows(self, kind: str, id: UUID, number: int) -> bool:
+        return any(k[0] == kind and k[1] == id and held in (None, number) for k, held in list(self._entries.items()))
+
+
+
+@dataclass(frozen=True, slots=True)
+class Holding:
+    """A kind of row that a life can hold: how to find those that name it, and how to give one back."""
+
+    kind: str
+    select: str  # one parameter, the life; returns (id, number)
+    give_back: str  # parameters: id, number, life
+
+
+CALLS = Holding(
+    "call",
+    "SELECT id, attempt FROM longhaul_tools_toolcall WHERE holder = %s AND status = 'running'",
+    "SELECT longhaul_call_reclaim(%s::uuid, %s::int, %s::uuid, true)",
+)
+
+
+def _patched() -> bool:
+    return "gevent.monkey" in sys.modules and bool(sys.modules["gevent.monkey"].is_module_patched("threading"))
+
+
+def _native() -> tuple[Callable[..., Any], Callable[[float], None]]:
+    """Return the real start_new_thread and sleep, whatever gevent has patched."""
+    import _thread
+    import time
+
+    if not _patched():
+        return _thread.start_new_thread, time.sleep
+    from gevent import get_hub, monkey
+
+    get_hub()  # first in the main greenlet: two first hubs at once deadlock in importlib's patched locks
+    return monkey.get_original("_thread", "start_new_thread"), monkey.get_original("time", "sleep")
+
+
+class NativeConnection(psycopg.Connection[tuple[Any, ...]]):
+    """A connection for a native thread: it waits in C, never in gevent's hub."""
+
+    def wait(self, gen: Any, interval: float = 0.1) -> Any:
+        wait_c = getattr(waiting, "wait_c", None)
+        if wait_c is None:
+            return super().wait(gen, interval)
+        try:
+            return wait_c(gen, self.pgconn.socket, interval)
+        except KeyboardInterrupt:
+            self.cancel_safe()
+            raise
+
+
+def connect(application_name: str) -> NativeConnection:
+    """A connection of its own to Longhaul's database, in autocommit, with keep-alives that bound a half-open socket."""
+    parameters = connection.get_connection_params()
+    for name in ("cursor_factory", "context", "prepare_threshold", "autocommit"):
+        parameters.pop(name, None)
+    # connect() itself waits by its module's function, which gevent's patched poll serves in a native thread too.
+    made = NativeConnection.connect(**parameters, autocommit=True, application_name=application_name)
+    with contextlib.suppress(psycopg.Error):  # a unix socket has none
+        made.execute("SET tcp_keepalives_idle = 5; SET tcp_keepalives_interval = 2; SET tcp_keepalives_count = 3;")
+        made.execute("SET tcp_user_timeout = 10000")
+    return made
+
+
+@dataclass
+class Life:
+    """One life of this process."""
+
+    id: UUID = field(default_factory=new_id)
+    lock_key: int = field(default_factory=lambda: secrets.randbits(62))
+
+
+class Presence:
+    """Keeps this process present. `beats` is False in a prefork child, whose parent beats for it."""
+
+    def __init__(
+        self, *, name: str, kind: str, holdings: Sequence[Holding] = (CALLS,), parent: UUID | None = None, beats: bool = True
+    ) -> None:
+        self.name = name
+        self.kind = kind
+        self.holdings = tuple(holdings)
+        self.parent = parent
+        self.beats = beats
+        self.life = Life()
+        self.register = Register()
+        self.draining = False
+        self._connection: NativeConnection | None = None
+        self._ended = False
+        self._host = socket.gethostname()
+        self._pid = os.getpid()
+        self._ticks = 0
+
+    @property
+    def id(self) -> UUID:
+        return self.life.id
+
+    # -- the thread --
+
+    def start(self) -> None:
+        """Be present (in this thread), then keep it so from a native one."""
+        start_thread, self._sleep = _native()
+        self.tick()
+        start_thread(self._keep, ())
+
+    def _keep(self) -> None:
+        while not self._ended:
+            self._sleep(_TICK_SECONDS)
+            if self._ended or os.getpid() != self._pid:
+                return
+            # Postgres is away: the lock is lost with the session; the next tick takes it again.
+            with contextlib.suppress(psycopg.Error, OSError):
+                self.tick()
+
+    def tick(self) -> None:
+        """Hold the lock, beat, give back. Raises psycopg.Error when Postgres is away (and begins anew the next time)."""
+        try:
+            if self._connection is None:
+                self._connection = connect(f"longhaul presence {self.name}"[:63])
+                self._live(self._connection)
+            elif not self._beat(self._connection):
+                self.life = Life()  # found dead meanwhile: what it held was taken, so it begins a new life
+                self._connection.execute("SELECT pg_advisory_unlock_all()")
+                self._live(self._connection)
+            self._give_back(self._connection)
+        except (psycopg.Error, OSError):
+            self._drop()
+            raise
+        self._ticks += 1
+
+    def _live(self, to: NativeConnection) -> None:
+        # A new key each time: the old session may still hold the old one, on a server that has not noticed its end.
+        life = self.life = Life(id=self.life.id)
+        known = to.execute("SELECT gone_at IS NULL FROM longhaul_tools_worker WHERE id = %s", (life.id,)).fetchone()
+        if known == (False,):
+            life = self.life = Life()
+        to.execute("SELECT pg_advisory_lock(%s)", (life.lock_key,))
+        to.execute(
+            "INSERT INTO longhaul_tools_worker"
+            " (id, name, kind, host, pid, parent_id, lock_key, started_at, beat_at, draining)"
+            " VALUES (%s, %s, %s, %s, %s, %s, %s, longhaul_now(), longhaul_now(), false)"
+            " ON CONFLICT (id) DO UPDATE SET beat_at = excluded.beat_at, lock_key = excluded.lock_key",
+            (life.id, self.name, self.kind, self._host, self._pid, self.parent, life.lock_key),
+        )
+
+    def _beat(self, to: NativeConnection) -> bool:
+        """Beat every second tick, for the children too. False when this life was found dead."""
+        if not self.beats:
+            return to.execute(
+                "SELECT 1 FROM longhaul_tools_worker WHERE id = %s AND gone_at IS NULL", (self.life.id,)
+            ).fetchone() == (1,)
+        if self._ticks % 2:
+            return True
+        lost = to.execute(
+            "UPDATE longhaul_tools_worker SET beat_at = longhaul_now(), draining = %s WHERE id = %s AND gone_at IS NULL",
+            (self.draining, self.life.id),
+        ).rowcount == 0
+        children = to.execute(
+            "SELECT id, pid FROM longhaul_tools_worker WHERE parent_id = %s AND gone_at IS NULL", (self.life.id,)
+        ).fetchall()
+        present = [id for id, pid in children if _runs(pid)]
+        if present:
+            to.execute(
+                "UPDATE longhaul_tools_worker SET beat_at = longhaul_now() WHERE id = ANY (%s) AND gone_at IS NULL", (present,)
+            )
+        return not lost
+
+    def _give_back(self, to: NativeConnection) -> None:
+        for holding in self.holdings:
+            for id, number in to.execute(holding.select, (self.life.id,)).fetchall():
+                if not self.register.knows(holding.kind, id, number):
+                    to.execute(holding.give_back, (id, number, self.life.id))
+
+    def _drop(self) -> None:
+        dropped, self._connection = self._connection, None
+        if dropped is not None:
+            with contextlib.suppress(psycopg.Error, OSError):
+                dropped.close()
+
+    def forget(self) -> None:
+        """In a forked child: close this process's copy of the parent's socket, which would hide the parent's death."""
+        self._ended = True
+        if self._connection is not None:
+            with contextlib.suppress(OSError):
+                os.close(self._connection.pgconn.socket)
+            # The object must never close that file number again: it may be somebody else's by then.
+            _undead.append(self._connection)
+            self._connection = None
+
+    def end(self) -> None:
+        """Leave cleanly, last of all: the row goes, then the lock."""
+        self._ended = True
+        with contextlib.suppress(psycopg.Error, OSError):
+            to = connect("longhaul leaves")
+            to.execute("DELETE FROM longhaul_tools_worker WHERE id = %(id)s OR parent_id = %(id)s", {"id": self.life.id})
+            to.close()
+        self._drop()
+
+
+_undead: list[NativeConnection] = []
+
+
+def _runs(pid: int) -> bool:
+    """Return whether a child process of this one still runs (a zombie does not)."""
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+# The presence of this process; None where nothing claims (a web process, a shell).
+current: Presence | None = None

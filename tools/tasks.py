@@ -1,0 +1,58 @@
+"""Celery's envelope of an attempt: ids only, safe twice."""
+
+from __future__ import annotations
+
+import logging
+from datetime import timedelta
+from typing import Any
+from uuid import UUID
+
+from celery import shared_task
+from django.conf import settings
+from kombu.exceptions import OperationalError as BrokerError
+
+from tools import execution, presence
+
+logger = logging.getLogger("longhaul.tools")
+
+# How long after a tool's own time its child is killed: the soft limit comes first and lets the tool clean up.
+GRACE = timedelta(seconds=5)
+
+
+@shared_task(
+    name="longhaul.execute_call",
+    bind=True,
+    acks_late=True,
+    reject_on_worker_lost=True,
+    ignore_result=True,
+    max_retries=0,
+    serializer="json",
+)
+def execute_call(self: Any, call_id: str, attempt: int) -> None:
+    present = presence.current
+    if present is None:
+        logger.error("Call %s was sent to a worker that does not consume Longhaul's queues; it is left to the sweep", call_id)
+        return
+    execution.execute(
+        UUID(call_id), attempt, presence=present, task_id=self.request.id or "", alone=present.parent is not None
+    )
+
+
+def publish(call_id: UUID, attempt: int, timeout: timedelta, queue: str | None = None) -> None:
+    """Send a call's message. Losing it costs a republish interval."""
+    seconds = timeout.total_seconds()
+    try:
+        execute_call.apply_async(
+            (str(call_id), attempt),
+            queue=queue or queue_name(),
+            soft_time_limit=seconds,
+            time_limit=seconds + GRACE.total_seconds(),
+            retry=False,
+        )
+    except (BrokerError, OSError) as error:
+        logger.warning("Call %s waits for the broker to come back: %s", call_id, type(error).__name__)
+
+
+def queue_name() -> str:
+    name: str = getattr(settings, "LONGHAUL", {}).get("TOOLS_QUEUE", "longhaul.tools")
+    return name

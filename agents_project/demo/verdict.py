@@ -1,0 +1,159 @@
+"""Every claim of the demo, checked against the database: not against what the screen showed."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+from uuid import UUID
+
+from agents_project.demo.models import Ledger
+from agents_project.demo.supervisor import Kill
+from runs.models import Event, Leg, Run, Status, Step
+from threads.models import Message, MessageStatus, Role
+from tools.models import ToolAttempt, ToolCall
+
+FIRST, LAST = 1, 50
+BUDGET_LEGS = 4  # at least
+# "Within about a second": the other agents worker is there already. A killed tools worker's calls wait for its
+# replacement, whose start is a Python start with Django and Celery.
+RESUMED_WITHIN = {"agents": timedelta(seconds=2), "tools": timedelta(seconds=8)}
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One statement, and whether the rows bear it out. `found` is what they say, in a few words."""
+
+    text: str
+    true: bool
+    found: str = ""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The outcome of a demo. `figures` is what `--json` prints."""
+
+    claims: tuple[Claim, ...]
+    figures: dict[str, Any]
+
+    @property
+    def upheld(self) -> bool:
+        return all(claim.true for claim in self.claims)
+
+
+def total_in(output: Any) -> int | None:
+    """Return the last whole number of the answer: 1275 in "The total is 1,275."."""
+    numbers = re.findall(r"-?\d+(?:[,\u202f'\u00a0]\d{3})*", output if isinstance(output, str) else str(output or ""))
+    return int(re.sub(r"[^\d-]", "", numbers[-1])) if numbers else None
+
+
+def results_of(run: Run) -> list[int | None]:
+    """Return the numbers that the tool messages of the run's transcript give back, in the transcript's order."""
+    found: list[int | None] = []
+    messages = Message.objects.filter(run_id=run.pk, role=Role.TOOL, status=MessageStatus.COMPLETED)
+    for message in messages.order_by("position"):
+        for part in message.content:
+            if part.get("type") == "tool_result":
+                result = part.get("result")
+                found.append(result.get("number") if isinstance(result, dict) else None)
+    return found
+
+
+def resumed_after(run: UUID, kill: Kill) -> timedelta | None:
+    """Return how long after the kill the run went on: its next leg, or for a tools worker the next start of a call."""
+    kind = "leg.started" if kill.kind == "agents" else "tool_call.started"
+    events = Event.objects.filter(run_id=run, type=kind, at__gt=kill.at).order_by("seq")
+    at = events.values_list("at", flat=True).first()
+    return None if at is None else at - kill.at
+
+
+def judge(run: Run, kills: Sequence[Kill], asked: Sequence[str], violations: int, duration: timedelta) -> Verdict:
+    """Check what a run of the demo's job must have left. `asked` are the kinds of workers that were to be killed."""
+    run = Run.objects.get(pk=run.pk)
+    expected = list(range(FIRST, LAST + 1))
+    total, results = total_in(run.output), results_of(run)
+    legs = list(Leg.objects.filter(run=run).order_by("number"))
+    reasons = Counter(leg.reason for leg in legs)
+    calls = ToolCall.objects.filter(run_id=run.pk)
+    call_ids = list(calls.values_list("id", flat=True))
+    attempts = ToolAttempt.objects.filter(call__run_id=run.pk)
+    ledger = sorted(Ledger.objects.filter(call_id__in=call_ids).values_list("number", flat=True))
+    messages = Message.objects.filter(run_id=run.pk)
+    pending = messages.filter(status=MessageStatus.PENDING).count()
+    discarded = set(messages.filter(status=MessageStatus.DISCARDED).values_list("id", flat=True))
+    a_step = Counter(calls.values_list("step", flat=True))
+    steps = Step.objects.filter(run=run).count()
+    resumed = [resumed_after(run.pk, kill) for kill in kills]
+
+    claims = [
+        Claim("the run is completed", run.status == Status.COMPLETED, f"{run.status} ({run.stop_reason})"),
+        Claim(f"the total is {sum(expected)}", total == sum(expected), str(total)),
+        Claim(f"{LAST} results stand in the transcript, in order", results == expected, f"{len(results)} results"),
+        Claim(f"{LAST} ledger rows, one a number", ledger == expected, f"{len(ledger)} rows"),
+        Claim(
+            "one call a step, each settled once",
+            sorted(a_step.values()) == [1] * LAST and attempts.filter(outcome="success").count() == LAST,
+            f"{len(call_ids)} calls, {attempts.count()} attempts, {steps} steps",
+        ),
+        Claim(
+            f"at least {BUDGET_LEGS} legs ended because their time was up",
+            reasons["budget"] >= BUDGET_LEGS,
+            f"{reasons['budget']} of {len(legs)}",
+        ),
+        Claim("no message is pending", pending == 0, str(pending)),
+        Claim("no invariant is violated", violations == 0, f"{violations} violations"),
+    ]
+    for kind in asked:
+        kill = next((each for each in kills if each.kind == kind), None)
+        if kill is None:
+            claims.append(Claim(f"{_WORKER[kind]} was killed", False, "it was not"))
+            continue
+        if kind == "agents":
+            cut = kill.cut in discarded and reasons["lost"] >= 1
+            claims.append(Claim("the message that the kill cut is discarded", cut, f"{len(discarded)} discarded"))
+        else:
+            numbers = list(attempts.filter(call_id=kill.cut).order_by("number").values_list("outcome", flat=True))
+            once = Ledger.objects.filter(call_id=kill.cut).count() == 1
+            claims.append(
+                Claim(
+                    "the call that the kill cut ran again and took effect once",
+                    len(numbers) >= 2 and numbers[-1] == "success" and "success" not in numbers[:-1] and once,
+                    ", ".join(numbers),
+                )
+            )
+        after = resumed[list(kills).index(kill)]
+        limit = RESUMED_WITHIN[kind]
+        claims.append(
+            Claim(
+                f"after the kill of {_WORKER[kind]} the run went on within {limit.seconds} s",
+                after is not None and after <= limit,
+                "it did not" if after is None else f"{milliseconds(after)} ms",
+            )
+        )
+    figures = {
+        "status": run.status,
+        "total": total,
+        "steps": steps,
+        "legs": len(legs),
+        "legs_by_reason": dict(sorted(reasons.items())),
+        "tool_calls": len(call_ids),
+        "tool_attempts": attempts.count(),
+        "ledger_rows": len(ledger),
+        "kills": len(kills),
+        "discarded_messages": len(discarded),
+        "pending_messages": pending,
+        "resumed_after_ms": [None if after is None else milliseconds(after) for after in resumed],
+        "violations": violations,
+        "duration_s": round(duration.total_seconds(), 2),
+    }
+    return Verdict(tuple(claims), figures)
+
+
+_WORKER = {"agents": "the agents worker", "tools": "the tools worker"}
+
+
+def milliseconds(span: timedelta) -> int:
+    return round(span / timedelta(milliseconds=1))

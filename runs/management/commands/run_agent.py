@@ -1,0 +1,160 @@
+"""`manage.py run_agent AGENT "input"`: start a run, and perhaps watch it."""
+
+from __future__ import annotations
+
+import json
+import sys
+from argparse import ArgumentParser
+from collections.abc import Iterable
+from typing import Any
+from uuid import UUID
+
+from celery import current_app
+from django.contrib.auth import get_user_model
+from django.core.exceptions import ValidationError
+from django.core.management import BaseCommand, CommandError
+from django.db import ProgrammingError
+
+from runs import agents
+from runs.conf import settings
+from runs.exceptions import LonghaulError
+from runs.models import Run
+from runs.terminal import RunView, console_on, follow
+from threads.models import Thread
+from tools.models import Worker
+
+# How to start a worker of each kind, after `celery -A PROJECT worker`.
+POOLS = {"agents": "-P gevent -c 1000", "tools": "-P prefork", "control": "-P threads -c 2"}
+_SHOWN = 10
+
+
+class Command(BaseCommand):
+    help = "Starts a run of an agent. With --follow shows it until it ends; exit 1 when it does not complete."
+
+    def add_arguments(self, parser: ArgumentParser) -> None:
+        parser.add_argument("agent", help="the agent's name")
+        parser.add_argument("input", help="what the user says")
+        parser.add_argument("--user", help="the owner's user name; without it the run is the system's")
+        parser.add_argument("--thread", help="the id of a thread to go on with; a new one without it")
+        parser.add_argument("--follow", action="store_true", help="show the run until it ends")
+        parser.add_argument("--json", action="store_true", help="one JSON line for the run, with --follow one an event")
+
+    def handle(
+        self, *, agent: str, input: str, user: str | None, thread: str | None, follow: bool, json: bool, **_: Any
+    ) -> None:
+        try:
+            definition = agents.get(agent)
+            options: dict[str, Any] = {}
+            if user is not None:
+                options["owner"] = user_named(user)
+            if thread is not None:
+                options["thread"] = thread_of(thread)
+            run = definition.start(input, **options)
+            missing = absent_workers(["agents", "control", *(["tools"] if definition.tools else [])])
+        except LonghaulError as error:
+            raise CommandError(str(error)) from error
+        except ProgrammingError as error:
+            raise CommandError(f"The database has no tables of Longhaul yet: manage.py migrate. ({error})") from error
+        self.stderr.write(missing, ending="")
+        if follow:
+            show(self, run, after=0, json_lines=json)
+        elif json:
+            self.stdout.write(_json({"run": run.pk, "thread": run.thread_id, "agent": agent, "status": run.status}))
+        else:
+            self.stdout.write(f"Run {run.pk} on thread {run.thread_id} is {run.status}.")
+            self.stdout.write(f"Watch it: manage.py follow_run {run.pk}")
+
+
+def user_named(name: str) -> Any:
+    """Return the user. Raises CommandError that names some who exist."""
+    users = get_user_model()
+    try:
+        return users._default_manager.get_by_natural_key(name)  # type: ignore[attr-defined]
+    except users.DoesNotExist:
+        some = users._default_manager.order_by("pk").values_list(users.USERNAME_FIELD, flat=True)[: _SHOWN + 1]
+        raise CommandError(f"There is no user {name!r}; there {_listed(some, 'manage.py createsuperuser')}") from None
+
+
+def thread_of(id: str) -> Thread:
+    """Return the thread. Raises CommandError that names the latest ones."""
+    try:
+        return Thread.objects.get(pk=id)
+    except (Thread.DoesNotExist, ValidationError, ValueError):
+        latest = Thread.objects.order_by("-created_at")[: _SHOWN + 1]
+        some = [f"{each.pk} {each.title}".rstrip() for each in latest]
+        raise CommandError(f"There is no thread {id!r}; there {_listed(some, 'leave out --thread')}") from None
+
+
+def run_of(id: str) -> Run:
+    """Return the run. Raises CommandError that names the latest ones."""
+    try:
+        return Run.objects.select_related("thread").get(pk=id)
+    except (Run.DoesNotExist, ValidationError, ValueError):
+        latest = Run.objects.order_by("-created_at")[: _SHOWN + 1]
+        some = [f"{each.pk} {each.agent} {each.status}" for each in latest]
+        raise CommandError(f"There is no run {id!r}; there {_listed(some, 'manage.py run_agent')}") from None
+
+
+def _listed(some: Iterable[str], otherwise: str) -> str:
+    shown = list(some)
+    if not shown:
+        return f"are none yet ({otherwise})."
+    lines = "".join(f"\n  {each}" for each in shown[:_SHOWN])
+    return f"are:{lines}" + ("\n  ..." if len(shown) > _SHOWN else "")
+
+
+def absent_workers(kinds: Iterable[str]) -> str:
+    """Say which kinds of workers are not there, and how to start them; empty when all are."""
+    there = set(Worker.objects.filter(gone_at=None, beat_at__gt=clock_floor()).values_list("kind", flat=True))
+    absent = [kind for kind in kinds if kind not in there]
+    if not absent:
+        return ""
+    queues = {
+        "agents": settings().agents_queue,
+        "tools": settings().tools_queue,
+        "control": settings().control_queue,
+    }
+    app = current_app.main or "PROJECT"
+    what = " and ".join([", ".join(absent[:-1]), absent[-1]] if len(absent) > 1 else absent)
+    lines = [f"No {what} worker is present, so the run waits until there is one:"]
+    lines += [f"  celery -A {app} worker -Q {queues[kind]} {POOLS[kind]}" for kind in absent]
+    return "\n".join(lines) + "\n"
+
+
+def clock_floor() -> Any:
+    """Return the moment before which the last beat of a worker that lives cannot be."""
+    from threads.clock import now
+
+    return now() - settings().presence_ttl
+
+
+def show(command: BaseCommand, run: Run, *, after: int, json_lines: bool) -> None:
+    """Show the run on the command's stdout until it ends. Exits 1 when it does not complete, 130 on Ctrl-C."""
+    stream: Any = getattr(command.stdout, "_out", command.stdout)  # without Django's newline after each write
+    view = RunView(run.pk, agent=run.agent, since=run.created_at)
+    view.seq = after
+    events = run.events(after=after, follow=True)
+    try:
+        if json_lines:
+            for event in events:
+                flat = event.as_dict()
+                view.apply(flat)
+                stream.write(_json(flat) + "\n")
+                stream.flush()
+        else:
+            follow(events, view, console_on(stream))
+    except KeyboardInterrupt:
+        goes_on = f"manage.py follow_run {run.pk} --after {view.seq}"
+        command.stderr.write(f"\nThe run goes on without you. Watch it again: {goes_on}")
+        sys.exit(130)
+    if view.finished and view.status != "completed":
+        sys.exit(1)
+
+
+def _json(value: Any) -> str:
+    def plain(other: Any) -> str:
+        return (
+            str(other) if isinstance(other, UUID) else other.isoformat() if hasattr(other, "isoformat") else str(other)
+        )
+
+    return json.dumps(value, default=plain, ensure_ascii=False)

@@ -67,4 +67,4 @@ class Sabotage:
         return self._kill(call.holder, call.pk, same.exists)
 
     def _kill(self, holder: UUID | None, cut: UUID, busy: Callable[[], bool]) -> Kill | None:
-        return self.supervisor.kill_while(holder, cut, busy) if busy() else None
+        return self.supervisor.kill_while(holder, cut, busy) if holder is not None and busy() else None

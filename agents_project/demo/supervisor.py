@@ -243,7 +243,7 @@ class Supervisor:
 
     # --- the kills --------------------------------------------------------------------------------------------------
 
-    def worker_of(self, holder: UUID | None) -> tuple[str, Identity] | None:
+    def worker_of(self, holder: UUID) -> tuple[str, Identity] | None:
         """Return which of our workers lives this life, and in which process (of a prefork one in a child)."""
         rows = Worker.objects.filter(id=holder, gone_at=None, started_at__gte=self._began)
         row = rows.select_related("parent").first()
@@ -254,7 +254,7 @@ class Supervisor:
         identity = Identity.of(row.pid)
         return None if name is None or identity is None else (name, identity)
 
-    def kill_while(self, holder: UUID | None, cut: UUID, busy: Callable[[], bool]) -> Kill | None:
+    def kill_while(self, holder: UUID, cut: UUID, busy: Callable[[], bool]) -> Kill | None:
         """SIGKILL the whole worker that lives as `holder` while `busy()`; None when it was too late for that.
 
         The process is stopped for the last look, so that what it is busy with cannot end between look and kill.

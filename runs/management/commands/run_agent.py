@@ -69,7 +69,7 @@ def user_named(name: str) -> Any:
     """Return the user. Raises CommandError that names some who exist."""
     users = get_user_model()
     try:
-        return users._default_manager.get_by_natural_key(name)  # type: ignore[attr-defined]
+        return users._default_manager.get_by_natural_key(name)
     except users.DoesNotExist:
         some = users._default_manager.order_by("pk").values_list(users.USERNAME_FIELD, flat=True)[: _SHOWN + 1]
         raise CommandError(f"There is no user {name!r}; there {_listed(some, 'manage.py createsuperuser')}") from None

@@ -161,7 +161,7 @@ class _Reader(threading.Thread):
 def _violations(run: Run) -> int:
     from runs.invariants import check
 
-    return sum(check(run=run).values())
+    return sum(check(run.pk).violations.values())
 
 
 def _stay_up(supervisor: Supervisor, verdict: Verdict, console: Console) -> None:

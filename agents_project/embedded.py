@@ -7,13 +7,14 @@ The data folder is short and stands outside of the project, so that a project at
 sockets of at most 107 characters. Each project and each purpose ("dev", "test") has its own.
 
     users.lock      every process that uses the servers holds it shared, from `ensure()` to its end
+    keeper.lock     the same, a moment longer; on this one the keeper waits, so that no one mistakes it for a user
     change.lock     held exclusively for a moment by whoever starts or stops the servers
     postgres/       the cluster                  postgres.log
     valkey/         the append-only file         valkey.log
     sockets/        only the servers' user and we may enter
 
 The first user starts what is down, the last one stops it. A lock ends with its process, however that ends, so a killed
-user counts as gone; the *keeper*, a small process of its own, waits for the exclusive lock and stops the servers when a
+user counts as gone; the *keeper*, a small process of its own, waits for its lock and stops the servers when a
 killed user was the last one. Where the keeper was killed too, the next start finds the servers and uses them.
 
 Whoever has DATABASE_URL or REDIS_URL in its environment uses that, starts nothing and is no user here: children of a
@@ -38,6 +39,7 @@ import shutil
 import signal
 import socket
 import stat
+import struct
 import subprocess
 import sys
 import tempfile
@@ -166,8 +168,9 @@ def urls(purpose: str | None = None, project: Path = PROJECT) -> Servers:
 
 # --- users ---------------------------------------------------------------------------------------------------------
 
-# The open users.lock of this process, by folder. The lock lives as long as the descriptor.
-_held: dict[Path, int] = {}
+# The open users.lock and keeper.lock of this process, by folder. A lock lives as long as its descriptor. In this order:
+# a dying process's descriptors are closed in the order of their numbers.
+_held: dict[Path, tuple[int, int]] = {}
 # The session.lock of a purpose that this process has for itself.
 _reserved: list[int] = []
 # Servers started by this process, by pid: they are its children and must be reaped when they end.
@@ -215,16 +218,15 @@ def _join(servers: Servers, wanted: Sequence[Server], durable: bool) -> Servers:
     with _changing(folder):
         first = folder not in _held
         if first:
-            _held[folder] = _lock(folder / "users.lock", fcntl.LOCK_SH)
+            users = _lock(folder / "users.lock", fcntl.LOCK_SH)
+            _held[folder] = (users, _lock(folder / "keeper.lock", fcntl.LOCK_SH))
         try:
             started = _start(folder, wanted, durable)
             if first:
                 _start_keeper(folder)
         except BaseException:  # Ctrl-C included: nothing half started stays behind
             if first:
-                os.close(_held.pop(folder))
-            if not _has_users(folder):
-                _stop_servers(folder)
+                _end_use(folder)
             raise
     if first:
         atexit.register(leave, folder, os.getpid())
@@ -235,16 +237,24 @@ def leave(folder: Path, process: int | None = None) -> None:
     """End this process's use of the servers; the last user stops them. A fork of `process` does nothing."""
     if process is not None and process != os.getpid():
         return
-    descriptor = _held.pop(folder, None)
-    if descriptor is None:
+    if folder not in _held:
         return
     try:
         with _changing(folder):
-            os.close(descriptor)
-            if not _has_users(folder):
-                _stop_servers(folder)
+            _end_use(folder)
     except FileNotFoundError:
         pass  # `remove` was here
+
+
+def _end_use(folder: Path) -> None:
+    """Give up this process's locks, stop the servers if they were the last. Caller holds change.lock."""
+    users, keeper = _held.pop(folder)
+    os.close(users)
+    try:
+        if not _has_users(folder):
+            _stop_servers(folder)
+    finally:
+        os.close(keeper)
 
 
 def stop(purpose: str | None = None, *, project: Path = PROJECT, force: bool = False) -> bool:
@@ -276,7 +286,7 @@ def status(purpose: str | None = None, *, project: Path = PROJECT) -> dict[Serve
     """Return the process of each server, None for one that is down."""
     folder = data_folder(purpose, project)
     found = _find(folder)
-    return {server: found.get(server) for server in ALL}
+    return {server: found[server][0] if server in found else None for server in ALL}
 
 
 def _make_folder(folder: Path, project: Path, purpose: str) -> None:
@@ -357,7 +367,7 @@ def _keep(folder: Path) -> None:
     """Wait until nobody uses the servers, then stop them. Ends when they are down, whoever stopped them."""
     while folder.exists():
         # A waiting exclusive lock does not keep new users out (Linux and macOS grant shared ones past it).
-        os.close(_lock(folder / "users.lock", fcntl.LOCK_EX))
+        os.close(_lock(folder / "keeper.lock", fcntl.LOCK_EX))
         with _changing(folder):
             if not _has_users(folder):
                 _stop_servers(folder)
@@ -382,33 +392,38 @@ def _server_user() -> pwd.struct_passwd | None:
     raise EmbeddedError("Postgres does not run as root, and there is no system user (nobody, daemon) to run it as.")
 
 
-def _find(folder: Path) -> dict[str, Identity]:
-    """Return the live processes that serve this folder, found by their command lines.
+def _find(folder: Path) -> dict[str, list[Identity]]:
+    """Return the live processes that serve this folder, found by their command lines, the first in front.
 
-    Not by pid files: one may be missing (the starter was killed before it was written) or name a stranger.
+    Not by pid files: one may be missing (the starter was killed before it was written) or name a stranger. Several
+    under one name: an initdb counts as postgres, and so does its fresh fork until it has renamed itself.
     """
     marks = {
         "postgres": f"-D {folder}/postgres ",
         "valkey": f"--dir {folder}/valkey ",
         "keeper": f"agents_project.embedded keep {folder} ",
     }
-    found = {}
+    found: dict[str, list[Identity]] = {}
     for process in running():
         for name, mark in marks.items():
             if mark in process.command + " ":
-                found[name] = process
+                found.setdefault(name, []).append(process)
+    for processes in found.values():
+        processes.sort(key=lambda process: (len(process.started), process.started, process.pid))
     return found
 
 
 def _start(folder: Path, wanted: Sequence[Server], durable: bool) -> tuple[Server, ...]:
     """Bring up what is wanted and down. Caller holds change.lock."""
+    if (folder / "stopping").exists():  # whoever stopped them was killed in the middle: they answer, but will end
+        _stop_servers(folder)
     found = _find(folder)
     missing: list[Server] = []
     for server in wanted:
         if server in found and _answers(folder, server):
             continue
         if server in found:  # of a start that was killed, still starting, or hung
-            end([found[server]], first=_STOP_SIGNAL[server], grace=timedelta(seconds=5), reap=_children)
+            end(found[server], first=_STOP_SIGNAL[server], grace=timedelta(seconds=5), reap=_children)
         missing.append(server)
     # Valkey first: it is up while Postgres still makes its cluster.
     for server in sorted(missing, reverse=True):
@@ -416,8 +431,9 @@ def _start(folder: Path, wanted: Sequence[Server], durable: bool) -> tuple[Serve
         _children[child.pid] = child
     for server in missing:
         _await(folder, server)
-    if "postgres" in missing:
+    if "postgres" in wanted and not (folder / "database.done").exists():
         _create_database(folder)
+        (folder / "database.done").touch()
     return tuple(missing)
 
 
@@ -430,10 +446,15 @@ _STOP_SIGNAL: dict[str, signal.Signals] = {
 
 def _stop_servers(folder: Path) -> None:
     """Stop what serves this folder, except ourselves. Caller holds change.lock."""
-    found = {name: process for name, process in _find(folder).items() if process.pid != os.getpid()}
-    for name, process in found.items():
-        process.kill(_STOP_SIGNAL[name])
-    end(list(found.values()), first=signal.Signals.SIGCONT, grace=STOP_GRACE, reap=_children)
+    leaving = []
+    (folder / "stopping").touch()
+    for name, processes in _find(folder).items():
+        for process in processes:
+            if process.pid != os.getpid():
+                process.kill(_STOP_SIGNAL[name])
+                leaving.append(process)
+    end(leaving, first=signal.SIGCONT, grace=STOP_GRACE, reap=_children)
+    (folder / "stopping").unlink(missing_ok=True)
 
 
 def _popen(folder: Path, name: str, command: Sequence[str], environment: dict[str, str]) -> subprocess.Popen[bytes]:
@@ -487,13 +508,15 @@ def _start_postgres(folder: Path, durable: bool) -> subprocess.Popen[bytes]:
         leftover.unlink()
     settings = {**_POSTGRES_SETTINGS, "unix_socket_directories": f'"{folder / "sockets"}"'}
     if not durable:
-        settings |= {"fsync": "off", "synchronous_commit": "off", "full_page_writes": "off"}
+        # Not synchronous_commit: what was committed must survive a kill -9 of the server, if not of the machine.
+        settings |= {"fsync": "off", "full_page_writes": "off"}
     options = [argument for key, value in settings.items() for argument in ("-c", f"{key}={value}")]
     return _popen(folder, "postgres", [str(install / "bin" / "postgres"), "-D", str(cluster), *options], environment)
 
 
 def _initialize(folder: Path, install: Path, environment: dict[str, str]) -> None:
     cluster = folder / "postgres"
+    (folder / "database.done").unlink(missing_ok=True)
     for leftover in cluster.iterdir():  # of an initdb that was killed
         shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
     command = [
@@ -539,21 +562,29 @@ def _may_enter(user: pwd.struct_passwd, folder: Path) -> bool:
 
 def _answers(folder: Path, server: Server) -> bool:
     """Say whether the server takes work now."""
-    if server == "postgres":
+    if server == "valkey":
+        return _ask(folder / "sockets" / "valkey.sock", b"PING\r\n").startswith(b"+PONG")
+    try:
+        # The eighth line is the postmaster's own word on whether it is still starting; a hung one leaves it as it was.
+        lines = (folder / "postgres" / "postmaster.pid").read_text().split("\n")
+    except OSError:
+        return False
+    if len(lines) < 8 or lines[7].strip() != "ready":
+        return False
+    # The protocol's SSLRequest: the shortest question that is answered before anyone logs in.
+    return _ask(folder / "sockets" / ".s.PGSQL.5432", struct.pack("!II", 8, 80877103)) in (b"N", b"S")
+
+
+def _ask(path: Path, question: bytes) -> bytes:
+    """Return the first bytes of a server's answer, none when there is no server or it hangs."""
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.settimeout(2)  # usual are milliseconds, also while a server starts
         try:
-            # The eighth line is the postmaster's own word; a connection would have to be told from "starting up".
-            lines = (folder / "postgres" / "postmaster.pid").read_text().split("\n")
+            connection.connect(str(path))
+            connection.sendall(question)
+            return connection.recv(64)
         except OSError:
-            return False
-        return len(lines) > 7 and lines[7].strip() == "ready"
-    with socket.socket(socket.AF_UNIX) as probe:
-        probe.settimeout(2)  # a server that is busy loading answers within milliseconds; a hung one never
-        try:
-            probe.connect(str(folder / "sockets" / "valkey.sock"))
-            probe.sendall(b"PING\r\n")
-            return probe.recv(64).startswith(b"+PONG")
-        except OSError:
-            return False
+            return b""
 
 
 def _await(folder: Path, server: Server) -> None:

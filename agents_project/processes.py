@@ -97,6 +97,7 @@ def end(
     """
     for process in processes:
         process.kill(first)
+        process.kill(signal.SIGCONT)  # one that was stopped hears nothing else but SIGKILL
     deadline = time.monotonic() + grace.total_seconds()
     left = _wait_gone(processes, deadline, reap or {})
     for process in left:

@@ -117,9 +117,7 @@ def start(
     for extra in drafts:
         extra.shown = save == "all"
     if parts is not None:
-        drafts.append(
-            Message(thread=thread, role=Role.USER, content=parts, client_id=client_id, shown=save != "none")
-        )
+        drafts.append(Message(thread=thread, role=Role.USER, content=parts, client_id=client_id, shown=save != "none"))
     try:
         with transaction.atomic():
             if idempotency_key is not None and (known := _known(owner_id, idempotency_key, fingerprint)):
@@ -213,9 +211,7 @@ def _something_to_do(thread: Thread) -> None:
         raise NothingToDo
 
 
-def _thread_of(
-    agent: agents.Agent, thread: Thread | None, message: Message | None, owner: Any
-) -> tuple[Thread, Any]:
+def _thread_of(agent: agents.Agent, thread: Thread | None, message: Message | None, owner: Any) -> tuple[Thread, Any]:
     owner_id = None if owner is None else owner.pk
     if message is not None:
         if thread is not None and thread.pk != message.thread_id:
@@ -347,4 +343,3 @@ def announce(answer: Mapping[str, Any], *, ring: bool = True) -> None:
         publish(UUID(released[0]), released[1])
     if call := answer.get("publish_call"):
         tool_tasks.publish(UUID(call[0]), call[1], timedelta(seconds=call[2]))
-

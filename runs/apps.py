@@ -1,4 +1,9 @@
+from __future__ import annotations
+
+from typing import Any
+
 from django.apps import AppConfig
+from django.db.models.signals import pre_delete
 
 
 class RunsConfig(AppConfig):
@@ -6,3 +11,23 @@ class RunsConfig(AppConfig):
     label = "longhaul_runs"
     verbose_name = "Longhaul: runs"
     default_auto_field = "django.db.models.BigAutoField"
+
+    def ready(self) -> None:
+        from runs import admission, worker  # noqa: F401 (worker listens to Celery)
+        from runs.run_log import DatabaseRunLog
+        from threads import transcript
+        from tools import run_log
+
+        run_log.install(DatabaseRunLog())
+        transcript.occupied = admission.occupied
+        transcript.vacate = admission.vacate
+        pre_delete.connect(delete_what_hangs_on_a_run, sender=self.get_model("Run"), dispatch_uid="longhaul.runs")
+
+
+def delete_what_hangs_on_a_run(instance: Any, **_: Any) -> None:
+    """Messages and calls name their run by a plain id, so they are deleted with it here."""
+    from threads.models import Message
+    from tools.models import ToolCall
+
+    ToolCall.objects.filter(run_id=instance.pk).delete()
+    Message.objects.filter(run_id=instance.pk).delete()

@@ -64,10 +64,19 @@ class Claim:
         finally:
             self._open = False
 
-    def check(self) -> None:
-        """Raise what has come meanwhile."""
+    @property
+    def speaking(self) -> bool:
+        """Whether the leg waits for its model at this moment."""
+        return self._open
+
+    def check_lost(self) -> None:
+        """Raise FenceLost when the claim is known to be gone."""
         if self.interruption == "lost":
             raise FenceLost
+
+    def check(self) -> None:
+        """Raise what has come meanwhile: FenceLost, or Interrupted."""
+        self.check_lost()
         if self.interruption is not None:
             raise Interrupted(self.interruption)
 

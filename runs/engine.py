@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
 from decimal import Decimal
-from typing import Any
+from typing import Any, Literal
 from uuid import UUID
 
 from django.db import DatabaseError, InterfaceError, connection
@@ -58,6 +58,7 @@ class Process:
     presence: Presence
     flusher: Flusher | None = None
     draining: bool = False
+    ended: bool = False
     legs: set[Claim] = field(default_factory=set)
 
     def drain(self) -> None:
@@ -67,6 +68,20 @@ class Process:
         for claim in list(self.legs):
             if claim.wake is not None:
                 claim.wake.set()
+
+    def look(self) -> None:
+        """Stop the legs whose fence is gone (cancelled, reclaimed): they may be waiting for a silent model."""
+        claims = [(claim, claim.epoch) for claim in list(self.legs) if claim.speaking]
+        if not claims:
+            return
+        rows = database.rows_of(
+            "SELECT id, epoch FROM longhaul_runs_run WHERE status = 'running' AND id = ANY (%s)",
+            ([claim.run_id for claim, _ in claims],),
+        )
+        held = set(rows)
+        for claim, epoch in claims:
+            if (claim.run_id, epoch) not in held and claim.epoch == epoch:
+                claim.interrupt("lost")
 
     def cut(self) -> None:
         """The grace is over: hand on what still streams."""
@@ -110,6 +125,8 @@ class Turn:
 
 def advance(run_id: UUID, dispatch_seq: int, process: Process, *, task_id: str = "") -> None:
     """Claim the run by `dispatch_seq` and take it as far as this leg may. A doubled or late message does nothing."""
+    if process.draining:
+        return  # the message goes back with its worker, or the sweep sends another
     presence = process.presence
     with presence.register.entry("run", run_id) as registered:
         worker = presence.id
@@ -197,7 +214,9 @@ class Leg:
         if time.monotonic() - began > 1:
             logger.warning("The instructions of agent %s took over 1 s; other runs waited", definition.agent)
         if not isinstance(said, str):
-            raise agents.BadInput(f"The instructions of agent {definition.agent!r} returned {type(said).__name__}, not a text.")
+            raise agents.BadInput(
+                f"The instructions of agent {definition.agent!r} returned {type(said).__name__}, not a text."
+            )
         return said
 
     def _steps(self) -> None:
@@ -215,8 +234,8 @@ class Leg:
             outcome = self._commit(turn, answer)
             if outcome["status"] == "running":
                 turn = self._open()
-            elif outcome["status"] in ("waiting", "requires_action", "queued"):
-                turn = self._linger()
+            elif outcome.get("lingering") or outcome["status"] == "waiting":
+                turn = self._linger(joined=outcome["status"] == "queued")
             else:
                 turn = None
 
@@ -239,7 +258,9 @@ class Leg:
         if self._handed_over():
             return None
         opening = self._opening()
-        return self._opened(opening[0], lifecycle.open_turn(self.claim.run_id, self.claim.epoch, self.claim.worker, opening))
+        return self._opened(
+            opening[0], lifecycle.open_turn(self.claim.run_id, self.claim.epoch, self.claim.worker, opening)
+        )
 
     def _opened(self, message: UUID, answer: dict[str, Any]) -> Turn | None:
         if limit := answer.get("limit"):
@@ -320,7 +341,9 @@ class Leg:
 
     def _model_failed(self, error: ProviderError) -> None:
         described = {"code": error.code, "message": error.message, "retryable": error.retryable}
-        waited = timedelta(seconds=float(self.claimed["retry_seconds"] or 0)) + timedelta(seconds=time.monotonic() - self.began)
+        waited = timedelta(seconds=float(self.claimed["retry_seconds"] or 0)) + timedelta(
+            seconds=time.monotonic() - self.began
+        )
         tries = self.tries + 1
         again = error.retryable and tries < settings().model_tries
         if again and (tries == 1 or waited < settings().model_retry_total):
@@ -373,7 +396,7 @@ class Leg:
         ]
         events += settled_events
         try:
-            self.claim.check()
+            self.claim.check_lost()  # an answer that is whole is committed, though its worker drains
             outcome: dict[str, Any] = lifecycle.commit_step(
                 self.claim.run_id,
                 self.claim.epoch,
@@ -387,7 +410,7 @@ class Leg:
                 calls=calls,
                 bad=bad,
                 end=end,
-                linger=timedelta(0) if self.process.draining else settings().linger,
+                linger=self._linger_time(),
             )
         finally:
             if flusher is not None:
@@ -396,11 +419,14 @@ class Leg:
         self.usage = None
         if outcome["status"] == "waiting":
             self._publish_calls(calls)
-        self._announce({**outcome, "lingering": True} if outcome["status"] == "queued" and self._lingers() else outcome)
+        self._announce(outcome)
         return outcome
 
-    def _lingers(self) -> bool:
-        return settings().linger > timedelta(0) and not self.process.draining
+    def _linger_time(self) -> timedelta:
+        """A leg without a flusher has nobody to wait beside; a draining one has no time."""
+        if self.process.draining or self.process.flusher is None:
+            return timedelta(0)
+        return settings().linger
 
     def _publish_calls(self, calls: list[dict[str, Any]]) -> None:
         # Between the commit and this a death costs a republish interval: the rows say when they are due.
@@ -431,7 +457,13 @@ class Leg:
                 }
             else:
                 row |= {"outcome": "failed", "error": error}
-                payload = {"tool_call": str(call.id), "name": call.name, "outcome": "failed", "result": None, "error": error}
+                payload = {
+                    "tool_call": str(call.id),
+                    "name": call.name,
+                    "outcome": "failed",
+                    "result": None,
+                    "error": error,
+                }
                 settled.append(["tool_call.settled", None, payload])
             rows.append(row)
         return rows, settled
@@ -446,7 +478,10 @@ class Leg:
         except ToolError as error:
             return {"code": error.code, "message": str(error)}
         except Exception as error:  # a validator of the user's
-            return {"code": "invalid_arguments", "message": f"The arguments could not be checked ({type(error).__name__})."}
+            return {
+                "code": "invalid_arguments",
+                "message": f"The arguments could not be checked ({type(error).__name__}).",
+            }
         if tool.needs_approval or tool.deferred:
             # Their code comes later; what needs a person's word must not run without it.
             what = "a person's approval" if tool.needs_approval else "a result from outside"
@@ -495,38 +530,37 @@ class Leg:
 
     # -- lingering --
 
-    def _linger(self) -> Turn | None:
-        """Wait a little for the calls, without connection and claim. Returns the next turn, or None when the leg is over."""
-        linger = settings().linger.total_seconds()
-        if linger <= 0 or not self._lingers():
-            return self._give_up("drained" if self.process.draining and linger > 0 else None)
-        until = time.monotonic() + linger + 0.05  # the last look is after linger_until
+    def _linger(self, joined: bool) -> Turn | None:
+        """Wait a little for the calls, without connection and claim. Returns the next turn, or None when the leg is over.
+
+        joined: every call came settled, so the run is queued for this leg already.
+        """
         wake = self.claim.wake
-        first = True
+        if wake is None or self._linger_time() <= timedelta(0):
+            return self._give_up("drained")  # nothing to end when the commit was told of no linger
+        until = time.monotonic() + settings().linger.total_seconds() + 0.05  # the last look is after linger_until
         while True:
             remaining = until - time.monotonic()
+            if not joined and remaining > 0:
+                database.release()
+                wake.wait(min(LOOK_SECONDS, remaining))
+                wake.clear()
+                self.claim.check_lost()
+            joined = False
             if self.process.draining:
                 return self._give_up("drained")
-            if not first or remaining <= 0:
-                taken = self._look()
-                if taken is not False:
-                    return taken
-                if remaining <= 0:
-                    return self._give_up("tools")
-            first = False
-            if wake is not None:
-                database.release()
-                wake.wait(min(LOOK_SECONDS, max(remaining, 0.01)))
-                wake.clear()
-                self.claim.check()
+            over = time.monotonic() >= until
+            taken = self._look()
+            if taken is not False:
+                return taken or None
+            if over:
+                return self._give_up("tools")
 
-    def _look(self) -> Turn | None | bool:
+    def _look(self) -> Turn | Literal[False] | None:
         """Claim if the join has queued the run. False: not yet."""
         used = time.monotonic() - self.began >= self.definition.limits.leg_budget.total_seconds()
         opening = self._opening()
-        answer = lifecycle.claim_lingering(
-            self.claim.run_id, self.id, self.claim.worker, opens=not used, turn=opening
-        )
+        answer = lifecycle.claim_lingering(self.claim.run_id, self.id, self.claim.worker, opens=not used, turn=opening)
         status = answer["status"]
         if status in ("waiting", "requires_action"):
             return False
@@ -541,10 +575,9 @@ class Leg:
             raise FenceLost
         return self._opened(opening[0], answer["turn"])
 
-    def _give_up(self, reason: str | None) -> None:
-        """End the leg that waits. Without a reason the step's commit ended it already."""
-        if reason is not None:
-            self._announce(lifecycle.end_lingering(self.claim.run_id, self.id, reason))
+    def _give_up(self, reason: str) -> None:
+        """End the leg that waits, if it is still the open one."""
+        self._announce(lifecycle.end_lingering(self.claim.run_id, self.id, reason))
 
     @contextlib.contextmanager
     def _listening(self) -> Iterator[None]:
@@ -570,7 +603,11 @@ class Leg:
         status = Status.COMPLETED if limit == StopReason.MAX_STEPS else Status.FAILED
         error = None
         if status == Status.FAILED:
-            error = {"code": str(limit), "message": f"The run reached its limit: {limit.label.lower()}.", "retryable": False}
+            error = {
+                "code": str(limit),
+                "message": f"The run reached its limit: {limit.label.lower()}.",
+                "retryable": False,
+            }
         self._announce(
             lifecycle.finish(self.claim.run_id, self.claim.epoch, self.claim.worker, status, limit, error=error)
         )

@@ -1,16 +1,16 @@
 """What can go wrong with a run.
 
-    LonghaulError (threads.exceptions)
-    ├── BadInput                    (threads.exceptions) what was given cannot be taken
-    │   ├── UnknownAgent
-    │   ├── InputTooLarge
-    │   ├── NothingToDo             there is nothing that the agent could answer
-    │   └── IdempotencyConflict     the key was used with another body
-    ├── ThreadBusy                  (threads.exceptions)
-    │   └── TooManyHeld             as many runs wait for the thread as may
-    └── AgentsError                 two agents of one name, an agents module that fails to import
+LonghaulError (threads.exceptions)
+├── BadInput                    (threads.exceptions) what was given cannot be taken
+│   ├── UnknownAgent
+│   ├── InputTooLarge
+│   ├── NothingToDo             there is nothing that the agent could answer
+│   └── IdempotencyConflict     the key was used with another body
+├── ThreadBusy                  (threads.exceptions)
+│   └── TooManyHeld             as many runs wait for the thread as may
+└── AgentsError                 two agents of one name, an agents module that fails to import
 
-    FenceLost                       a leg's write found its run taken or ended: it writes nothing more
+FenceLost                       a leg's write found its run taken or ended: it writes nothing more
 """
 
 from __future__ import annotations

@@ -58,7 +58,7 @@ class Buffer:
         """Return what the step's commit must write itself. Waits for the batch in flight."""
         while self.in_flight:
             self.answered.wait(1.0)
-            self.claim.check()
+            self.claim.check_lost()
         chunks, self.chunks = self.chunks, []
         return chunks
 
@@ -115,8 +115,9 @@ class Flusher:
         for buffer in batch:
             buffer.in_flight, buffer.chunks = buffer.chunks, []
             buffer.answered.clear()
+        for worker in {buffer.claim.worker for buffer in batch}:  # one, but for a process that began a new life
+            self._write([buffer for buffer in batch if buffer.claim.worker == worker])
         if batch:
-            self._write(batch)
             database.release()
         rung, self._rung = self._rung, set()
         if rung:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import AsyncIterator, Iterator
+from typing import TYPE_CHECKING, ClassVar, Self
 
+from asgiref.sync import sync_to_async
 from django.conf import settings
 from django.db import models
 
 from threads.clock import Now
 from threads.ids import new_id
 from threads.models import Thread
+
+if TYPE_CHECKING:
+    from runs.events import RunEvent
 
 
 class Status(models.TextChoices):
@@ -150,6 +155,65 @@ class Run(models.Model):
 
     def __str__(self) -> str:
         return f"{self.agent} {self.id}"
+
+    @property
+    def finished(self) -> bool:
+        return self.status in TERMINAL
+
+    def wait(self, timeout_seconds: float = 30) -> Self:
+        """Wait until the run has ended, at most so long; returns it as it is then (see `finished`)."""
+        from runs import events
+
+        events.wait(self.pk, timeout_seconds)
+        self.refresh_from_db()
+        return self
+
+    async def await_finished(self, timeout_seconds: float = 30) -> Self:
+        """`wait`, from async code."""
+        return await sync_to_async(self.wait)(timeout_seconds)
+
+    def events(self, after: int = 0, follow: bool = False) -> Iterator[RunEvent]:
+        """Yield the events after the cursor `after` (a seq); with `follow` also those to come, until the run's end."""
+        from runs import events
+
+        if follow:
+            yield from events.follow(self.pk, after)
+            return
+        while batch := events.read(self.pk, after):
+            yield from batch
+            after = batch[-1].seq
+
+    async def aevents(self, after: int = 0, follow: bool = True) -> AsyncIterator[RunEvent]:
+        """`events`, from async code."""
+        from runs import events
+
+        if follow:
+            async for event in events.afollow(self.pk, after):
+                yield event
+            return
+        while batch := await sync_to_async(events.read)(self.pk, after):
+            for event in batch:
+                yield event
+            after = batch[-1].seq
+
+    def why(self) -> str:
+        """Say why the run stands where it stands, for a person to read."""
+        from runs import explain
+
+        return explain.why(self)
+
+    def cancel(self, reason: str = "") -> Self:
+        """Cancel the run, at once and for good; a finished one stays as it is. Returns it as it is now."""
+        from runs import admission
+
+        admission.cancel(self, reason)
+        return self
+
+    def resume(self, input: str | None = None) -> Run:
+        """Start a new run that goes on where this cancelled or failed one ended. Raises BadInput for another one."""
+        from runs import admission
+
+        return admission.resume(self, input)
 
 
 class Leg(models.Model):

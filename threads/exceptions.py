@@ -1,8 +1,8 @@
 """What can be wrong with what a user asks of a thread, or of a run on it.
 
-    LonghaulError
-    ├── BadInput (ValueError)      what was given cannot be taken: it says what to do, and nothing was changed
-    └── ThreadBusy                 the thread has a live run, and this input does not wait for it
+LonghaulError
+├── BadInput (ValueError)      what was given cannot be taken: it says what to do, and nothing was changed
+└── ThreadBusy                 the thread has a live run, and this input does not wait for it
 """
 
 from __future__ import annotations

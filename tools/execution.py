@@ -115,9 +115,7 @@ def _execute_atomic(claimed: Claimed, tool: Tool, arguments: dict[str, Any]) -> 
     try:
         with transaction.atomic():
             # By this name a later attempt ends this backend, should it outlive its worker with rows locked.
-            database.rows_of(
-                "SELECT set_config('application_name', %s, true)", (f"longhaul {claimed.attempt_id}",)
-            )
+            database.rows_of("SELECT set_config('application_name', %s, true)", (f"longhaul {claimed.attempt_id}",))
             result = tool.serialize(_call(claimed, tool, arguments))
             answer = lifecycle.settle(
                 claimed.call_id, claimed.attempt, worker=claimed.worker, outcome=Outcome.SUCCESS, result=result
@@ -152,7 +150,9 @@ def _after_error(claimed: Claimed, tool: Tool, error: Exception) -> None:
         )
     if isinstance(error, ToolError):
         return _settle(claimed, Outcome.FAILED, error=_described(error))
-    logger.warning("Tool %s, call %s, attempt %s failed", claimed.name, claimed.call_id, claimed.attempt, exc_info=error)
+    logger.warning(
+        "Tool %s, call %s, attempt %s failed", claimed.name, claimed.call_id, claimed.attempt, exc_info=error
+    )
     # The class only: the text of a foreign exception may carry what neither model nor log may see.
     described = {"code": "error", "message": f"The tool failed with {type(error).__name__}."}
     delay = tool.retry.delay(claimed.attempt, error) if claimed.attempt < claimed.answer["max_attempts"] else None

@@ -51,7 +51,13 @@ def claim(call_id: UUID, attempt: int, *, worker: UUID, worker_name: str, task_i
 
 
 def settle(
-    call_id: UUID, attempt: int, *, worker: UUID, outcome: Outcome, result: Any = None, error: Mapping[str, Any] | None = None
+    call_id: UUID,
+    attempt: int,
+    *,
+    worker: UUID,
+    outcome: Outcome,
+    result: Any = None,
+    error: Mapping[str, Any] | None = None,
 ) -> Any:
     """Settle a call exactly once. None: somebody else did, or its run ended; nothing changed."""
     return database.call(

@@ -66,7 +66,6 @@ class Register:
         return any(k[0] == kind and k[1] == id and held in (None, number) for k, held in list(self._entries.items()))
 
 
-
 @dataclass(frozen=True, slots=True)
 class Holding:
     """A kind of row that a life can hold: how to find those that name it, and how to give one back."""
@@ -139,7 +138,13 @@ class Presence:
     """Keeps this process present. `beats` is False in a prefork child, whose parent beats for it."""
 
     def __init__(
-        self, *, name: str, kind: str, holdings: Sequence[Holding] = (CALLS,), parent: UUID | None = None, beats: bool = True
+        self,
+        *,
+        name: str,
+        kind: str,
+        holdings: Sequence[Holding] = (CALLS,),
+        parent: UUID | None = None,
+        beats: bool = True,
     ) -> None:
         self.name = name
         self.kind = kind
@@ -215,17 +220,21 @@ class Presence:
             ).fetchone() == (1,)
         if self._ticks % 2:
             return True
-        lost = to.execute(
-            "UPDATE longhaul_tools_worker SET beat_at = longhaul_now(), draining = %s WHERE id = %s AND gone_at IS NULL",
-            (self.draining, self.life.id),
-        ).rowcount == 0
+        lost = (
+            to.execute(
+                "UPDATE longhaul_tools_worker SET beat_at = longhaul_now(), draining = %s WHERE id = %s AND gone_at IS NULL",
+                (self.draining, self.life.id),
+            ).rowcount
+            == 0
+        )
         children = to.execute(
             "SELECT id, pid FROM longhaul_tools_worker WHERE parent_id = %s AND gone_at IS NULL", (self.life.id,)
         ).fetchall()
         present = [id for id, pid in children if _runs(pid)]
         if present:
             to.execute(
-                "UPDATE longhaul_tools_worker SET beat_at = longhaul_now() WHERE id = ANY (%s) AND gone_at IS NULL", (present,)
+                "UPDATE longhaul_tools_worker SET beat_at = longhaul_now() WHERE id = ANY (%s) AND gone_at IS NULL",
+                (present,),
             )
         return not lost
 
@@ -256,7 +265,9 @@ class Presence:
         self._ended = True
         with contextlib.suppress(psycopg.Error, OSError):
             to = connect("longhaul leaves")
-            to.execute("DELETE FROM longhaul_tools_worker WHERE id = %(id)s OR parent_id = %(id)s", {"id": self.life.id})
+            to.execute(
+                "DELETE FROM longhaul_tools_worker WHERE id = %(id)s OR parent_id = %(id)s", {"id": self.life.id}
+            )
             to.close()
         self._drop()
 

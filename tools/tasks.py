@@ -31,7 +31,9 @@ GRACE = timedelta(seconds=5)
 def execute_call(self: Any, call_id: str, attempt: int) -> None:
     present = presence.current
     if present is None:
-        logger.error("Call %s was sent to a worker that does not consume Longhaul's queues; it is left to the sweep", call_id)
+        logger.error(
+            "Call %s was sent to a worker that does not consume Longhaul's queues; it is left to the sweep", call_id
+        )
         return
     execution.execute(
         UUID(call_id), attempt, presence=present, task_id=self.request.id or "", alone=present.parent is not None

@@ -1,0 +1,113 @@
+"""The log of a run, as its readers see it: history in batches, then live. Every surface is a projection of this."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Iterator, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+from uuid import UUID
+
+from asgiref.sync import sync_to_async
+
+from runs import bells
+from runs.models import Event
+from threads import database
+
+BATCH = 1000
+LOOK_SECONDS = 1.0  # how often a reader looks though no bell rang
+TERMINAL_TYPES = frozenset({"run.completed", "run.failed", "run.cancelled"})
+
+
+@dataclass(frozen=True, slots=True)
+class RunEvent:
+    """One event. `seq` counts from 1 without gaps; `payload` are the type's own fields (API.md, Events)."""
+
+    seq: int
+    type: str
+    run: UUID
+    at: datetime
+    payload: Mapping[str, Any]
+
+    def as_dict(self) -> dict[str, Any]:
+        """The event as readers get it: flat, the time in RFC 3339 UTC."""
+        at = self.at.astimezone(UTC).isoformat().replace("+00:00", "Z")
+        return {"seq": self.seq, "type": self.type, "run": str(self.run), "at": at, **self.payload}
+
+    @property
+    def terminal(self) -> bool:
+        return self.type in TERMINAL_TYPES
+
+
+def read(run_id: UUID, after: int = 0, limit: int = BATCH) -> list[RunEvent]:
+    """Return the events after the cursor, at most `limit`, in order."""
+    rows = Event.objects.filter(run_id=run_id, seq__gt=after).order_by("seq")[:limit]
+    return [
+        RunEvent(seq, type, run_id, at, payload)
+        for seq, type, at, payload in rows.values_list("seq", "type", "at", "payload")
+    ]
+
+
+def follow(run_id: UUID, after: int = 0) -> Iterator[RunEvent]:
+    """Yield the events after the cursor, and those to come, until the terminal one. Ends also when the run is deleted.
+
+    Subscribes first, then reads, so nothing falls into the seam.
+    """
+    with bells.ear().listen(bells.run_channel(run_id)) as wake:
+        while True:
+            wake.clear()
+            batch = read(run_id, after)
+            for event in batch:
+                yield event
+                after = event.seq
+                if event.terminal:
+                    return
+            if len(batch) == BATCH:
+                continue
+            if not batch and _over(run_id, after):
+                return
+            database.release()
+            wake.wait(LOOK_SECONDS)
+
+
+def _over(run_id: UUID, after: int) -> bool:
+    """Return whether nothing can follow: the run is gone, or ended and read to its end."""
+    from runs.models import TERMINAL, Run
+
+    row = Run.objects.filter(pk=run_id).values_list("status", "last_seq").first()
+    return row is None or (row[0] in TERMINAL and after >= row[1])
+
+
+async def afollow(run_id: UUID, after: int = 0) -> AsyncIterator[RunEvent]:
+    """`follow`, from async code."""
+    while True:
+        batch = await sync_to_async(read)(run_id, after)
+        for event in batch:
+            yield event
+            after = event.seq
+            if event.terminal:
+                return
+        if not batch and await sync_to_async(_over)(run_id, after):
+            return
+        if len(batch) < BATCH:
+            await asyncio.sleep(0.1)
+
+
+def wait(run_id: UUID, timeout_seconds: float) -> bool:
+    """Wait until the run has ended, at most so long. Returns whether it has."""
+    from runs.models import TERMINAL, Run
+
+    until = time.monotonic() + timeout_seconds
+    with bells.ear().listen(bells.run_channel(run_id)) as wake:
+        while True:
+            wake.clear()
+            status = Run.objects.filter(pk=run_id).values_list("status", flat=True).first()
+            if status is None or status in TERMINAL:
+                return True
+            remaining = until - time.monotonic()
+            if remaining <= 0:
+                return False
+            database.release()
+            wake.wait(min(LOOK_SECONDS, remaining))

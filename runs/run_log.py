@@ -1,0 +1,46 @@
+"""The port that `tools` declares (tools.run_log.RunLog), implemented. Installed by `RunsConfig.ready()`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+from uuid import UUID
+
+from django.db import transaction
+
+from runs import admission, agents, bells, lifecycle
+from runs.models import LIVE, Run
+from threads.models import Thread
+from tools.exceptions import UnknownTool
+from tools.registry import Tool
+
+
+class DatabaseRunLog:
+    """Reaches a run by its row."""
+
+    def record(self, run_id: UUID, type: str, payload: Mapping[str, Any]) -> bool:
+        with transaction.atomic():
+            if not Run.objects.select_for_update(no_key=True).filter(pk=run_id, status__in=LIVE).exists():
+                return False  # it has ended, and nothing is written to it any more
+            lifecycle.record(run_id, type, payload)
+            transaction.on_commit(lambda: bells.ring([bells.run_channel(run_id)]))
+        return True
+
+    def announce(self, answer: Mapping[str, Any]) -> None:
+        admission.announce(answer)
+
+    def run(self, run_id: UUID) -> Run:
+        return Run.objects.get(pk=run_id)
+
+    def thread(self, thread_id: UUID) -> Thread:
+        return Thread.objects.get(pk=thread_id)
+
+    def live(self, run_id: UUID) -> bool:
+        return Run.objects.filter(pk=run_id, status__in=LIVE).exists()
+
+    def tool(self, claimed: Mapping[str, Any]) -> Tool:
+        # The agent's own tools: what a run overrides only narrows them, and was narrowed when the call was made.
+        tools = agents.get(claimed["agent"]).tools_by_name
+        if claimed["name"] not in tools:
+            raise UnknownTool(claimed["name"], tools)
+        return tools[claimed["name"]]

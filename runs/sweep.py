@@ -1,0 +1,274 @@
+"""Find what is overdue in Postgres and move it on: the watcher looks 4 times a second, the sweep once.
+
+They run in a thread of every control process, one of them at a time (a session advisory lock), and not by way of the broker
+that they must survive. Each pass is bounded, skips what is locked, and repeats safely.
+
+A worker is dead by its lock when the watcher, in its present unbroken session, has seen that lock held and now sees it
+free in two looks 30 ms apart; dead by time when it was silent for the TTL, counted only while it was watched: an outage of
+Postgres kills nobody.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+from uuid import UUID
+
+import psycopg
+from django.db import DatabaseError, InterfaceError, connection
+
+from runs import admission, lifecycle
+from runs.conf import settings
+from runs.models import StopReason
+from tools import lifecycle as calls
+from tools import presence
+from tools import tasks as tool_tasks
+
+logger = logging.getLogger("longhaul.sweep")
+
+LOOK_SECONDS = 0.25
+SWEEP_SECONDS = 1.0
+SECOND_LOOK_SECONDS = 0.03
+OVERDUE_GRACE = "5 seconds"  # for what passed its time while nobody watched, and for a tool that ends at its limit
+SWEEP_LOCK = 0x6C6F6E676861756C  # "longhaul": whoever holds it sweeps
+BATCH = 200
+
+_WORKERS = """
+SELECT w.id, w.lock_key, l.key IS NOT NULL, extract(epoch FROM longhaul_now() - w.beat_at)::float
+FROM longhaul_tools_worker w
+LEFT JOIN (SELECT (classid::bigint << 32) | objid::bigint AS key FROM pg_locks
+           WHERE locktype = 'advisory' AND objsubid = 1 AND granted
+             AND database = (SELECT oid FROM pg_database WHERE datname = current_database())) AS l ON l.key = w.lock_key
+WHERE w.gone_at IS NULL
+"""
+
+
+@dataclass
+class Done:
+    """What one pass has moved, for the log and for `sweep_runs`."""
+
+    published_runs: int = 0
+    published_calls: int = 0
+    reclaimed_runs: list[UUID] = field(default_factory=list)
+    reclaimed_calls: list[UUID] = field(default_factory=list)
+    expired_runs: list[UUID] = field(default_factory=list)
+    dead_workers: list[UUID] = field(default_factory=list)
+
+    def __bool__(self) -> bool:
+        return any(vars(self).values())
+
+
+class Watcher:
+    """Judges who is dead. Its memory lives as long as its session: with a new one it has seen nothing."""
+
+    def __init__(self) -> None:
+        self._connection: presence.NativeConnection | None = None
+        self._seen: set[tuple[UUID, int]] = set()
+        self._since = 0.0
+        self._sweeping = False
+
+    def session(self) -> presence.NativeConnection:
+        if self._connection is None or self._connection.closed:
+            self._connection = presence.connect("longhaul watcher")
+            self._seen.clear()
+            self._since = time.monotonic()
+            self._sweeping = False
+        return self._connection
+
+    def drop(self) -> None:
+        dropped, self._connection = self._connection, None
+        if dropped is not None:
+            dropped.close()
+
+    def elected(self) -> bool:
+        """Return whether this process is the one that sweeps."""
+        session = self.session()
+        if not self._sweeping:
+            row = session.execute("SELECT pg_try_advisory_lock(%s)", (SWEEP_LOCK,)).fetchone()
+            self._sweeping = bool(row and row[0])
+        return self._sweeping
+
+    @property
+    def watched_seconds(self) -> float:
+        """For how long this session has watched without a break."""
+        return time.monotonic() - self._since
+
+    def dead(self) -> dict[UUID, bool]:
+        """Return the lives that are dead: True when a beat is missed too (or by time), False by the lock alone."""
+        session = self.session()
+        rows = session.execute(_WORKERS).fetchall()
+        free = {id: silent for id, key, held, silent in rows if not held and (id, key) in self._seen}
+        self._seen |= {(id, key) for id, key, held, _ in rows if held}
+        silence = {id: min(silent, self.watched_seconds) for id, _, _, silent in rows}
+        late = {id for id, seconds in silence.items() if seconds > settings().presence_ttl.total_seconds()}
+        if not free and not late:
+            return {}
+        if free:
+            time.sleep(SECOND_LOOK_SECONDS)
+            again = {id for id, _, held, _ in session.execute(_WORKERS).fetchall() if not held}
+            free = {id: silent for id, silent in free.items() if id in again}
+        missed = presence.MISSED.total_seconds()
+        return {id: id in late or free.get(id, 0.0) > missed for id in {*free, *late}}
+
+
+class Sweep:
+    """One pass after another over what is overdue. `look` is the watcher's, `sweep` the slower rest."""
+
+    def __init__(self) -> None:
+        self.watcher = Watcher()
+
+    def look(self) -> Done:
+        """Reclaim from the dead, and publish what is due."""
+        done = Done()
+        for life, missed in self.watcher.dead().items():
+            self._bury(life, missed, done)
+        self._publish(done)
+        return done
+
+    def sweep(self) -> Done:
+        """End what passed its time, and take what names a life that is no longer there."""
+        done = Done()
+        for life in self._gone():
+            self._bury(life, True, done)
+        self._overdue(done)
+        return done
+
+    # -- the dead --
+
+    def _bury(self, life: UUID, missed: bool, done: Done) -> None:
+        """Take everything from a dead life: runs at once, calls as they declare themselves; then close it."""
+        for run_id, epoch in self._rows(
+            "SELECT id, epoch FROM longhaul_runs_run WHERE holder = %s AND status = 'running'", life
+        ):
+            self._reclaim_run(run_id, epoch, life, done)
+        left = False
+        for call_id, attempt, safe in self._rows(
+            "SELECT id, attempt, atomic OR coalesce(idempotent, false) FROM longhaul_tools_toolcall"
+            " WHERE holder = %s AND status = 'running'",
+            life,
+        ):
+            if safe or missed:
+                self._reclaim_call(call_id, attempt, life, done)
+            else:
+                left = True  # its effect may be half done: only when a beat is missed too
+        if not left:
+            with connection.cursor() as cursor:
+                cursor.execute(
+                    "UPDATE longhaul_tools_worker SET gone_at = longhaul_now() WHERE id = %s AND gone_at IS NULL",
+                    (life,),
+                )
+                if cursor.rowcount:
+                    done.dead_workers.append(life)
+                    logger.warning("Worker %s is gone", life, extra={"action": "worker.gone"})
+
+    def _gone(self) -> list[UUID]:
+        """Return the lives that still hold something and have no row, or a closed one."""
+        rows = self._rows(
+            "SELECT h.holder FROM (SELECT DISTINCT holder FROM longhaul_runs_run WHERE status = 'running'"
+            " UNION SELECT DISTINCT holder FROM longhaul_tools_toolcall WHERE status = 'running') AS h"
+            " WHERE NOT EXISTS (SELECT 1 FROM longhaul_tools_worker w WHERE w.id = h.holder AND w.gone_at IS NULL)"
+        )
+        return [row[0] for row in rows]
+
+    def _reclaim_run(self, run_id: UUID, epoch: int, holder: UUID, done: Done) -> None:
+        answer = lifecycle.reclaim(run_id, epoch, holder)
+        if answer is not None:
+            done.reclaimed_runs.append(run_id)
+            logger.warning("Run %s reclaimed", run_id, extra={"action": "run.reclaimed", "epoch": epoch})
+            admission.announce(answer)
+
+    def _reclaim_call(self, call_id: UUID, attempt: int, holder: UUID, done: Done) -> None:
+        answer = calls.reclaim(call_id, attempt, holder=holder)
+        if answer is not None:
+            done.reclaimed_calls.append(call_id)
+            logger.warning("Call %s reclaimed: %s", call_id, answer.get("code"), extra={"action": "call.reclaimed"})
+            admission.announce(answer)
+
+    # -- the overdue --
+
+    def _publish(self, done: Done) -> None:
+        for run_id, dispatch_seq in lifecycle.due(BATCH):
+            done.published_runs += 1
+            admission.publish(run_id, dispatch_seq)
+        for call_id, attempt, timeout in calls.due(BATCH):
+            done.published_calls += 1
+            tool_tasks.publish(call_id, attempt, timeout)
+
+    def _overdue(self, done: Done) -> None:
+        for run_id, epoch, holder in self._rows(
+            "SELECT id, epoch, holder FROM longhaul_runs_run WHERE status = 'running' AND leg_deadline < longhaul_now() LIMIT %s",
+            BATCH,
+        ):
+            self._reclaim_run(run_id, epoch, holder, done)
+        for call_id, attempt, holder in self._rows(
+            "SELECT id, attempt, holder FROM longhaul_tools_toolcall"
+            f" WHERE status = 'running' AND timeout_at + interval '{OVERDUE_GRACE}' < longhaul_now() LIMIT %s",
+            BATCH,
+        ):
+            self._reclaim_call(call_id, attempt, holder, done)
+        if self.watcher.watched_seconds < 5:
+            return  # what passed its deadline during an outage gets a grace
+        for (run_id,) in self._rows(
+            "SELECT id FROM longhaul_runs_run WHERE deadline < longhaul_now()"
+            " AND status IN ('held', 'queued', 'running', 'waiting', 'requires_action') LIMIT %s",
+            BATCH,
+        ):
+            error = {"code": "deadline", "message": "The run did not end before its deadline.", "retryable": False}
+            answer = lifecycle.cancel(run_id, StopReason.DEADLINE, status=lifecycle.FAILED, error=error)
+            if answer is not None:
+                done.expired_runs.append(run_id)
+                admission.announce(answer)
+
+    def _rows(self, statement: str, *parameters: Any) -> list[tuple[Any, ...]]:
+        with connection.cursor() as cursor:
+            cursor.execute(statement, parameters)
+            return cursor.fetchall()
+
+
+class SweepThread:
+    """Keeps one Sweep going in a control process, through outages of Postgres and of the broker."""
+
+    def __init__(self) -> None:
+        self._sweep = Sweep()
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._keep, name="longhaul-sweep", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def end(self) -> None:
+        self._ended.set()
+        self._thread.join(5)
+
+    def _keep(self) -> None:
+        next_sweep = 0.0
+        pid = os.getpid()
+        while not self._ended.wait(LOOK_SECONDS) and os.getpid() == pid:
+            try:
+                if not self._sweep.watcher.elected():
+                    continue
+                self._sweep.look()
+                if time.monotonic() >= next_sweep:
+                    self._sweep.sweep()
+                    next_sweep = time.monotonic() + SWEEP_SECONDS
+            except (DatabaseError, InterfaceError, psycopg.Error, OSError) as error:
+                logger.warning("The sweep goes on when Postgres is back: %s", type(error).__name__)
+                self._sweep.watcher.drop()
+                connection.close()
+                self._ended.wait(1.0)
+            except Exception:
+                logger.exception("The sweep goes on after an error")
+                connection.close()
+                self._ended.wait(1.0)
+        self._sweep.watcher.drop()
+        connection.close()
+
+
+def report(done: Done) -> Mapping[str, Any]:
+    """What a pass has moved, as JSON knows it."""
+    return {key: [str(id) for id in value] if isinstance(value, list) else value for key, value in vars(done).items()}

@@ -1,0 +1,42 @@
+"""Celery's envelope of a leg: ids only, safe twice."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+from uuid import UUID
+
+from celery import shared_task
+from kombu.exceptions import OperationalError as BrokerError
+
+from runs import engine, worker
+from runs.conf import settings
+
+logger = logging.getLogger("longhaul.runs")
+
+
+@shared_task(
+    name="longhaul.advance_run",
+    bind=True,
+    acks_late=True,
+    reject_on_worker_lost=True,
+    ignore_result=True,
+    max_retries=0,
+    serializer="json",
+)
+def advance_run(self: Any, run_id: str, dispatch_seq: int) -> None:
+    process = worker.process()
+    if process is None:
+        logger.error(
+            "Run %s was sent to a worker that does not consume Longhaul's queues; it is left to the sweep", run_id
+        )
+        return
+    engine.advance(UUID(run_id), dispatch_seq, process, task_id=self.request.id or "")
+
+
+def publish(run_id: UUID, dispatch_seq: int) -> None:
+    """Send a run's message. Losing it costs a republish interval."""
+    try:
+        advance_run.apply_async((str(run_id), dispatch_seq), queue=settings().agents_queue, retry=False)
+    except (BrokerError, OSError) as error:
+        logger.warning("Run %s waits for the broker to come back: %s", run_id, type(error).__name__)

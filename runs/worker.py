@@ -1,0 +1,169 @@
+"""What a Celery worker process is to Longhaul, by the queues that it consumes and the pool that it has.
+
+Any worker that runs legs or calls has a presence; one that runs legs has a flusher and a look at its fences; one that consumes
+the control queue sweeps. A worker of the host's own queues is left alone.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from typing import Any
+
+from celery import signals
+from django.db import DatabaseError, InterfaceError, connection
+
+from runs import engine
+from runs.conf import settings
+from runs.flusher import Flusher
+from runs.sweep import SweepThread
+from tools import presence
+from tools.presence import Holding, Presence
+
+logger = logging.getLogger("longhaul.worker")
+
+RUNS = Holding(
+    "run",
+    "SELECT id, epoch FROM longhaul_runs_run WHERE holder = %s AND status = 'running'",
+    "SELECT longhaul_run_reclaim(%s::uuid, %s::int, %s::uuid, {poison})",
+)
+LOOK_SECONDS = 0.5  # how often a process looks whether the fences of its speaking legs stand
+ARRIVAL_SECONDS = 10.0  # a task may arrive before its process is present: it waits so long
+
+_process: engine.Process | None = None
+_sweep: SweepThread | None = None
+_queues: frozenset[str] = frozenset()
+_prefork = False
+_ready = threading.Event()
+
+
+def process() -> engine.Process | None:
+    """Return what the legs of this process share, once it is present; None in a worker of other queues."""
+    if settings().agents_queue not in _queues:
+        return None
+    _ready.wait(ARRIVAL_SECONDS)
+    return _process
+
+
+@signals.celeryd_after_setup.connect
+def recognise(sender: str, instance: Any, **_: Any) -> None:
+    """Learn which of our queues this worker consumes, before its pool starts."""
+    global _queues, _prefork
+    ours = {settings().agents_queue, settings().tools_queue, settings().control_queue}
+    _queues = frozenset(instance.app.amqp.queues.consume_from) & frozenset(ours)
+    _prefork = "prefork" in instance.pool_cls.__module__
+    if not _queues:
+        return
+    presence.current = Presence(name=str(sender), kind=_kind(), holdings=_holdings())
+    if _prefork:
+        # The children name it as their parent, so its row comes before them.
+        presence.current.tick()
+
+
+def _kind() -> str:
+    if settings().agents_queue in _queues:
+        return "agents"
+    return "tools" if settings().tools_queue in _queues else "control"
+
+
+def _holdings() -> tuple[Holding, ...]:
+    runs = Holding(RUNS.kind, RUNS.select, RUNS.give_back.format(poison=int(settings().poison_limit)))
+    return presence.CALLS, runs
+
+
+@signals.worker_ready.connect
+def arrive(**_: Any) -> None:
+    """Be present; then legs may be claimed, and the sweep begins."""
+    global _sweep
+    if presence.current is None:
+        return
+    presence.current.start()
+    if settings().agents_queue in _queues and not _prefork:
+        _begin_legs(presence.current)
+    if settings().control_queue in _queues:
+        _sweep = SweepThread()
+        _sweep.start()
+    _ready.set()
+
+
+def _begin_legs(present: Presence) -> None:
+    global _process
+    flusher = Flusher(settings().flush_interval)
+    flusher.start()
+    _process = engine.Process(present, flusher)
+    threading.Thread(target=_look_at_fences, args=(_process,), name="longhaul-fences", daemon=True).start()
+    _warm()
+
+
+def _warm() -> None:
+    from runs.agents import registry
+    from runs.providers.port import get_provider
+
+    for agent in registry.all().values():
+        model = agent.model or settings().default_model
+        if model is None:
+            continue
+        try:
+            get_provider(model)[0].warm()
+        except Exception:
+            logger.warning("The provider of %s could not be warmed", model, exc_info=True)
+
+
+def _look_at_fences(process: engine.Process) -> None:
+    while not process.ended:
+        time.sleep(LOOK_SECONDS)
+        try:
+            process.look()
+        except (DatabaseError, InterfaceError):
+            logger.warning("The fences could not be looked at; the writes of the legs carry them")
+        finally:
+            connection.close()
+
+
+@signals.worker_process_init.connect
+def arrive_in_child(**_: Any) -> None:
+    """In a prefork child, after its fork: a life of its own, for which the parent beats."""
+    global _process
+    parent = presence.current
+    if parent is None:
+        return
+    parent.forget()
+    child = Presence(name=parent.name, kind=parent.kind, holdings=parent.holdings, parent=parent.id, beats=False)
+    presence.current = child
+    child.start()
+    if settings().agents_queue in _queues:
+        flusher = Flusher(settings().flush_interval)
+        flusher.start()
+        _process = engine.Process(child, flusher)
+    _ready.set()
+
+
+@signals.worker_shutting_down.connect
+def drain(**_: Any) -> None:
+    """SIGTERM: no new claim, streams get their grace, the rest is handed on."""
+    if _process is None:
+        return
+    _process.drain()
+    grace = threading.Timer(settings().drain_grace.total_seconds(), _process.cut)
+    grace.daemon = True
+    grace.start()
+
+
+@signals.worker_process_shutdown.connect
+def leave_child(**_: Any) -> None:
+    if presence.current is not None and presence.current.parent is not None:
+        presence.current.end()
+
+
+@signals.worker_shutdown.connect
+def leave(**_: Any) -> None:
+    """The presence goes last of all."""
+    if _sweep is not None:
+        _sweep.end()
+    if _process is not None:
+        _process.ended = True
+        if _process.flusher is not None:
+            _process.flusher.end()
+    if presence.current is not None:
+        presence.current.end()

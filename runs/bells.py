@@ -38,7 +38,8 @@ def _client() -> redis.Redis | None:
     url = getattr(django_settings, "REDIS_URL", None)
     if not url:
         return None
-    return redis.Redis.from_url(url, socket_timeout=2, socket_connect_timeout=2, socket_keepalive=True)
+    options = {} if url.startswith("unix:") else {"socket_keepalive": True}
+    return redis.Redis.from_url(url, socket_timeout=2, socket_connect_timeout=2, **options)
 
 
 def ring(channels: Iterable[str]) -> None:

@@ -57,13 +57,17 @@ class Process:
 
     presence: Presence
     flusher: Flusher | None = None
-    draining: bool = False
+    draining_since: float | None = None  # monotonic
     ended: bool = False
     legs: set[Claim] = field(default_factory=set)
 
+    @property
+    def draining(self) -> bool:
+        return self.draining_since is not None
+
     def drain(self) -> None:
         """Take no new step. Legs that wait for calls or for a person end now; streams have their grace first."""
-        self.draining = True
+        self.draining_since = time.monotonic()
         self.presence.draining = True
         for claim in list(self.legs):
             if claim.wake is not None:

@@ -28,6 +28,7 @@ RUNS = Holding(
     "SELECT id, epoch FROM longhaul_runs_run WHERE holder = %s AND status = 'running'",
     "SELECT longhaul_run_reclaim(%s::uuid, %s::int, %s::uuid, {poison})",
 )
+DRAIN_LOOK_SECONDS = 0.1
 LOOK_SECONDS = 0.5  # how often a process looks whether the fences of its speaking legs stand
 ARRIVAL_SECONDS = 10.0  # a task may arrive before its process is present: it waits so long
 
@@ -111,8 +112,16 @@ def _warm() -> None:
 
 
 def _look_at_fences(process: engine.Process) -> None:
+    """Stop the legs whose fence is gone, and those that stream on when the grace of a drain is over."""
+    looked = 0.0
     while not process.ended:
-        time.sleep(LOOK_SECONDS)
+        time.sleep(DRAIN_LOOK_SECONDS)
+        if process.draining_since is not None:
+            if time.monotonic() - process.draining_since >= settings().drain_grace.total_seconds():
+                process.cut()
+        if time.monotonic() - looked < LOOK_SECONDS:
+            continue
+        looked = time.monotonic()
         try:
             process.look()
         except (DatabaseError, InterfaceError):
@@ -141,13 +150,12 @@ def arrive_in_child(**_: Any) -> None:
 
 @signals.worker_shutting_down.connect
 def drain(**_: Any) -> None:
-    """SIGTERM: no new claim, streams get their grace, the rest is handed on."""
-    if _process is None:
-        return
-    _process.drain()
-    grace = threading.Timer(settings().drain_grace.total_seconds(), _process.cut)
-    grace.daemon = True
-    grace.start()
+    """SIGTERM: no new claim, streams get their grace, the rest is handed on.
+
+    Runs in a signal handler, under gevent in the hub: it sets flags and starts nothing.
+    """
+    if _process is not None:
+        _process.drain()
 
 
 @signals.worker_process_shutdown.connect

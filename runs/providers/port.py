@@ -1,7 +1,7 @@
 """What Longhaul asks of a model service: a request goes in, Longhaul's own events come out.
 
-The port knows no database and no Django. A provider is found by the prefix of a model's name: "openai:gpt-5-mini" is the
-model "gpt-5-mini" of the provider "openai".
+The port knows no database and no Django. A provider is found by the prefix of a model's name: "openai:gpt-5-mini" is
+the model "gpt-5-mini" of the provider "openai".
 
     ProviderError                 a model call failed; its `code` says how
     UnknownProvider (ValueError)  a model's name has a prefix that no provider goes by
@@ -38,10 +38,11 @@ class ToolSpec:
 class ModelRequest:
     """One model call.
 
-    `messages` are what `Provider.render` gave, in the order of the conversation, and `tools` what `render_tools` gave, so
-    that a leg renders each message once and a call joins bytes. `tool_choice` is "auto", "none", "required" or a tool's
-    name. `options` are extra fields of the request's body (temperature, ...).
-    `timeout` bounds the whole call by the wall clock, `silence` the wait between two reads; the shorter one counts.
+    `messages` are what `Provider.render` gave, in the order of the conversation, and `tools` what `render_tools` gave,
+    so that a leg renders each message once and a call joins bytes. `tool_choice` is "auto", "none", "required" or a
+    tool's name. `options` are extra fields of the request's body (temperature, ...).
+    `timeout` bounds the whole call by the wall clock, `silence` the wait between two reads; what comes first counts. A
+    model that thinks long before it speaks needs a longer `silence`.
     """
 
     model: str
@@ -106,7 +107,7 @@ class ProviderError(Exception):
     """A model call failed.
 
     `code` is the class of the failure, `message` what a person reads (it never holds a key or a header), `retryable`
-    whether the same request may succeed later. `retry_after` is what the service asked to wait, None when it said nothing.
+    whether the same request may succeed later. `retry_after` is the wait that the service asked for, None if none.
     """
 
     def __init__(self, code: ErrorCode, message: str, *, retry_after: timedelta | None = None) -> None:
@@ -147,6 +148,10 @@ class Provider(Protocol):
         """Do what the first call would spend time on. Called once, when a worker starts."""
         ...
 
+    def close(self) -> None:
+        """Close what is kept open between calls. A call after it works."""
+        ...
+
 
 class UnknownProvider(ValueError):
     """A model is named `provider:model`, and no provider goes by this name."""
@@ -168,7 +173,7 @@ def register_provider(prefix: str, factory: Callable[[], Provider]) -> None:
 
 
 def get_provider(model: str) -> tuple[Provider, str]:
-    """Return the provider of a model such as "openai:gpt-5-mini", and the model's name there. Raises UnknownProvider."""
+    """Return the provider of a model such as "openai:gpt-5-mini", and the model's own name. Raises UnknownProvider."""
     prefix, colon, name = model.partition(":")
     provider = _providers.get(prefix)
     if not colon or not name or (provider is None and prefix not in _factories):
@@ -183,8 +188,9 @@ def get_provider(model: str) -> tuple[Provider, str]:
 
 
 def forget_providers() -> None:
-    """Let the next `get_provider` make its provider anew, from the environment as it is then."""
-    _providers.clear()
+    """Close all providers, and let the next `get_provider` make its own anew, from the environment as it is then."""
+    while _providers:
+        _providers.popitem()[1].close()
 
 
 def clean(text: str) -> str:
@@ -213,14 +219,18 @@ def parse_arguments(text: str) -> dict[str, Any] | str:
         return clean(text)
     if not isinstance(value, dict):
         return clean(text)
-    return cast("dict[str, Any]", _clean_json(value)) if "\\u0000" in text else value
+    try:
+        return cast("dict[str, Any]", clean_json(value)) if "\\u0000" in text else value
+    except RecursionError:
+        return clean(text)
 
 
-def _clean_json(value: Any) -> Any:
+def clean_json(value: Any) -> Any:
+    """Return a JSON value with every text in it cleaned."""
     if isinstance(value, str):
         return clean(value)
     if isinstance(value, list):
-        return [_clean_json(item) for item in value]
+        return [clean_json(item) for item in value]
     if isinstance(value, dict):
-        return {clean(key): _clean_json(item) for key, item in value.items()}
+        return {clean(key): clean_json(item) for key, item in value.items()}
     return value

@@ -45,6 +45,7 @@ clean: ## end and delete the embedded servers, their data and all caches; .venv 
 	rm -rf .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis staticfiles
 	find . -path ./.venv -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
 
+# The second sync is for networks whose proxy signs with a certificate of the house, which only the system knows.
 # A Python that is only a shim for a version that is not there, or has no venv, does not count.
 .venv/ready: uv.lock pyproject.toml
 	@if ! $(PYTHON) -m pip --version >/dev/null 2>&1; then \
@@ -59,5 +60,6 @@ clean: ## end and delete the embedded servers, their data and all caches; .venv 
 		$$found -m venv --clear .venv; \
 	fi
 	@[ -x .venv/bin/uv ] || $(PYTHON) -m pip install --quiet --disable-pip-version-check uv
-	@.venv/bin/uv sync --frozen --quiet
+	@.venv/bin/uv sync --frozen --quiet 2>.venv/sync.log || \
+		.venv/bin/uv sync --frozen --quiet --system-certs || { cat .venv/sync.log >&2; exit 1; }
 	@touch $@

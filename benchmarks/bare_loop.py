@@ -65,8 +65,9 @@ def main() -> None:
     client = openai.OpenAI(max_retries=0)
     with ThreadPoolExecutor(max_workers=64) as threads:
         while True:
-            _, order = valkey.blpop([ORDERS])
-            asked = json.loads(order)
+            order = valkey.blpop([ORDERS])
+            assert order is not None  # without a timeout it waits for one
+            asked = json.loads(order[1])
             started = time.monotonic()
             loops = [threads.submit(converse, client, asked["prompt"]) for _ in range(asked["runs"])]
             calls = sum(loop.result() for loop in loops)

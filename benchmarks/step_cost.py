@@ -15,7 +15,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from statistics import median
 from typing import Any, ClassVar, Protocol
@@ -31,7 +31,6 @@ from benchmarks.script import prompt
 
 SCRIPT = "benchmarks.script:steps"
 STEPS = 50
-AT_ONCE = 20
 WARM_UP_RUNS = 6  # more than any pool has processes, so that each has imported, connected and prepared
 RUN_TIMEOUT = timedelta(seconds=120)  # the slowest form needs 12 s for 20 runs; the machine may be three times slower
 
@@ -127,7 +126,15 @@ class Longhaul:
         done = ToolCall.objects.filter(run_id__in=ids, status=CallStatus.SETTLED, outcome=Outcome.SUCCESS).count()
         if stopped != {"end_turn": runs} or done != runs * steps:
             errors = list(Run.objects.filter(id__in=ids).exclude(error=None).values_list("error", flat=True)[:3])
-            raise RigError(f"{runs} runs of {steps} steps ended as {dict(stopped)} with {done} calls. {errors}")
+            calls = Counter(
+                ToolCall.objects.filter(run_id__in=ids).values_list(
+                    "status", "outcome", "error__code", "error__message"
+                )
+            )
+            raise RigError(
+                f"{runs} runs of {steps} steps ended as {dict(stopped)}, {errors}, with the calls {dict(calls)}.\n"
+                + self._rig.logs()
+            )
         return ended - started
 
 
@@ -262,22 +269,32 @@ class Results:
 
 @dataclass(frozen=True)
 class Plan:
-    """How much is measured. `until`: no further repetition begins that would end later, in seconds from the start."""
+    """How much is measured. Times are seconds from the start of the benchmark.
+
+    `until`: no further repetition begins that would end later. `late`: when the warm-up ends later than this, the
+    machine is busy, and only `fewer` runs at once are measured. `bare`: runs at once of the bare loop, which takes by
+    far the longest and costs the same a step whatever their number.
+    """
 
     at_once: int
+    fewer: int
+    bare: int
     least: int
     most: int
     singles: int
     counted_runs: int
     until: float
+    late: float
 
 
-FULL = Plan(at_once=AT_ONCE, least=3, most=7, singles=3, counted_runs=AT_ONCE, until=480)
-QUICK = Plan(at_once=AT_ONCE, least=1, most=3, singles=1, counted_runs=4, until=46)
+FULL = Plan(at_once=20, fewer=20, bare=20, least=3, most=9, singles=3, counted_runs=20, until=420, late=420)
+QUICK = Plan(at_once=20, fewer=6, bare=8, least=1, most=3, singles=1, counted_runs=4, until=47, late=22)
 
 
-def collect(rig: Rig, forms: Sequence[Form], plan: Plan, console: Console, begun: float) -> dict[str, Results]:
-    """Start all forms, warm them up, count their statements, and measure them in turns."""
+def collect(
+    rig: Rig, forms: Sequence[Form], plan: Plan, console: Console, begun: float
+) -> tuple[dict[str, Results], Plan]:
+    """Start all forms, warm them up, count their statements, measure them in turns; return what was done, too."""
     results = {form.name: Results() for form in forms}
     for form in forms:
         form.start()
@@ -288,6 +305,9 @@ def collect(rig: Rig, forms: Sequence[Form], plan: Plan, console: Console, begun
     for form in forms:
         if form.stores:
             count(rig, form, plan, results[form.name])
+    if time.monotonic() - begun > plan.late:
+        plan = replace(plan, at_once=plan.fewer, bare=plan.fewer)
+        console.log(f"the machine is busy: {plan.fewer} runs at once")
     longest = 0.0
     for repetition in range(1, plan.most + 1):
         start = time.monotonic()
@@ -295,13 +315,13 @@ def collect(rig: Rig, forms: Sequence[Form], plan: Plan, console: Console, begun
             break
         for form in forms:
             results[form.name].single.append(measure(rig, form, 1, STEPS, plan.singles))
-            sample = measure(rig, form, plan.at_once, STEPS)
+            sample = measure(rig, form, plan.at_once if form.stores else plan.bare, STEPS)
             results[form.name].many.append(sample)
             console.log(
                 f"{repetition}: {form.title}: {sample.steps_per_s:.0f} steps/s, {sample.cpu_ms():.2f} ms CPU a step"
             )
         longest = max(longest, time.monotonic() - start)
-    return results
+    return results, plan
 
 
 def count(rig: Rig, form: Form, plan: Plan, results: Results) -> None:
@@ -469,7 +489,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             forms: list[Form] = []
             for name in wanted:
                 forms.append(CeleryChain(rig, given.celery_processes) if name == "celery" else FORMS[name](rig))
-            results = collect(rig, forms, plan, console, begun)
+            results, plan = collect(rig, forms, plan, console, begun)
     except RigError as error:
         console.print(str(error), style="red", markup=False, highlight=False)
         return 1

@@ -251,7 +251,9 @@ class Step(models.Model):
     """
 
     id = models.UUIDField(primary_key=True, default=new_id, editable=False)
-    run = models.ForeignKey(Run, on_delete=models.CASCADE, related_name="step_set", db_index=False)
+    run = models.ForeignKey(
+        Run, on_delete=models.CASCADE, related_name="step_set", db_index=False, db_constraint=False
+    )
     number = models.IntegerField()
     leg_id = models.UUIDField()
     epoch = models.IntegerField()
@@ -301,7 +303,7 @@ class Usage(models.Model):
     """One model call that reported usage, of a discarded message too."""
 
     id = models.UUIDField(primary_key=True, default=new_id, editable=False)
-    run = models.ForeignKey(Run, on_delete=models.CASCADE, related_name="usage_set")
+    run = models.ForeignKey(Run, on_delete=models.CASCADE, related_name="usage_set", db_constraint=False)
     step = models.IntegerField()
     epoch = models.IntegerField()
     message_id = models.UUIDField()

@@ -118,7 +118,12 @@ class Message(models.Model):
             models.Index(
                 fields=["run_id", "step"], name="longhaul_message_of_run", condition=models.Q(run_id__isnull=False)
             ),
-            models.Index(fields=["thread"], name="longhaul_message_waiting", condition=models.Q(status="waiting")),
+            models.Index(
+                # not by status: an update of an indexed column, or of a predicate's, is never a cheap (HOT) one
+                fields=["thread"],
+                name="longhaul_message_waiting",
+                condition=models.Q(position__isnull=True),
+            ),
         ]
 
     def __str__(self) -> str:

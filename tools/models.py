@@ -68,6 +68,7 @@ class ToolCall(models.Model):
         null=True,
         blank=True,
         related_name="longhaul_assigned_calls",
+        db_index=False,
     )
     progress = models.JSONField(null=True)
     created_at = models.DateTimeField(db_default=Now(), editable=False)
@@ -89,7 +90,6 @@ class ToolCall(models.Model):
             ),
         ]
         indexes: ClassVar = [
-            models.Index(fields=["run_id"], name="longhaul_call_open", condition=~models.Q(status="settled")),
             models.Index(
                 fields=["next_publish_at"],
                 name="longhaul_call_due",
@@ -106,7 +106,10 @@ class ToolAttempt(models.Model):
     """One claim of a call: inserted by the claim, closed by whoever ends the attempt."""
 
     id = models.UUIDField(primary_key=True, default=new_id, editable=False)
-    call = models.ForeignKey(ToolCall, on_delete=models.CASCADE, related_name="attempts", db_index=False)
+    # Written beside an update of its call: a constraint would cost a look-up and show nothing.
+    call = models.ForeignKey(
+        ToolCall, on_delete=models.CASCADE, related_name="attempts", db_index=False, db_constraint=False
+    )
     number = models.IntegerField()
     worker_id = models.UUIDField()
     task_id = models.CharField(max_length=100, blank=True, default="")

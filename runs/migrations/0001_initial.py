@@ -113,7 +113,7 @@ class Migration(migrations.Migration):
                 ('options', models.JSONField(default=dict)),
                 ('context', models.JSONField(default=dict)),
                 ('created_at', models.DateTimeField(db_default=threads.clock.Now())),
-                ('run', models.ForeignKey(db_index=False, on_delete=django.db.models.deletion.CASCADE, related_name='step_set', to='longhaul_runs.run')),
+                ('run', models.ForeignKey(db_constraint=False, db_index=False, on_delete=django.db.models.deletion.CASCADE, related_name='step_set', to='longhaul_runs.run')),
             ],
         ),
         migrations.CreateModel(
@@ -131,7 +131,7 @@ class Migration(migrations.Migration):
                 ('cost', models.DecimalField(decimal_places=9, max_digits=18, null=True)),
                 ('discarded', models.BooleanField(default=False)),
                 ('created_at', models.DateTimeField(db_default=threads.clock.Now())),
-                ('run', models.ForeignKey(on_delete=django.db.models.deletion.CASCADE, related_name='usage_set', to='longhaul_runs.run')),
+                ('run', models.ForeignKey(db_constraint=False, on_delete=django.db.models.deletion.CASCADE, related_name='usage_set', to='longhaul_runs.run')),
             ],
             options={
                 'verbose_name_plural': 'usage',
@@ -193,6 +193,7 @@ class Migration(migrations.Migration):
             model_name='step',
             constraint=models.UniqueConstraint(fields=('run', 'number'), name='longhaul_one_commit_a_step'),
         ),
+        migrations.RunSQL((SQL / "0000_storage.sql").read_text(), migrations.RunSQL.noop),
         migrations.RunSQL((SQL / "0001_log.sql").read_text(), migrations.RunSQL.noop),
         migrations.RunSQL((SQL / "0002_legs.sql").read_text(), migrations.RunSQL.noop),
         migrations.RunSQL((SQL / "0003_deltas.sql").read_text(), migrations.RunSQL.noop),

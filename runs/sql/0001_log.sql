@@ -25,75 +25,122 @@ BEGIN
     RETURN v_seq;
 END $$;
 
--- The join: one tool message a call of the run's last step, in call order, unless they are there already. The caller
--- holds the run, and every call is settled. Whatever closes a step does this, so the transcript stays valid.
-CREATE OR REPLACE FUNCTION longhaul_calls_join(p_run uuid) RETURNS void LANGUAGE plpgsql AS $$
+-- Locks the live run by appending an event to it: lock and seq in one UPDATE. All NULL when it has ended or is gone.
+CREATE OR REPLACE FUNCTION longhaul_run_append(
+    p_run uuid, p_type text, p_payload jsonb, p_at timestamptz,
+    OUT thread_id uuid, OUT owner text, OUT agent text, OUT deadline timestamptz, OUT overrides jsonb)
+LANGUAGE plpgsql AS $$
 DECLARE
-    v_run longhaul_runs_run;
+    v_seq bigint;
+BEGIN
+    UPDATE longhaul_runs_run r SET last_seq = last_seq + 1
+    WHERE r.id = p_run AND r.status IN ('held', 'queued', 'running', 'waiting', 'requires_action')
+    RETURNING r.thread_id, r.owner_id::text, r.agent, r.deadline, r.overrides, r.last_seq
+    INTO longhaul_run_append.thread_id, owner, longhaul_run_append.agent, longhaul_run_append.deadline,
+         longhaul_run_append.overrides, v_seq;
+    IF NOT FOUND THEN RETURN; END IF;
+    INSERT INTO longhaul_runs_event (run_id, seq, type, at, payload) VALUES (p_run, v_seq, p_type, p_at, p_payload);
+END $$;
+
+-- Takes back what this very transaction appended last, for its guard found no row: the log stays gap-free.
+CREATE OR REPLACE FUNCTION longhaul_run_retract(p_run uuid) RETURNS void LANGUAGE plpgsql AS $$
+BEGIN
+    DELETE FROM longhaul_runs_event e USING longhaul_runs_run r WHERE r.id = p_run AND e.run_id = p_run AND e.seq = r.last_seq;
+    UPDATE longhaul_runs_run SET last_seq = last_seq - 1 WHERE id = p_run;
+END $$;
+
+-- One tool message a call of the run's last step, in call order, unless they are there already, with their events after p_seq.
+-- Returns the last seq. The caller holds the run, every call is settled, and the caller writes last_seq.
+CREATE OR REPLACE FUNCTION longhaul_calls_say(p_run longhaul_runs_run, p_seq bigint, p_now timestamptz)
+RETURNS bigint LANGUAGE plpgsql AS $$
+DECLARE
     v_place bigint;
-    v_now timestamptz := longhaul_now();
     v_count integer;
 BEGIN
-    SELECT * INTO v_run FROM longhaul_runs_run WHERE id = p_run;
-    IF v_run.steps = 0
-       OR EXISTS (SELECT 1 FROM longhaul_threads_message WHERE run_id = p_run AND step = v_run.steps AND role = 'tool')
-    THEN RETURN; END IF;
-    SELECT coalesce(max(position), 0) INTO v_place FROM longhaul_threads_message WHERE thread_id = v_run.thread_id;
+    IF p_run.steps = 0
+       OR EXISTS (SELECT 1 FROM longhaul_threads_message WHERE run_id = p_run.id AND step = p_run.steps AND role = 'tool')
+    THEN RETURN p_seq; END IF;
+    SELECT coalesce(max(position), 0) INTO v_place FROM longhaul_threads_message WHERE thread_id = p_run.thread_id;
     WITH said AS (
         INSERT INTO longhaul_threads_message (
             id, thread_id, run_id, step, role, status, position, content, metadata, client_id, shown, created_at)
-        SELECT longhaul_uuid7(), v_run.thread_id, p_run, v_run.steps, 'tool', 'completed',
+        SELECT longhaul_uuid7(), p_run.thread_id, p_run.id, p_run.steps, 'tool', 'completed',
                v_place + row_number() OVER (ORDER BY c.index),
                jsonb_build_array(jsonb_strip_nulls(jsonb_build_object(
                    'type', 'tool_result', 'tool_call', c.id, 'name', c.name, 'outcome', c.outcome, 'error', c.error))
                    || jsonb_build_object('result', c.result)),
-               '{}', '', v_run.save_mode <> 'none', v_now
-        FROM longhaul_tools_toolcall c WHERE c.run_id = p_run AND c.step = v_run.steps
+               '{}', '', p_run.save_mode <> 'none', p_now
+        FROM longhaul_tools_toolcall c WHERE c.run_id = p_run.id AND c.step = p_run.steps
         RETURNING id, position, content)
     INSERT INTO longhaul_runs_event (run_id, seq, type, at, message_id, payload)
-    SELECT p_run, v_run.last_seq + row_number() OVER (ORDER BY position), 'message.completed', v_now, id,
-           jsonb_build_object('message', id, 'role', 'tool', 'step', v_run.steps, 'content', content)
+    SELECT p_run.id, p_seq + row_number() OVER (ORDER BY position), 'message.completed', p_now, id,
+           jsonb_build_object('message', id, 'role', 'tool', 'step', p_run.steps, 'content', content)
     FROM said;
     GET DIAGNOSTICS v_count = ROW_COUNT;
-    UPDATE longhaul_runs_run SET last_seq = last_seq + v_count WHERE id = p_run;
+    RETURN p_seq + v_count;
 END $$;
 
--- After every change of a call's status, under the run's lock: while calls are open the run's status is a function of
--- them; when none is, join and queue the run. Inside `linger_until` the lingering leg is rung and nothing is published:
--- next_publish_at covers a lingerer that died.
+-- The join of whatever closes a step otherwise (cancel, deadline, failure), so that the transcript stays valid.
+CREATE OR REPLACE FUNCTION longhaul_calls_join(p_run uuid) RETURNS void LANGUAGE plpgsql AS $$
+DECLARE
+    v_run longhaul_runs_run;
+    v_seq bigint;
+BEGIN
+    SELECT * INTO v_run FROM longhaul_runs_run WHERE id = p_run;
+    v_seq := longhaul_calls_say(v_run, v_run.last_seq, longhaul_now());
+    IF v_seq > v_run.last_seq THEN UPDATE longhaul_runs_run SET last_seq = v_seq WHERE id = p_run; END IF;
+END $$;
+
+-- After every change of a call's status, under the run's lock: tells of it (p_type, p_payload), then, while calls are open, the
+-- run's status is a function of them; when none is, join and queue the run. Inside `linger_until` the lingering leg is
+-- rung and nothing is published: next_publish_at covers a lingerer that died. One UPDATE of the run in all.
 -- Returns {"status", "run"} and, when queued, {"dispatch_seq", "lingering"}.
-CREATE OR REPLACE FUNCTION longhaul_calls_changed(p_run uuid) RETURNS jsonb LANGUAGE plpgsql AS $$
+CREATE OR REPLACE FUNCTION longhaul_calls_changed(p_run uuid, p_type text DEFAULT NULL, p_payload jsonb DEFAULT NULL)
+RETURNS jsonb LANGUAGE plpgsql AS $$
 DECLARE
     v_run longhaul_runs_run;
     v_open integer;
     v_people integer;
     v_status text;
-    v_now timestamptz;
+    v_now timestamptz := longhaul_now();
+    v_seq bigint;
     v_lingering boolean;
 BEGIN
-    SELECT count(*), count(*) FILTER (WHERE status IN ('awaiting_approval', 'awaiting_result', 'unknown'))
-    INTO v_open, v_people FROM longhaul_tools_toolcall WHERE run_id = p_run AND status <> 'settled';
-    IF v_open = 0 THEN
-        PERFORM longhaul_calls_join(p_run);
-        v_now := longhaul_now();
-        UPDATE longhaul_runs_run
-        SET status = 'queued', dispatch_seq = dispatch_seq + 1, queued_at = v_now, not_before = NULL, last_seq = last_seq + 1,
-            publishes = 1,
-            next_publish_at = CASE WHEN linger_until > v_now THEN linger_until ELSE v_now END + interval '1 second'
-        WHERE id = p_run AND status IN ('waiting', 'requires_action')
-        RETURNING * INTO v_run;
-        IF NOT FOUND THEN RETURN jsonb_build_object('run', p_run); END IF;  -- the run is being ended: nothing to queue
-        INSERT INTO longhaul_runs_event (run_id, seq, type, at, payload)
-        VALUES (p_run, v_run.last_seq, 'run.queued', v_now, '{"reason": "tools"}');
-        v_lingering := coalesce(v_run.linger_until > v_now, false);
-        RETURN jsonb_build_object('run', p_run, 'status', 'queued', 'dispatch_seq', v_run.dispatch_seq, 'lingering', v_lingering);
+    SELECT * INTO v_run FROM longhaul_runs_run WHERE id = p_run;
+    v_seq := v_run.last_seq;
+    v_status := v_run.status;
+    IF p_type IS NOT NULL THEN
+        v_seq := v_seq + 1;
+        INSERT INTO longhaul_runs_event (run_id, seq, type, at, payload) VALUES (p_run, v_seq, p_type, v_now, p_payload);
     END IF;
-    v_status := CASE WHEN v_open = v_people THEN 'requires_action' ELSE 'waiting' END;
-    UPDATE longhaul_runs_run SET status = v_status
-    WHERE id = p_run AND status <> v_status AND status IN ('waiting', 'requires_action');
-    IF FOUND THEN
-        PERFORM longhaul_run_record(p_run, 'run.' || v_status, jsonb_build_object('tool_calls', (
-            SELECT jsonb_agg(id ORDER BY index) FROM longhaul_tools_toolcall WHERE run_id = p_run AND status <> 'settled')));
+    -- Only the last step of a run has open calls.
+    SELECT count(*), count(*) FILTER (WHERE status IN ('awaiting_approval', 'awaiting_result', 'unknown'))
+    INTO v_open, v_people FROM longhaul_tools_toolcall WHERE run_id = p_run AND step = v_run.steps AND status <> 'settled';
+    IF v_run.status IN ('waiting', 'requires_action') THEN  -- else the run is being ended: nothing to queue
+        IF v_open = 0 THEN
+            v_seq := longhaul_calls_say(v_run, v_seq, v_now) + 1;
+            INSERT INTO longhaul_runs_event (run_id, seq, type, at, payload)
+            VALUES (p_run, v_seq, 'run.queued', v_now, '{"reason": "tools"}');
+            v_lingering := coalesce(v_run.linger_until > v_now, false);
+            UPDATE longhaul_runs_run
+            SET status = 'queued', dispatch_seq = dispatch_seq + 1, queued_at = v_now, not_before = NULL, last_seq = v_seq,
+                publishes = 1,
+                next_publish_at = CASE WHEN v_lingering THEN linger_until ELSE v_now END + interval '1 second'
+            WHERE id = p_run;
+            RETURN jsonb_build_object('run', p_run, 'status', 'queued', 'dispatch_seq', v_run.dispatch_seq + 1,
+                                      'lingering', v_lingering);
+        END IF;
+        v_status := CASE WHEN v_open = v_people THEN 'requires_action' ELSE 'waiting' END;
+        IF v_status <> v_run.status THEN
+            v_seq := v_seq + 1;
+            INSERT INTO longhaul_runs_event (run_id, seq, type, at, payload)
+            VALUES (p_run, v_seq, 'run.' || v_status, v_now, jsonb_build_object('tool_calls', (
+                SELECT jsonb_agg(id ORDER BY index) FROM longhaul_tools_toolcall
+                WHERE run_id = p_run AND step = v_run.steps AND status <> 'settled')));
+        END IF;
+    END IF;
+    IF v_seq > v_run.last_seq THEN
+        UPDATE longhaul_runs_run SET status = v_status, last_seq = v_seq WHERE id = p_run;
     END IF;
     RETURN jsonb_build_object('run', p_run, 'status', v_status);
 END $$;

@@ -10,18 +10,23 @@ DECLARE
     v_step integer;
     v_content jsonb;
     v_leg longhaul_runs_leg;
+    v_seq bigint;
+    v_type text;
+    v_said uuid;
 BEGIN
-    SELECT pending_message_id INTO v_message FROM longhaul_runs_run WHERE id = p_run;
+    SELECT pending_message_id, last_seq INTO v_message, v_seq FROM longhaul_runs_run WHERE id = p_run;
     IF v_message IS NOT NULL THEN
         IF p_keep_text THEN
+            -- Where the message begins, found row by row from the end: the planner would read all of the run's events.
+            LOOP
+                SELECT type, message_id INTO v_type, v_said FROM longhaul_runs_event WHERE run_id = p_run AND seq = v_seq;
+                EXIT WHEN NOT FOUND OR v_type = 'message.created' AND v_said = v_message;
+                v_seq := v_seq - 1;
+            END LOOP;
             SELECT jsonb_agg(jsonb_build_object('type', d.kind, 'text', d.text) ORDER BY d.first) INTO v_content
             FROM (SELECT split_part(type, '.', 1) AS kind, string_agg(payload->>'text', '' ORDER BY seq) AS text, min(seq) AS first
                   FROM longhaul_runs_event
-                  WHERE run_id = p_run AND message_id = v_message AND type IN ('text.delta', 'reasoning.delta')
-                    AND seq > (  -- walked backwards from the end: the cost does not grow with the run
-                        SELECT c.seq FROM longhaul_runs_event c
-                        WHERE c.run_id = p_run AND c.message_id = v_message AND c.type = 'message.created'
-                        ORDER BY c.seq DESC LIMIT 1)
+                  WHERE run_id = p_run AND seq > v_seq AND message_id = v_message AND type IN ('text.delta', 'reasoning.delta')
                   GROUP BY 1) AS d;
         END IF;
         UPDATE longhaul_threads_message
@@ -53,7 +58,7 @@ DECLARE
 BEGIN
     FOR v_message IN
         SELECT * FROM longhaul_threads_message
-        WHERE thread_id = p_thread AND status = 'waiting' AND run_id IS NOT DISTINCT FROM p_owner ORDER BY created_at, id
+        WHERE thread_id = p_thread AND position IS NULL AND status = 'waiting' AND run_id IS NOT DISTINCT FROM p_owner ORDER BY created_at, id
     LOOP
         UPDATE longhaul_threads_message
         SET status = 'completed',
@@ -78,7 +83,7 @@ DECLARE
 BEGIN
     SELECT * INTO v_run FROM longhaul_runs_run WHERE id = p_run;
     PERFORM longhaul_leg_end(p_run, p_leg_reason, p_status = 'cancelled', p_epoch);
-    PERFORM longhaul_calls_close(p_run);
+    PERFORM longhaul_calls_close(p_run, v_run.steps);
     PERFORM longhaul_calls_join(p_run);
     IF v_run.status = 'held' THEN
         UPDATE longhaul_threads_message SET status = 'discarded' WHERE run_id = p_run AND status = 'waiting';
@@ -153,9 +158,49 @@ BEGIN
               ORDER BY position DESC LIMIT p_limit) AS m);
 END $$;
 
--- A step boundary, fenced: limits, messages saved by hand meanwhile, then the pending message with its leg_deadline, and the
--- context after p_after. NULL: the fence was lost, or a message is pending already (a turn that was opened twice would leave
--- the first one pending for ever). {"limit": name}: a limit is reached, nothing was changed.
+-- What a turn begins with, for a caller that holds the run and is about to write it: limits, messages saved by hand meanwhile, the
+-- context after p_after, the pending message and its event. The caller then raises last_seq by one and writes
+-- pending_message_id and leg_deadline. {"limit": name}: a limit is reached, nothing was changed.
+CREATE OR REPLACE FUNCTION longhaul_turn_begin(
+    p_run longhaul_runs_run, p_epoch integer, p_now timestamptz, p_message uuid, p_after bigint, p_limit integer,
+    p_max_steps integer, p_max_tokens bigint, p_max_cost numeric)
+RETURNS jsonb LANGUAGE plpgsql AS $$
+DECLARE
+    v_seq bigint := p_run.last_seq;
+    v_place bigint;
+    v_context jsonb;
+    v_pinned jsonb;
+BEGIN
+    IF p_run.deadline <= p_now THEN RETURN '{"limit": "deadline"}'; END IF;
+    IF p_run.steps >= p_max_steps THEN RETURN '{"limit": "max_steps"}'; END IF;
+    IF p_run.input_tokens + p_run.output_tokens >= p_max_tokens THEN RETURN '{"limit": "token_budget"}'; END IF;
+    IF p_run.cost >= p_max_cost THEN RETURN '{"limit": "cost_budget"}'; END IF;
+    IF EXISTS (SELECT 1 FROM longhaul_threads_message
+               WHERE thread_id = p_run.thread_id AND position IS NULL AND status = 'waiting' AND run_id IS NULL) THEN
+        PERFORM longhaul_messages_admit(p_run.thread_id, p_run.id, NULL);
+        SELECT last_seq INTO v_seq FROM longhaul_runs_run WHERE id = p_run.id;
+    END IF;
+    v_context := longhaul_context_read(p_run.thread_id, p_run.id, p_after, p_limit);
+    IF p_after = 0 THEN  -- the run's own input is shown even when it is further back
+        SELECT jsonb_agg(jsonb_build_array(id, position, role, content, run_id) ORDER BY position) INTO v_pinned
+        FROM longhaul_threads_message
+        WHERE run_id = p_run.id AND step IS NULL AND status IN ('completed', 'partial')
+          AND position < coalesce((v_context->0->>1)::bigint, 0);
+    END IF;
+    SELECT coalesce(max(position), 0) + 1 INTO v_place FROM longhaul_threads_message WHERE thread_id = p_run.thread_id;
+    INSERT INTO longhaul_threads_message (
+        id, thread_id, run_id, step, role, status, position, content, metadata, client_id, shown, created_at)
+    VALUES (p_message, p_run.thread_id, p_run.id, p_run.steps + 1, 'assistant', 'pending', v_place, '[]', '{}', '',
+            p_run.save_mode <> 'none', p_now);
+    INSERT INTO longhaul_runs_event (run_id, seq, type, at, epoch, message_id, payload)
+    VALUES (p_run.id, v_seq + 1, 'message.created', p_now, p_epoch, p_message,
+            jsonb_build_object('message', p_message, 'role', 'assistant', 'step', p_run.steps + 1));
+    RETURN jsonb_build_object('epoch', p_epoch, 'steps', p_run.steps, 'bad_calls', p_run.bad_calls,
+                              'context', v_context, 'pinned', v_pinned);
+END $$;
+
+-- A step boundary, fenced: opens a turn with its leg_deadline. NULL: the fence was lost, or a message is pending already (a turn
+-- that was opened twice would leave the first one pending for ever). {"limit": name}: a limit is reached, nothing was changed.
 CREATE OR REPLACE FUNCTION longhaul_turn_open(
     p_run uuid, p_epoch integer, p_worker uuid, p_message uuid, p_model_time interval, p_after bigint, p_limit integer,
     p_max_steps integer, p_max_tokens bigint, p_max_cost numeric)
@@ -163,48 +208,24 @@ RETURNS jsonb LANGUAGE plpgsql AS $$
 DECLARE
     v_run longhaul_runs_run;
     v_now timestamptz;
-    v_place bigint;
-    v_context jsonb;
-    v_pinned jsonb;
+    v_turn jsonb;
 BEGIN
     SELECT * INTO v_run FROM longhaul_runs_run
     WHERE id = p_run AND epoch = p_epoch AND status = 'running' AND holder = p_worker AND pending_message_id IS NULL
     FOR NO KEY UPDATE;
     IF NOT FOUND THEN RETURN NULL; END IF;  -- the fence
     v_now := longhaul_now();
-    IF v_run.deadline <= v_now THEN RETURN '{"limit": "deadline"}'; END IF;
-    IF v_run.steps >= p_max_steps THEN RETURN '{"limit": "max_steps"}'; END IF;
-    IF v_run.input_tokens + v_run.output_tokens >= p_max_tokens THEN RETURN '{"limit": "token_budget"}'; END IF;
-    IF v_run.cost >= p_max_cost THEN RETURN '{"limit": "cost_budget"}'; END IF;
-    IF EXISTS (SELECT 1 FROM longhaul_threads_message
-               WHERE thread_id = v_run.thread_id AND status = 'waiting' AND run_id IS NULL) THEN
-        PERFORM longhaul_messages_admit(v_run.thread_id, p_run, NULL);
+    v_turn := longhaul_turn_begin(v_run, p_epoch, v_now, p_message, p_after, p_limit, p_max_steps, p_max_tokens, p_max_cost);
+    IF NOT v_turn ? 'limit' THEN
+        UPDATE longhaul_runs_run
+        SET pending_message_id = p_message, leg_deadline = v_now + p_model_time, last_seq = last_seq + 1 WHERE id = p_run;
     END IF;
-    v_context := longhaul_context_read(v_run.thread_id, p_run, p_after, p_limit);
-    IF p_after = 0 THEN  -- the run's own input is shown even when it is further back
-        SELECT jsonb_agg(jsonb_build_array(id, position, role, content, run_id) ORDER BY position) INTO v_pinned
-        FROM longhaul_threads_message
-        WHERE run_id = p_run AND step IS NULL AND status IN ('completed', 'partial')
-          AND position < coalesce((v_context->0->>1)::bigint, 0);
-    END IF;
-    SELECT coalesce(max(position), 0) + 1 INTO v_place FROM longhaul_threads_message WHERE thread_id = v_run.thread_id;
-    INSERT INTO longhaul_threads_message (
-        id, thread_id, run_id, step, role, status, position, content, metadata, client_id, shown, created_at)
-    VALUES (p_message, v_run.thread_id, p_run, v_run.steps + 1, 'assistant', 'pending', v_place, '[]', '{}', '',
-            v_run.save_mode <> 'none', v_now);
-    UPDATE longhaul_runs_run
-    SET pending_message_id = p_message, leg_deadline = v_now + p_model_time, last_seq = last_seq + 1
-    WHERE id = p_run RETURNING * INTO v_run;
-    INSERT INTO longhaul_runs_event (run_id, seq, type, at, epoch, message_id, payload)
-    VALUES (p_run, v_run.last_seq, 'message.created', v_now, p_epoch, p_message,
-            jsonb_build_object('message', p_message, 'role', 'assistant', 'step', v_run.steps + 1));
-    RETURN jsonb_build_object('epoch', p_epoch, 'steps', v_run.steps, 'bad_calls', v_run.bad_calls,
-                              'context', v_context, 'pinned', v_pinned);
+    RETURN v_turn;
 END $$;
 
 -- The leg that lingered claims again: when the join has queued the run and its leg is still the open one, it takes the
--- dispatch_seq that it finds. p_open false: claim only. {"status": ...} when there is nothing to claim (yet);
--- "lost" when the run is somebody else's now, or has ended.
+-- dispatch_seq that it finds, and (p_open) opens its turn in the same write. {"status": ...} when there is nothing to claim
+-- (yet); "lost" when the run is somebody else's now, or has ended; "absent" when this worker must beat first.
 CREATE OR REPLACE FUNCTION longhaul_linger_claim(
     p_run uuid, p_leg uuid, p_worker uuid, p_prepare interval, p_open boolean, p_message uuid, p_model_time interval,
     p_after bigint, p_limit integer, p_max_steps integer, p_max_tokens bigint, p_max_cost numeric)
@@ -213,25 +234,27 @@ DECLARE
     v_run longhaul_runs_run;
     v_now timestamptz;
     v_turn jsonb;
+    v_opened boolean;
 BEGIN
     SELECT * INTO v_run FROM longhaul_runs_run WHERE id = p_run FOR NO KEY UPDATE;
-    IF NOT FOUND THEN RETURN '{"status": "lost"}'; END IF;
+    IF NOT FOUND OR v_run.status NOT IN ('queued', 'waiting', 'requires_action') THEN RETURN '{"status": "lost"}'; END IF;
     PERFORM 1 FROM longhaul_runs_leg WHERE id = p_leg AND ended_at IS NULL;
     IF NOT FOUND THEN RETURN '{"status": "lost"}'; END IF;  -- a claim by another task, or the run's end, closed this leg
-    IF v_run.status IN ('waiting', 'requires_action') THEN RETURN jsonb_build_object('status', v_run.status); END IF;
-    IF v_run.status <> 'queued' THEN RETURN '{"status": "lost"}'; END IF;
+    IF v_run.status <> 'queued' THEN RETURN jsonb_build_object('status', v_run.status); END IF;
     IF NOT longhaul_worker_present(p_worker) THEN RETURN '{"status": "absent"}'; END IF;
     v_now := longhaul_now();
-    UPDATE longhaul_runs_run
-    SET status = 'running', epoch = epoch + 1, holder = p_worker, leg_deadline = v_now + p_prepare, linger_until = NULL,
-        not_before = NULL, next_publish_at = NULL, publishes = 0
-    WHERE id = p_run RETURNING * INTO v_run;
-    UPDATE longhaul_runs_leg SET epoch = v_run.epoch WHERE id = p_leg;
     IF p_open THEN
-        v_turn := longhaul_turn_open(p_run, v_run.epoch, p_worker, p_message, p_model_time, p_after, p_limit,
-                                     p_max_steps, p_max_tokens, p_max_cost);
+        v_turn := longhaul_turn_begin(v_run, v_run.epoch + 1, v_now, p_message, p_after, p_limit, p_max_steps, p_max_tokens, p_max_cost);
     END IF;
-    RETURN jsonb_build_object('status', 'running', 'epoch', v_run.epoch, 'steps', v_run.steps, 'turn', v_turn);
+    v_opened := p_open AND NOT v_turn ? 'limit';
+    UPDATE longhaul_runs_run
+    SET status = 'running', epoch = epoch + 1, holder = p_worker, linger_until = NULL,
+        leg_deadline = v_now + CASE WHEN v_opened THEN p_model_time ELSE p_prepare END,
+        pending_message_id = CASE WHEN v_opened THEN p_message END, last_seq = last_seq + CASE WHEN v_opened THEN 1 ELSE 0 END,
+        not_before = NULL, next_publish_at = NULL, publishes = 0
+    WHERE id = p_run;
+    UPDATE longhaul_runs_leg SET epoch = v_run.epoch + 1 WHERE id = p_leg;
+    RETURN jsonb_build_object('status', 'running', 'epoch', v_run.epoch + 1, 'steps', v_run.steps, 'turn', v_turn);
 END $$;
 
 -- The lingerer gives up: it locks the run and, if its leg is still the open one and the run waits, ends it. linger_until is
@@ -278,9 +301,13 @@ BEGIN
     IF NOT FOUND THEN RETURN NULL; END IF;  -- the fence
     v_now := longhaul_now();
     v_step := v_run.steps + 1;
+    SELECT coalesce(jsonb_agg(c->'id' ORDER BY (c->>'index')::integer), '[]') INTO v_open
+    FROM jsonb_array_elements(CASE WHEN v_waits THEN p_calls ELSE '[]' END) AS c WHERE c->>'outcome' IS NULL;
     INSERT INTO longhaul_runs_event (run_id, seq, type, at, epoch, message_id, ordinal, payload)
     SELECT p_run, v_run.last_seq + e.place, e.value->>0, v_now, p_epoch, p_message, (e.value->>1)::integer, e.value->2
-    FROM jsonb_array_elements(p_events) WITH ORDINALITY AS e(value, place);
+    FROM jsonb_array_elements(CASE WHEN v_waits
+        THEN p_events || jsonb_build_array(jsonb_build_array('run.waiting', NULL, jsonb_build_object('tool_calls', v_open)))
+        ELSE p_events END) WITH ORDINALITY AS e(value, place);
     GET DIAGNOSTICS v_count = ROW_COUNT;
     UPDATE longhaul_threads_message SET status = 'completed', content = p_content WHERE id = p_message;
     INSERT INTO longhaul_runs_step (
@@ -296,7 +323,7 @@ BEGIN
         input_tokens = input_tokens + coalesce((p_usage->>'input_tokens')::bigint, 0),
         output_tokens = output_tokens + coalesce((p_usage->>'output_tokens')::bigint, 0),
         cost = cost + coalesce((p_usage->>'cost')::numeric, 0),
-        last_seq = last_seq + v_count + CASE WHEN v_waits THEN 1 ELSE 0 END,
+        last_seq = last_seq + v_count,
         status = CASE WHEN v_waits THEN 'waiting' ELSE status END,
         holder = CASE WHEN v_waits THEN NULL ELSE holder END,
         leg_deadline = CASE WHEN v_waits THEN NULL ELSE leg_deadline END,
@@ -310,10 +337,6 @@ BEGIN
                                 CASE p_end->>'status' WHEN 'completed' THEN 'finished' ELSE 'failed' END, p_epoch);
     END IF;
     IF NOT v_waits THEN RETURN jsonb_build_object('run', p_run, 'status', 'running'); END IF;
-    SELECT coalesce(jsonb_agg(c->'id' ORDER BY (c->>'index')::integer), '[]') INTO v_open
-    FROM jsonb_array_elements(p_calls) AS c WHERE c->>'outcome' IS NULL;
-    INSERT INTO longhaul_runs_event (run_id, seq, type, at, epoch, payload)
-    VALUES (p_run, v_run.last_seq + v_count + 1, 'run.waiting', v_now, p_epoch, jsonb_build_object('tool_calls', v_open));
     IF v_leg_ends THEN PERFORM longhaul_leg_end(p_run, 'tools', false, p_epoch); END IF;
     IF v_open = '[]' THEN RETURN longhaul_calls_changed(p_run); END IF;  -- every call came settled: join at once
     RETURN jsonb_build_object('run', p_run, 'status', 'waiting');

@@ -90,7 +90,7 @@ class Migration(migrations.Migration):
                 ('thread', models.ForeignKey(db_index=False, on_delete=django.db.models.deletion.CASCADE, related_name='messages', to='longhaul_threads.thread')),
             ],
             options={
-                'indexes': [models.Index(condition=models.Q(('run_id__isnull', False)), fields=['run_id', 'step'], name='longhaul_message_of_run'), models.Index(condition=models.Q(('status', 'waiting')), fields=['thread'], name='longhaul_message_waiting')],
+                'indexes': [models.Index(condition=models.Q(('run_id__isnull', False)), fields=['run_id', 'step'], name='longhaul_message_of_run'), models.Index(condition=models.Q(('position__isnull', True)), fields=['thread'], name='longhaul_message_waiting')],
                 'constraints': [models.UniqueConstraint(fields=('thread', 'position'), name='longhaul_one_message_a_position'), models.CheckConstraint(condition=models.Q(models.Q(('position__isnull', True), ('status', 'waiting')), models.Q(('status', 'waiting'), _negated=True), _connector='OR'), name='longhaul_a_waiting_message_has_no_place')],
             },
         ),

@@ -50,7 +50,7 @@ class Migration(migrations.Migration):
                 ('progress', models.JSONField(null=True)),
                 ('created_at', models.DateTimeField(db_default=threads.clock.Now(), editable=False)),
                 ('settled_at', models.DateTimeField(null=True)),
-                ('assignee', models.ForeignKey(blank=True, null=True, on_delete=django.db.models.deletion.SET_NULL, related_name='longhaul_assigned_calls', to=settings.AUTH_USER_MODEL)),
+                ('assignee', models.ForeignKey(blank=True, db_index=False, null=True, on_delete=django.db.models.deletion.SET_NULL, related_name='longhaul_assigned_calls', to=settings.AUTH_USER_MODEL)),
             ],
         ),
         migrations.CreateModel(
@@ -65,7 +65,7 @@ class Migration(migrations.Migration):
                 ('outcome', models.CharField(blank=True, default='', max_length=20)),
                 ('error', models.JSONField(null=True)),
                 ('backend_pid', models.IntegerField(null=True)),
-                ('call', models.ForeignKey(db_index=False, on_delete=django.db.models.deletion.CASCADE, related_name='attempts', to='longhaul_tools.toolcall')),
+                ('call', models.ForeignKey(db_constraint=False, db_index=False, on_delete=django.db.models.deletion.CASCADE, related_name='attempts', to='longhaul_tools.toolcall')),
             ],
         ),
         migrations.CreateModel(
@@ -99,10 +99,6 @@ class Migration(migrations.Migration):
         ),
         migrations.AddIndex(
             model_name='toolcall',
-            index=models.Index(condition=models.Q(('status', 'settled'), _negated=True), fields=['run_id'], name='longhaul_call_open'),
-        ),
-        migrations.AddIndex(
-            model_name='toolcall',
             index=models.Index(condition=models.Q(('status__in', ['requested', 'retrying'])), fields=['next_publish_at'], name='longhaul_call_due'),
         ),
         migrations.AddIndex(
@@ -133,5 +129,6 @@ class Migration(migrations.Migration):
             model_name='worker',
             index=models.Index(condition=models.Q(('gone_at__isnull', True)), fields=['beat_at'], name='longhaul_worker_present'),
         ),
+        migrations.RunSQL((SQL / "0000_storage.sql").read_text(), migrations.RunSQL.noop),
         migrations.RunSQL((SQL / "0001_calls.sql").read_text(), migrations.RunSQL.noop),
     ]

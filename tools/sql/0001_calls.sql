@@ -39,35 +39,42 @@ CREATE OR REPLACE FUNCTION longhaul_call_claim(
     p_call uuid, p_attempt integer, p_worker uuid, p_worker_name text, p_task text, p_alone boolean)
 RETURNS jsonb LANGUAGE plpgsql AS $$
 DECLARE
+    v_seen longhaul_tools_toolcall;
     v_run_id uuid;
     v_run record;
     v_call longhaul_tools_toolcall;
     v_now timestamptz;
     v_orphans jsonb;
-    v_attempt_id uuid := longhaul_uuid7();
+    v_attempt_id uuid;
 BEGIN
-    SELECT run_id INTO v_run_id FROM longhaul_tools_toolcall WHERE id = p_call;
+    SELECT * INTO v_seen FROM longhaul_tools_toolcall WHERE id = p_call;
     IF NOT FOUND THEN RETURN NULL; END IF;  -- its run was deleted
+    IF v_seen.attempt <> p_attempt OR v_seen.status NOT IN ('requested', 'retrying') THEN RETURN NULL; END IF;  -- a doubled message
     IF NOT longhaul_worker_present(p_worker) THEN RETURN '{"absent": true}'; END IF;
     IF p_alone THEN
         SELECT jsonb_agg(jsonb_build_array(id, attempt)) INTO v_orphans
         FROM longhaul_tools_toolcall WHERE holder = p_worker AND status = 'running';
         IF v_orphans IS NOT NULL THEN RETURN jsonb_build_object('orphans', v_orphans); END IF;
     END IF;
-    SELECT * INTO v_run FROM longhaul_run_lock(v_run_id);
-    IF v_run.thread_id IS NULL THEN RETURN NULL; END IF;  -- the run has ended, and closed its calls
+    v_run_id := v_seen.run_id;
     v_now := longhaul_now();
+    -- The lock: the event comes with it, and goes again should the guard below find that somebody was faster.
+    SELECT * INTO v_run FROM longhaul_run_append(v_run_id, 'tool_call.started', jsonb_build_object(
+        'tool_call', p_call, 'name', v_seen.name, 'message', v_seen.message_id, 'attempt', p_attempt, 'worker', p_worker_name), v_now);
+    IF v_run.thread_id IS NULL THEN RETURN NULL; END IF;  -- the run has ended, and closed its calls
     UPDATE longhaul_tools_toolcall
     SET status = 'running', holder = p_worker, claimed_at = v_now, next_publish_at = NULL, not_before = NULL,
         timeout_at = least(v_now + timeout, v_run.deadline)
     WHERE id = p_call AND attempt = p_attempt AND status IN ('requested', 'retrying')
       AND (not_before IS NULL OR not_before <= v_now)
     RETURNING * INTO v_call;
-    IF NOT FOUND THEN RETURN NULL; END IF;  -- another worker got there first
+    IF NOT FOUND THEN
+        PERFORM longhaul_run_retract(v_run_id);
+        RETURN NULL;  -- another worker got there first
+    END IF;
+    v_attempt_id := longhaul_uuid7();
     INSERT INTO longhaul_tools_toolattempt (id, call_id, number, worker_id, task_id, started_at, outcome, backend_pid)
     VALUES (v_attempt_id, p_call, p_attempt, p_worker, p_task, v_now, '', pg_backend_pid());
-    PERFORM longhaul_run_record(v_run_id, 'tool_call.started', jsonb_build_object(
-        'tool_call', p_call, 'name', v_call.name, 'message', v_call.message_id, 'attempt', p_attempt, 'worker', p_worker_name));
     RETURN jsonb_build_object(
         'call', p_call, 'run', v_run_id, 'thread', v_run.thread_id, 'owner', v_run.owner, 'agent', v_run.agent,
         'overrides', v_run.overrides, 'message', v_call.message_id,
@@ -99,10 +106,9 @@ BEGIN
         IF FOUND THEN
             UPDATE longhaul_tools_toolattempt SET ended_at = v_now, outcome = p_outcome, error = p_error
             WHERE call_id = p_call AND number = p_attempt AND (ended_at IS NULL OR outcome = 'lost');
-            PERFORM longhaul_run_record(v_run_id, 'tool_call.settled', jsonb_strip_nulls(jsonb_build_object(
+            RETURN longhaul_calls_changed(v_run_id, 'tool_call.settled', jsonb_strip_nulls(jsonb_build_object(
                 'tool_call', p_call, 'name', v_call.name, 'message', v_call.message_id, 'outcome', p_outcome,
                 'error', p_error)) || jsonb_build_object('result', p_result));
-            RETURN longhaul_calls_changed(v_run_id);
         END IF;
     END IF;
     PERFORM 1 FROM longhaul_tools_toolattempt
@@ -198,14 +204,15 @@ BEGIN
     RETURN longhaul_calls_changed(v_run_id) || v_more || jsonb_build_object('code', v_code);
 END $$;
 
--- Settles every open call of a run that ends. The caller holds the run.
-CREATE OR REPLACE FUNCTION longhaul_calls_close(p_run uuid) RETURNS void LANGUAGE plpgsql AS $$
+-- Settles every open call of a run that ends: only its last step p_step has any. The caller holds the run.
+CREATE OR REPLACE FUNCTION longhaul_calls_close(p_run uuid, p_step integer) RETURNS void LANGUAGE plpgsql AS $$
 DECLARE
     v_call longhaul_tools_toolcall;
     v_now timestamptz := longhaul_now();
 BEGIN
     FOR v_call IN
-        SELECT * FROM longhaul_tools_toolcall WHERE run_id = p_run AND status <> 'settled' ORDER BY step, index FOR NO KEY UPDATE
+        SELECT * FROM longhaul_tools_toolcall WHERE run_id = p_run AND step = p_step AND status <> 'settled'
+        ORDER BY index FOR NO KEY UPDATE
     LOOP
         UPDATE longhaul_tools_toolcall
         SET status = 'settled', outcome = 'cancelled', holder = NULL, settled_at = v_now, next_publish_at = NULL

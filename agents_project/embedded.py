@@ -624,9 +624,10 @@ def _create_database(folder: Path) -> None:
 
 def _execute(command: Sequence[str], purpose: str | None) -> int:
     ensure(purpose)
+    # Ctrl-C is for the command, which gets it from the terminal as we do; we stay to stop the servers after it. Not
+    # SIG_IGN, which the command would inherit.
+    signal.signal(signal.SIGINT, lambda *_: None)
     child = subprocess.Popen(list(command))  # noqa: S603
-    # Ctrl-C and `kill` are for the command; we stay to stop the servers after it.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: child.terminate())
     code = child.wait()
     return code if code >= 0 else 128 - code

@@ -104,12 +104,30 @@ def wait_until(condition: Callable[[], bool], seconds: float = 20) -> None:
         time.sleep(0.01)
 
 
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The data folder of a project that was used once: what an initdb of a second and more gives."""
+    project = Project(tmp_path_factory.mktemp("cluster") / "project")
+    leave(project.use())
+    yield project.servers.folder
+    project.end()
+
+
 @pytest.fixture
-def project(tmp_path: Path) -> Iterator[Project]:
+def new_project(tmp_path: Path) -> Iterator[Project]:
     project = Project(tmp_path / "project")
     yield project
     project.end()
     assert project.serving() == []
+
+
+@pytest.fixture
+def project(new_project: Project, cluster: Path) -> Project:
+    """A project that was used before and has an empty database."""
+    folder = new_project.servers.folder
+    embedded._make_folder(folder, new_project.path, "dev")
+    subprocess.run(["cp", "-a", cluster / "postgres", cluster / "database.done", folder], check=True)
+    return new_project
 
 
 def write(project: Project, text: str) -> None:
@@ -127,19 +145,19 @@ def read(project: Project) -> tuple[list[str], list[str]]:
         return rows, [item.decode() for item in client.lrange("words", 0, -1)]
 
 
-def test_data_survives_a_restart(project: Project) -> None:
-    first = project.use()
+def test_data_survives_a_restart(new_project: Project) -> None:
+    first = new_project.use()
     assert sorted(first.started) == ["postgres", "valkey"]  # type: ignore[attr-defined]
-    write(project, "kept")
+    write(new_project, "kept")
     leave(first)
-    assert project.serving() == []
+    assert new_project.serving() == []
 
     began = time.monotonic()
-    second = project.use()
+    second = new_project.use()
     assert time.monotonic() - began < 10  # usual is under 1 s; a restart that makes the cluster anew takes longer
-    assert read(project) == (["kept"], ["kept"])
+    assert read(new_project) == (["kept"], ["kept"])
     leave(second)
-    assert project.serving() == []
+    assert new_project.serving() == []
 
 
 @pytest.mark.parametrize("name", ["a folder with 'spaces' and $more", "/".join(["long" * 30] * 3)])
@@ -247,39 +265,39 @@ def test_a_server_that_hangs_is_replaced(project: Project, server: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("moment", range(8))
-def test_a_start_killed_at_any_moment_does_not_harm_the_next(project: Project, moment: int) -> None:
-    user = project.python("-c", USE)
+def test_a_start_killed_at_any_moment_does_not_harm_the_next(new_project: Project, moment: int) -> None:
+    user = new_project.python("-c", USE)
     time.sleep(0.25 * moment)  # the moments of a first start: the folder, initdb, both servers, the database
     user.kill()
     user.wait()
-    for name, pid in project.found().items():
+    for name, pid in new_project.found().items():
         if name == "keeper":
             os.kill(pid, signal.SIGKILL)
 
-    again = project.use()
-    write(project, "works")
-    assert read(project) == (["works"], ["works"])
-    assert sorted(project.found()) == ["keeper", "postgres", "valkey"]
-    masters = [command for command in project.serving() if "-D " in command or "--dir " in command]
+    again = new_project.use()
+    write(new_project, "works")
+    assert read(new_project) == (["works"], ["works"])
+    assert sorted(new_project.found()) == ["keeper", "postgres", "valkey"]
+    masters = [command for command in new_project.serving() if "-D " in command or "--dir " in command]
     assert len(masters) == 2, masters
     leave(again)
-    assert project.serving() == []
+    assert new_project.serving() == []
 
 
-def test_remove_deletes_the_data_but_not_under_a_user(project: Project) -> None:
-    user = project.use()
-    refused = project.command("remove", "--all")
+def test_remove_deletes_the_data_but_not_under_a_user(new_project: Project) -> None:
+    user = new_project.use()
+    refused = new_project.command("remove", "--all")
     assert refused.returncode == 1
     assert "in use" in refused.stderr
-    write(project, "still here")
+    write(new_project, "still here")
     leave(user)
 
-    assert project.command("remove", "--all").returncode == 0
-    assert not project.servers.folder.exists()
+    assert new_project.command("remove", "--all").returncode == 0
+    assert not new_project.servers.folder.exists()
 
-    again = project.use()
+    again = new_project.use()
     with pytest.raises(psycopg.errors.UndefinedTable):
-        read(project)
+        read(new_project)
     leave(again)
 
 
@@ -309,12 +327,12 @@ def test_a_second_session_of_the_same_purpose_gets_servers_of_its_own(project: P
     leave(again)
 
 
-def test_servers_named_by_the_environment_are_used_and_none_is_started(project: Project) -> None:
-    project.environment |= {"DATABASE_URL": "postgresql://elsewhere/app", "REDIS_URL": "redis://elsewhere"}
-    user = project.use()
+def test_servers_named_by_the_environment_are_used_and_none_is_started(new_project: Project) -> None:
+    new_project.environment |= {"DATABASE_URL": "postgresql://elsewhere/app", "REDIS_URL": "redis://elsewhere"}
+    user = new_project.use()
     assert user.started == []  # type: ignore[attr-defined]
-    assert project.serving() == []
-    assert not project.servers.folder.exists()
+    assert new_project.serving() == []
+    assert not new_project.servers.folder.exists()
     leave(user)
 
 
@@ -336,8 +354,8 @@ def test_exec_gives_a_command_the_servers_and_ends_them_after_it(project: Projec
 def test_ctrl_c_lets_the_command_end_first_and_then_ends_the_servers(project: Project) -> None:
     script = """if True:
         import os, redis, time
-        print("up", flush=True)
         try:
+            print("up", flush=True)
             time.sleep(60)
         except KeyboardInterrupt:
             redis.Redis.from_url(os.environ["REDIS_URL"]).ping()
@@ -352,30 +370,30 @@ def test_ctrl_c_lets_the_command_end_first_and_then_ends_the_servers(project: Pr
     assert project.serving() == []
 
 
-def test_ctrl_c_in_the_middle_of_a_start_leaves_nothing(project: Project) -> None:
-    user = project.python("-c", USE, stderr=subprocess.PIPE)
-    wait_until(lambda: "valkey" in project.found())
+def test_ctrl_c_in_the_middle_of_a_start_leaves_nothing(new_project: Project) -> None:
+    user = new_project.python("-c", USE, stderr=subprocess.PIPE)
+    wait_until(lambda: "valkey" in new_project.found())
     os.killpg(user.pid, signal.SIGINT)
     _, said = user.communicate(timeout=30)
     assert "KeyboardInterrupt" in said
-    assert project.serving() == []
+    assert new_project.serving() == []
 
 
-def test_what_others_put_at_the_folders_place_is_not_used(project: Project, tmp_path: Path) -> None:
-    folder = project.servers.folder
+def test_what_others_put_at_the_folders_place_is_not_used(new_project: Project, tmp_path: Path) -> None:
+    folder = new_project.servers.folder
     elsewhere = Path(tempfile.gettempdir()) / folder.name
     folder.symlink_to(tmp_path)
     try:
-        assert embedded.data_folder("dev", project.path) == elsewhere
+        assert embedded.data_folder("dev", new_project.path) == elsewhere
     finally:
         folder.unlink()
     folder.mkdir()
     folder.chmod(0o777)
     try:
-        assert embedded.data_folder("dev", project.path) == elsewhere
+        assert embedded.data_folder("dev", new_project.path) == elsewhere
         elsewhere.write_text("in the way")
         with pytest.raises(embedded.EmbeddedError, match=r"others may write to it.*is not a folder"):
-            embedded.data_folder("dev", project.path)
+            embedded.data_folder("dev", new_project.path)
     finally:
         folder.rmdir()
         elsewhere.unlink(missing_ok=True)

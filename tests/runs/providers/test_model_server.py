@@ -128,7 +128,7 @@ def test_a_call_that_is_asked_again_is_answered_the_same() -> None:
 
 
 def test_a_second_job_on_a_thread_begins_anew() -> None:
-    messages = [
+    messages: list[dict[str, Any]] = [
         {"role": "user", "content": JOB.format(last=2)},
         {"role": "tool", "content": "1"},
         {"role": "tool", "content": "2"},

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -560,7 +562,12 @@ def test_a_connection_is_used_again_after_an_answer_and_after_an_error(
 ) -> None:
     opened: list[object] = []
     connect = socket.create_connection
-    monkeypatch.setattr(socket, "create_connection", lambda *a, **k: opened.append(a) or connect(*a, **k))
+
+    def count(*arguments: Any, **options: Any) -> socket.socket:
+        opened.append(arguments)
+        return connect(*arguments, **options)
+
+    monkeypatch.setattr(socket, "create_connection", count)
 
     service.plays(faulty({2: (Status(429, error_body("Slow down")),)}, saying(Text("Hello."))))
     service.answer()
@@ -576,6 +583,51 @@ def test_a_broken_connection_does_not_spoil_the_next_call(service: Service) -> N
     service.failure(silence=timedelta(seconds=0.1))
 
     assert text_of(service.answer()) == "Hello."
+
+
+def test_under_gevent_streams_run_side_by_side_and_a_killed_one_is_torn_down(service: Service) -> None:
+    """In a process of its own, for gevent's patches cannot be taken off again."""
+    code = """
+from gevent import monkey
+monkey.patch_all()
+import sys
+import gevent
+from runs.providers import ModelRequest, TextDelta
+from runs.providers.openai import OpenAIProvider
+
+provider = OpenAIProvider("key", sys.argv[1])
+provider.warm()
+heard = []
+
+def listen():
+    for event in provider.stream(ModelRequest("m", "", [])):
+        if isinstance(event, TextDelta):
+            heard.append(event.text)
+
+listeners = [gevent.spawn(listen) for _ in range(50)]
+while len(heard) < 50:
+    gevent.sleep(0.01)
+print("all speak", flush=True)
+sys.stdin.readline()
+gevent.killall(listeners)
+print("killed", flush=True)
+sys.stdin.readline()
+"""
+    service.says(Text("first"), Silence())
+    command = [sys.executable, "-c", code, service.server.url]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        try:
+            assert process.stdout.readline() == "all speak\n"
+            assert service.server.open_streams == 50
+
+            process.stdin.write("\n")
+            process.stdin.flush()
+            assert process.stdout.readline() == "killed\n"
+            wait_until(lambda: service.server.open_streams == 0)
+        finally:
+            process.kill()
 
 
 def test_a_hundred_answers_stream_at_once(service: Service) -> None:

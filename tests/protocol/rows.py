@@ -367,8 +367,8 @@ class World:
         self, call: UUID, attempt: int | None = None, worker: UUID | None = None, alone: bool = False
     ) -> Row | None:
         answer: Row | None = self.db.call(
-            "longhaul_call_claim", p_call=call,
-            p_attempt=self.tool_call(call)["attempt"] if attempt is None else attempt, p_worker=worker or self.worker("tools@a"), p_worker_name="tools@a", p_task="task", p_alone=alone,
+            "longhaul_call_claim", p_call=call, p_worker=worker or self.worker("tools@a"), p_worker_name="tools@a",
+            p_attempt=self.tool_call(call)["attempt"] if attempt is None else attempt, p_task="task", p_alone=alone,
         )  # fmt: skip
         return answer
 

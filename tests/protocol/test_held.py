@@ -1,4 +1,4 @@
-"""A busy thread: every end of its occupant queues the oldest held run, in one transaction; that of a held run does not."""
+"""A busy thread: every end of its occupant queues the oldest held run with it; the end of a held run does not."""
 
 from __future__ import annotations
 

@@ -45,6 +45,7 @@ LARGEST_ERROR_BODY = 64 * 1024  # bytes
 LARGEST_EVENT = 16 * 1024 * 1024  # bytes
 LONGEST_QUOTE = 500  # characters of a service's own words in an error
 LONGEST_RETRY_AFTER = timedelta(days=1)
+SHORTEST_SECRET = 8  # characters: a key like "none" is a word of many messages
 IDLE_LINES = 200  # connections kept for the next calls of this process
 
 DONE = b"[DONE]"
@@ -112,14 +113,16 @@ class OpenAIProvider:
     def __init__(self, api_key: str | None = None, base_url: str | None = None) -> None:
         self._key = (api_key or os.environ.get("OPENAI_API_KEY") or "").strip()
         base_url = base_url or os.environ.get("OPENAI_BASE_URL") or None
-        self._refusal = ""
+        self._refusal: tuple[ErrorCode, str] | None = None
         if not self._key and base_url is None:
-            self._refusal = "OPENAI_API_KEY is not set."
+            self._refusal = "auth", "OPENAI_API_KEY is not set."
         elif not (self._key.isascii() and self._key.isprintable()):
-            self._refusal = "OPENAI_API_KEY holds characters that no key has."  # no header takes them either
+            self._refusal = "auth", "OPENAI_API_KEY holds characters that no key has."  # no header takes them either
+        elif base_url is not None and not _is_address(base_url):
+            self._refusal = "invalid_request", "OPENAI_BASE_URL is no address such as https://api.openai.com/v1."
         self._client = OpenAI(
             api_key=self._key if self._key and not self._refusal else "none",
-            base_url=base_url,
+            base_url="http://127.0.0.1" if self._refusal else base_url,
             max_retries=0,
             http_client=DefaultHttpxClient(verify=_tls()),
         )
@@ -220,7 +223,7 @@ class OpenAIProvider:
         A generator: closing it closes the connection, so that the service stops.
         """
         if self._refusal:
-            raise ProviderError("auth", self._refusal)
+            raise ProviderError(*self._refusal)
         body = self._body(request)
         timeout, silence = request.timeout.total_seconds(), request.silence.total_seconds()
         answer = _Answer()
@@ -245,7 +248,7 @@ class OpenAIProvider:
         yield answer.end()
 
     def _redacted(self, message: str) -> str:
-        return message.replace(self._key, "[key]") if self._key else message
+        return message.replace(self._key, "[key]") if len(self._key) >= SHORTEST_SECRET else message
 
     def _take(self) -> _Line:
         try:
@@ -465,6 +468,14 @@ class _Call:
         self.name = ""
         self.held = ""  # arguments that came before the name
         self.begun = False
+
+
+def _is_address(url: str) -> bool:
+    try:
+        parsed = httpx2.URL(url)
+    except httpx2.InvalidURL:
+        return False
+    return parsed.scheme in ("http", "https") and bool(parsed.host)
 
 
 def _dumps(value: Any) -> bytes:

@@ -376,8 +376,9 @@ def test_a_missing_key_and_one_that_no_header_takes_are_said_without_it(monkeypa
         assert "cret" not in str(caught.value)
 
 
-def test_a_base_url_that_cannot_be_used_is_the_callers_mistake() -> None:
-    with closing(OpenAIProvider(KEY, "ftp://127.0.0.1/v1")) as provider, pytest.raises(ProviderError) as caught:
+@pytest.mark.parametrize("url", ["ftp://127.0.0.1/v1", "127.0.0.1:8000", "http://", "http://a:b", "nonsense", "/v1"])
+def test_a_base_url_that_is_no_address_is_the_callers_mistake(url: str) -> None:
+    with closing(OpenAIProvider(KEY, url)) as provider, pytest.raises(ProviderError) as caught:
         list(provider.stream(ModelRequest("m", "", [])))
 
     assert (caught.value.code, caught.value.retryable) == ("invalid_request", False)
@@ -500,6 +501,15 @@ def test_one_who_trickles_and_then_falls_silent_does_not_outlast_the_total_time(
     assert "did not finish within 0.6 s" in error.message
     assert time.monotonic() - started < 1.5
     assert text_of(service.answer()) == "Hello."
+
+
+def test_one_who_never_pauses_is_cut_at_the_total_time(service: Service) -> None:
+    stream = service.says(Text("x" * 20_000, chunk_chars=1)).stream(timeout=timedelta(seconds=0.3))
+    next(stream)
+    time.sleep(0.4)  # what is said meanwhile lies in the socket's buffer, so that no read has to wait
+
+    with pytest.raises(ProviderError, match="did not finish"):
+        list(stream)
 
 
 def test_an_error_that_never_ends_is_told_by_its_status(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:

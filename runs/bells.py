@@ -62,6 +62,10 @@ def ring(channels: Iterable[str]) -> None:
         logger.warning("The bell does not ring, readers look once a second: %s", type(error).__name__)
 
 
+def _pubsub(client: redis.Redis) -> Any:
+    return client.pubsub(ignore_subscribe_messages=True)  # type: ignore[no-untyped-call]
+
+
 class Ear:
     """One subscription a process, for any number of channels.
 
@@ -100,7 +104,7 @@ class Ear:
             return
         try:
             if self._pubsub is None:
-                self._pubsub = client.pubsub(ignore_subscribe_messages=True)
+                self._pubsub = _pubsub(client)
             self._pubsub.subscribe(channel)
         except (RedisError, OSError):
             return  # the thread subscribes again when Redis is back
@@ -130,7 +134,7 @@ class Ear:
             client = _client()
             if client is None:
                 raise OSError("no Redis")
-            made = client.pubsub(ignore_subscribe_messages=True)
+            made = _pubsub(client)
             channels = list(self._events)
             if channels:
                 made.subscribe(*channels)

@@ -541,7 +541,8 @@ class Leg:
         """
         wake = self.claim.wake
         if wake is None or self._linger_time() <= timedelta(0):
-            return self._give_up("drained")  # nothing to end when the commit was told of no linger
+            self._give_up("drained")  # nothing to end when the commit was told of no linger
+            return None
         until = time.monotonic() + settings().linger.total_seconds() + 0.05  # the last look is after linger_until
         while True:
             remaining = until - time.monotonic()
@@ -552,13 +553,15 @@ class Leg:
                 self.claim.check_lost()
             joined = False
             if self.process.draining:
-                return self._give_up("drained")
+                self._give_up("drained")
+                return None
             over = time.monotonic() >= until
             taken = self._look()
             if taken is not False:
                 return taken or None
             if over:
-                return self._give_up("tools")
+                self._give_up("tools")
+                return None
 
     def _look(self) -> Turn | Literal[False] | None:
         """Claim if the join has queued the run. False: not yet."""

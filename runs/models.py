@@ -251,9 +251,7 @@ class Step(models.Model):
     """
 
     id = models.UUIDField(primary_key=True, default=new_id, editable=False)
-    run = models.ForeignKey(
-        Run, on_delete=models.CASCADE, related_name="step_set", db_index=False, db_constraint=False
-    )
+    run = models.ForeignKey(Run, on_delete=models.CASCADE, related_name="step_set", db_index=False, db_constraint=False)
     number = models.IntegerField()
     leg_id = models.UUIDField()
     epoch = models.IntegerField()

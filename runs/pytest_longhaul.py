@@ -93,7 +93,11 @@ class ScriptedModel:
             if isinstance(part, str):
                 yield TextDelta(part)
                 continue
-            text = part.arguments if isinstance(part.arguments, str) else orjson.dumps(part.arguments, default=str).decode()
+            text = (
+                part.arguments
+                if isinstance(part.arguments, str)
+                else orjson.dumps(part.arguments, default=str).decode()
+            )
             yield ToolCallDelta(index, f"call_{index}", part.name, text)
             index += 1
         yield UsageReported(input_tokens=len(request.messages), output_tokens=1)

@@ -227,7 +227,7 @@ class Sweep:
     def _rows(self, statement: str, *parameters: Any) -> list[tuple[Any, ...]]:
         with connection.cursor() as cursor:
             cursor.execute(statement, parameters)
-            return cursor.fetchall()
+            return list(cursor.fetchall())
 
 
 class SweepThread:

@@ -227,6 +227,9 @@ def context_of(claimed: Claimed) -> ToolContext:
             },
         )
 
+    def emit(data: Any) -> None:
+        log.record(claimed.run_id, "data", {"data": data})
+
     def cancelled() -> bool:
         return not ToolCall.objects.filter(pk=claimed.call_id, attempt=claimed.attempt, status="running").exists()
 
@@ -259,6 +262,6 @@ def context_of(claimed: Claimed) -> ToolContext:
         load_thread=lambda: log.thread(thread_id),
         load_owner=owner,
         report_progress=report,
-        emit_data=lambda data: log.record(claimed.run_id, "data", {"data": data}),
+        emit_data=emit,
         check_cancelled=cancelled,
     )

@@ -22,7 +22,7 @@ import sys
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 from uuid import UUID
 
 import psycopg
@@ -30,6 +30,8 @@ from django.db import connection
 from psycopg import waiting
 
 from threads.ids import new_id
+
+T = TypeVar("T")
 
 BEAT = timedelta(seconds=2)
 # A process with a beat older than this claims nothing (longhaul_worker_present): it must beat first.
@@ -102,15 +104,16 @@ def _native() -> tuple[Callable[..., Any], Callable[[float], None]]:
 class NativeConnection(psycopg.Connection[tuple[Any, ...]]):
     """A connection for a native thread: it waits in C, never in gevent's hub."""
 
-    def wait(self, gen: Any, interval: float = 0.1) -> Any:
+    def wait(self, gen: Generator[Any, Any, T], interval: float = 0.1, timeout: float | None = None) -> T:
         wait_c = getattr(waiting, "wait_c", None)
-        if wait_c is None:
-            return super().wait(gen, interval)
+        if wait_c is None or timeout is not None:
+            return super().wait(gen, interval, timeout)
         try:
-            return wait_c(gen, self.pgconn.socket, interval)
+            answer: T = wait_c(gen, self.pgconn.socket, interval)
         except KeyboardInterrupt:
             self.cancel_safe()
             raise
+        return answer
 
 
 def connect(application_name: str) -> NativeConnection:

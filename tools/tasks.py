@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from datetime import timedelta
 from typing import Any
 from uuid import UUID
@@ -16,7 +17,7 @@ from tools import execution, presence
 logger = logging.getLogger("longhaul.tools")
 
 # How long after a tool's own time its child is killed: the soft limit comes first and lets the tool clean up.
-GRACE = timedelta(seconds=5)
+GRACE_SECONDS = 5
 
 
 @shared_task(
@@ -42,13 +43,13 @@ def execute_call(self: Any, call_id: str, attempt: int) -> None:
 
 def publish(call_id: UUID, attempt: int, timeout: timedelta, queue: str | None = None) -> None:
     """Send a call's message. Losing it costs a republish interval."""
-    seconds = timeout.total_seconds()
+    seconds = math.ceil(timeout.total_seconds())
     try:
         execute_call.apply_async(
             (str(call_id), attempt),
             queue=queue or queue_name(),
             soft_time_limit=seconds,
-            time_limit=seconds + GRACE.total_seconds(),
+            time_limit=seconds + GRACE_SECONDS,
             retry=False,
         )
     except (BrokerError, OSError) as error:

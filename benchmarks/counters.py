@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,8 +69,8 @@ class StatementLog:
         """Count from here."""
         self._start = self._path.stat().st_size
 
-    def read(self, without: set[int]) -> Traffic:
-        """Return what all backends but those of `without` were asked since the mark."""
+    def read(self, backends: Callable[[int], bool]) -> Traffic:
+        """Return what was asked since the mark of the backends whose pid `backends` takes."""
         with self._path.open("rb") as file:
             file.seek(self._start)
             text = file.read().decode(errors="replace")
@@ -78,7 +79,7 @@ class StatementLog:
         within: set[int] = set()  # the backends inside of a transaction that their client began
         for line in text.splitlines():
             found = self._LINE.match(line)
-            if found is None or int(found["pid"]) in without:
+            if found is None or not backends(int(found["pid"])):
                 continue
             pid, statement = int(found["pid"]), found["text"]
             statements[_shape(statement)] += 1

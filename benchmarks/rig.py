@@ -15,7 +15,7 @@ import socket
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -179,6 +179,12 @@ class Rig:
         """Return the log of statements; None on servers that are not ours, whose log we cannot read."""
         return None if self._log is None else StatementLog(self._admin, self._log)
 
-    @property
-    def load_backends(self) -> set[int]:
-        return self._load_backends
+    def is_backend_of(self, application: str) -> Callable[[int], bool]:
+        """Return whether a pid is that of a live backend whose client calls itself so (PGAPPNAME)."""
+        rows = self.connection.execute("SELECT pid FROM pg_stat_activity WHERE application_name = %s", [application])
+        pids = {row[0] for row in rows}
+        return pids.__contains__
+
+    def is_counted(self, pid: int) -> bool:
+        """Return whether a backend is not the load generator's."""
+        return pid not in self._load_backends

@@ -8,13 +8,17 @@ from datetime import timedelta
 from uuid import UUID
 
 from agents_project.demo.supervisor import Kill, Supervisor
-from runs.models import Event, Run, Status
+from runs.models import Event, Leg, Run, Status
 from threads.clock import now
 from tools.models import CallStatus, ToolCall
 
 KINDS = ("agents", "tools")
 # Committed steps before each kill: far from each other, and from both ends.
-AT_STEP = {"agents": 12, "tools": 29}
+AT_STEP = {"agents": 8, "tools": 26}
+# Only a leg as young as this is hit, for the job is to show legs that end because their time is up, too.
+_YOUNG = timedelta(seconds=1.5)
+# An agents worker makes its model client after it is present: one killed before its peer has would prove nothing.
+_SETTLED = timedelta(seconds=2)
 _MIDDLE = timedelta(milliseconds=80)  # a call that runs for so long is in its middle
 
 
@@ -36,7 +40,10 @@ class Sabotage:
         if self.next is None:
             return None
         run = Run.objects.filter(pk=self.run).only("status", "steps", "holder", "pending_message_id").get()
-        if run.steps < AT_STEP[self.next] or self.supervisor.present() < set(self.supervisor.kinds):
+        young = Leg.objects.filter(run=run, number__gt=1, ended_at=None, started_at__gt=now() - _YOUNG)
+        if run.steps < AT_STEP[self.next] or not young.exists():
+            return None
+        if self.supervisor.present(_SETTLED) < set(self.supervisor.kinds):
             return None
         kill = self._cut_stream(run) if self.next == "agents" else self._cut_call()
         if kill is not None:

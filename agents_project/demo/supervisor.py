@@ -32,8 +32,7 @@ READY_TIMEOUT = timedelta(seconds=60)  # a first start on a slow, busy machine; 
 MODEL_PORT = 8087
 _LOOK_SECONDS = 0.025
 
-# The workers by kind: how many, and what Celery is told. -c of the agents worker is greenlets: each holds a stream.
-COUNTS = {"agents": 2, "tools": 1, "control": 1}
+# What Celery is told, by kind. -c of the agents worker is greenlets: each holds a stream.
 POOLS = {
     "agents": ("-P", "gevent", "-c", "100"),
     "tools": ("-P", "prefork", "-c", "2"),
@@ -106,7 +105,9 @@ class Supervisor:
     def __exit__(self, *_: object) -> None:
         try:
             try:
-                self.children.stop_all(self.grace)
+                killed = self.children.stop_all(self.grace)
+                if killed:
+                    self.say(f"{', '.join(killed)} did not end within {self.grace.seconds} s and were killed")
             except KeyboardInterrupt:  # a second Ctrl-C: at once, then
                 self.children.stop_all(timedelta())
         finally:
@@ -147,13 +148,10 @@ class Supervisor:
 
     # --- the workers ------------------------------------------------------------------------------------------------
 
-    def start_workers(self) -> None:
-        """Start all at once, first those that the first token needs. The tables must be there."""
-        self._began = now()
-        for kind in ("agents", "tools", "control", "agents"):
-            self.start_worker(kind)
-
     def start_worker(self, kind: str) -> str:
+        """Start one more worker of this kind, return its name. The tables must be there."""
+        if self._began is None:
+            self._began = now()
         number = self._numbers[kind] = self._numbers.get(kind, 0) + 1
         name = f"{kind}-{number}"
         environment = dict(self._environment)
@@ -186,10 +184,12 @@ class Supervisor:
     def pid(self, name: str) -> int:
         return self.children[name].pid
 
-    def present(self) -> set[str]:
-        """Return the names of the workers that are ready: their row is there, of a prefork one a child's too."""
+    def present(self, since: timedelta = timedelta()) -> set[str]:
+        """Return the names of the workers that are there `since` so long: their row is, of a prefork one a child's too."""
         by_pid = {self.children[name].pid: name for name in self.kinds}
         rows = Worker.objects.filter(gone_at=None, started_at__gte=self._began)
+        if since:
+            rows = rows.filter(started_at__lte=now() - since)
         parents = {id: by_pid[pid] for id, pid in rows.filter(pid__in=by_pid, parent=None).values_list("id", "pid")}
         forked = set(rows.filter(parent__in=parents).values_list("parent", flat=True))
         return {name for id, name in parents.items() if self.kinds[name] != "tools" or id in forked}

@@ -18,9 +18,10 @@ from tools.models import ToolAttempt, ToolCall
 
 FIRST, LAST = 1, 50
 BUDGET_LEGS = 4  # at least
-# "Within about a second": the other agents worker is there already. A killed tools worker's calls wait for its
-# replacement, whose start is a Python start with Django and Celery.
-RESUMED_WITHIN = {"agents": timedelta(seconds=2), "tools": timedelta(seconds=8)}
+# On a machine that does nothing else: a third of a second, for the other agents worker is there already; and two, for a
+# killed tools worker's calls wait for its replacement, whose start is a Python start with Django and Celery. Both are
+# bounded for a machine that is busy.
+RESUMED_WITHIN = {"agents": timedelta(seconds=3), "tools": timedelta(seconds=10)}
 
 
 @dataclass(frozen=True)

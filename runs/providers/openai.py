@@ -113,16 +113,10 @@ class OpenAIProvider:
     def __init__(self, api_key: str | None = None, base_url: str | None = None) -> None:
         self._key = (api_key or os.environ.get("OPENAI_API_KEY") or "").strip()
         base_url = base_url or os.environ.get("OPENAI_BASE_URL") or None
-        self._refusal: tuple[ErrorCode, str] | None = None
-        if not self._key and base_url is None:
-            self._refusal = "auth", "OPENAI_API_KEY is not set."
-        elif not (self._key.isascii() and self._key.isprintable()):
-            self._refusal = "auth", "OPENAI_API_KEY holds characters that no key has."  # no header takes them either
-        elif base_url is not None and not _is_address(base_url):
-            self._refusal = "invalid_request", "OPENAI_BASE_URL is no address such as https://api.openai.com/v1."
+        self._refusal = _refusal(self._key, base_url)
         self._client = OpenAI(
-            api_key=self._key if self._key and not self._refusal else "none",
-            base_url="http://127.0.0.1" if self._refusal else base_url,
+            api_key=(self._key or "none") if self._refusal is None else "none",
+            base_url=base_url if self._refusal is None else "http://127.0.0.1",
             max_retries=0,
             http_client=DefaultHttpxClient(verify=_tls()),
         )
@@ -222,7 +216,7 @@ class OpenAIProvider:
 
         A generator: closing it closes the connection, so that the service stops.
         """
-        if self._refusal:
+        if self._refusal is not None:
             raise ProviderError(*self._refusal)
         body = self._body(request)
         timeout, silence = request.timeout.total_seconds(), request.silence.total_seconds()
@@ -468,6 +462,17 @@ class _Call:
         self.name = ""
         self.held = ""  # arguments that came before the name
         self.begun = False
+
+
+def _refusal(key: str, base_url: str | None) -> tuple[ErrorCode, str] | None:
+    """Return why no call can be made with this key at this address; None when one can."""
+    if not key and base_url is None:
+        return "auth", "OPENAI_API_KEY is not set."
+    if not (key.isascii() and key.isprintable()):  # no header takes it
+        return "auth", "OPENAI_API_KEY holds characters that no key has."
+    if base_url is not None and not _is_address(base_url):
+        return "invalid_request", "OPENAI_BASE_URL is no address such as https://api.openai.com/v1."
+    return None
 
 
 def _is_address(url: str) -> bool:

@@ -189,9 +189,9 @@ def _worker() -> Iterator[Any]:
     )
     try:
         with (
-            mock.patch.object(run_tasks, "publish", lambda *_: None),
-            mock.patch.object(tool_tasks, "publish", lambda *_: None),
-            mock.patch.object(bells, "ring", lambda _: None),
+            mock.patch.object(run_tasks, "publish"),
+            mock.patch.object(tool_tasks, "publish"),
+            mock.patch.object(bells, "ring"),
         ):
             yield present
     finally:

@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import Any
 from uuid import UUID
 
@@ -34,7 +35,7 @@ logger = logging.getLogger("longhaul.sweep")
 LOOK_SECONDS = 0.25
 SWEEP_SECONDS = 1.0
 SECOND_LOOK_SECONDS = 0.03
-OVERDUE_GRACE = "5 seconds"  # for what passed its time while nobody watched, and for a tool that ends at its limit
+OVERDUE_GRACE = timedelta(seconds=5)  # for what passed its time while nobody watched, and for a tool that ends at its limit
 SWEEP_LOCK = 0x6C6F6E676861756C  # "longhaul": whoever holds it sweeps
 BATCH = 200
 
@@ -207,11 +208,12 @@ class Sweep:
             self._reclaim_run(run_id, epoch, holder, done)
         for call_id, attempt, holder in self._rows(
             "SELECT id, attempt, holder FROM longhaul_tools_toolcall"
-            f" WHERE status = 'running' AND timeout_at + interval '{OVERDUE_GRACE}' < longhaul_now() LIMIT %s",
+            " WHERE status = 'running' AND timeout_at + %s < longhaul_now() LIMIT %s",
+            OVERDUE_GRACE,
             BATCH,
         ):
             self._reclaim_call(call_id, attempt, holder, done)
-        if self.watcher.watched_seconds < 5:
+        if self.watcher.watched_seconds < OVERDUE_GRACE.total_seconds():
             return  # what passed its deadline during an outage gets a grace
         for (run_id,) in self._rows(
             "SELECT id FROM longhaul_runs_run WHERE deadline < longhaul_now()"

@@ -116,9 +116,9 @@ def _look_at_fences(process: engine.Process) -> None:
     looked = 0.0
     while not process.ended:
         time.sleep(DRAIN_LOOK_SECONDS)
-        if process.draining_since is not None:
-            if time.monotonic() - process.draining_since >= settings().drain_grace.total_seconds():
-                process.cut()
+        since = process.draining_since
+        if since is not None and time.monotonic() - since >= settings().drain_grace.total_seconds():
+            process.cut()
         if time.monotonic() - looked < LOOK_SECONDS:
             continue
         looked = time.monotonic()

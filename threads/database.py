@@ -27,11 +27,10 @@ def rows_of(statement: str, parameters: Sequence[Any] = ()) -> list[tuple[Any, .
     connection.ensure_connection()
     connection.validate_no_broken_transaction()
     raw = connection.connection
-    with connection.wrap_database_errors:
-        # Prepared only where the host allows it: behind a pooler in transaction mode the threshold stays None.
-        with Cursor(raw) as cursor:
-            cursor.execute(statement, parameters, prepare=True)
-            return cursor.fetchall()
+    # Prepared only where the host allows it: behind a pooler in transaction mode the threshold stays None.
+    with connection.wrap_database_errors, Cursor(raw) as cursor:
+        cursor.execute(statement, parameters, prepare=True)
+        return cursor.fetchall()
 
 
 def dumps(value: Any) -> str:

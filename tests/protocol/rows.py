@@ -533,6 +533,9 @@ _RULES = {
     "a leg is open only while it runs or lingers": """
         SELECT l.run_id AS run FROM longhaul_runs_leg l JOIN longhaul_runs_run r ON r.id = l.run_id
         WHERE l.ended_at IS NULL AND r.status <> 'running' AND r.linger_until IS NULL""",
+    "a run lingers only while it waits, or was joined meanwhile": """
+        SELECT id AS run FROM longhaul_runs_run
+        WHERE linger_until IS NOT NULL AND status NOT IN ('waiting', 'requires_action', 'queued')""",
     "no delta after its message's end": """
         SELECT d.run_id AS run FROM longhaul_runs_event d JOIN longhaul_runs_event e
         ON e.run_id = d.run_id AND e.type IN ('message.completed', 'message.discarded') AND e.seq < d.seq

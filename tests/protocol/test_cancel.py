@@ -101,6 +101,15 @@ def test_given_a_run_in_mid_fan_out_when_its_deadline_passes_then_it_joins_as_we
     assert world.run(claim.run)["stop_reason"] == "deadline"
 
 
+def test_given_a_call_that_failed_before_when_its_run_is_cancelled_then_its_answer_is_the_cancel(world: World) -> None:
+    claim = world.waiting(a_call(max_attempts=3))
+    world.retry(world.call_claim(*world.calls(claim.run)))
+    world.cancel(claim.run)
+    [call] = world.calls(claim.run)
+    part = world.messages(world.run(claim.run)["thread_id"])[-1]["content"][0]
+    assert (world.tool_call(call)["error"], part["outcome"], part.get("error")) == (None, "cancelled", None)
+
+
 def test_given_a_lingering_leg_when_its_run_is_cancelled_then_the_leg_is_over(world: World) -> None:
     claim = world.waiting(linger=2 * SECOND)
     world.cancel(claim.run)

@@ -123,6 +123,17 @@ def test_given_tries_of_the_model_when_a_step_is_committed_then_their_count_begi
     assert (usage["step"], usage["discarded"]) == (1, False)
 
 
+def test_given_usage_in_the_last_step_then_the_terminal_event_counts_it(world: World) -> None:
+    claim = world.running()
+    world.requeue(claim, "retry", usage={"model": "m", "input_tokens": 1})
+    claim = world.turn(world.claim(claim.run))
+    usage = {"model": "m", "input_tokens": 5, "output_tokens": 2, "cost": 0.25}
+    world.commit(claim, end={"status": "completed", "stop_reason": "end_turn", "output": "said"}, usage=usage)
+    last = world.events(claim.run)[-1]["payload"]
+    assert last["usage"] == {"input_tokens": 6, "output_tokens": 2, "cost": 0.25}
+    assert (last["output"], last["error"], world.run(claim.run)["error"]) == ("said", None, None)
+
+
 def test_given_bad_steps_in_a_row_then_they_are_counted_until_a_good_one(world: World) -> None:
     claim = world.running()
     for times in (1, 2):

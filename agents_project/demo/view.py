@@ -31,11 +31,11 @@ class DemoView(RunView):
             self.dead[worker] = pid
             self.processes.pop(worker, None)
             if kind == "agents":
-                self._resuming.append((at, "leg.started", "the run goes on"))
+                self._resuming.append((at, "leg.started", "the run goes on with"))
             else:
-                self._resuming.append((at, "tool_call.started", "tools run again"))
+                self._resuming.append((at, "tool_call.started", "tools run again on"))
         lines = self.note(f"kill -9 {worker} (process {pid}) {doing}", "bold red", at)
-        return [*lines, *self.note(f"{successor} starts in its place", "yellow", at)]
+        return [*lines, *self.note(f"{successor} takes its place", "yellow", at)]
 
     def apply(self, event: Mapping[str, Any]) -> list[str]:
         with self._lock:
@@ -46,7 +46,7 @@ class DemoView(RunView):
                     self._resuming.remove(awaited)
                     where = str(event.get("worker", "")).partition("@")[0]
                     lines += self.note(
-                        f"{words} on {where}, {milliseconds(self.now - at)} ms after the kill", "bold green", self.now
+                        f"{words} {where}, {milliseconds(self.now - at)} ms after the kill", "bold green", self.now
                     )
             return lines
 

@@ -52,7 +52,7 @@ def test_a_kill_and_the_recovery_from_it_are_told_in_words_and_times() -> None:
         "    2.00 s  kill -9 agents-1 (process 4711) while it streamed step 13",
         "    2.00 s  agents-3 starts in its place",
         "    2.42 s  leg 2 starts on agents-2",
-        "    2.42 s  the run goes on on agents-2, 420 ms after the kill",
+        "    2.42 s  the run goes on with agents-2, 420 ms after the kill",
         "    6.00 s  leg 2 starts on agents-2",
     ]
 

@@ -109,6 +109,8 @@ def _do_the_job(
     run = tester.start(JOB.format(first=FIRST, last=LAST))
     for kind in LATER_WORKERS:
         supervisor.start_worker(kind)
+    if "tools" in kinds:
+        supervisor.stand_by("tools")
     view = DemoView(run.pk, agent=tester.name, since=run.created_at, expected=LAST)
     reader = _Reader(run, view, console)
     plan = Sabotage(supervisor, run.pk, kinds)

@@ -329,10 +329,13 @@ def announce(answer: Mapping[str, Any], *, ring: bool = True) -> None:
     run_id = answer.get("run")
     channels = []
     if run_id is not None:
-        if ring:
-            channels.append(bells.run_channel(run_id))
         status = answer.get("status")
-        if answer.get("lingering") or status in ("cancelled", "failed", "completed"):
+        if answer.get("lingering"):
+            # Its leg goes on at once, and rings for its readers with its next batch: one publish, not two.
+            channels.append(bells.leg_channel(run_id))
+        elif ring:
+            channels.append(bells.run_channel(run_id))
+        if status in ("cancelled", "failed"):
             channels.append(bells.leg_channel(run_id))
         if channels:
             bells.ring(channels)

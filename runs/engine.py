@@ -188,7 +188,6 @@ class Leg:
             self._fail(StopReason.CONFIGURATION, "configuration", f"The agent's instructions failed: {error!r}")
             return
         self.definition = definition
-        self._bell()
         if self.process.draining:
             self._requeue("drained")
             return
@@ -275,7 +274,6 @@ class Leg:
             self.window.pin(answer["pinned"])
         self.window.extend(answer["context"], run=run)
         steps = int(answer["steps"])
-        self._bell()
         return Turn(
             message=message,
             step=steps + 1,

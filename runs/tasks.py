@@ -11,6 +11,7 @@ from kombu.exceptions import OperationalError as BrokerError
 
 from runs import engine, worker
 from runs.conf import settings
+from tools import messages
 
 logger = logging.getLogger("longhaul.runs")
 
@@ -37,6 +38,6 @@ def advance_run(self: Any, run_id: str, dispatch_seq: int) -> None:
 def publish(run_id: UUID, dispatch_seq: int) -> None:
     """Send a run's message. Losing it costs a republish interval."""
     try:
-        advance_run.apply_async((str(run_id), dispatch_seq), queue=settings().agents_queue, retry=False)
+        messages.send(advance_run, [str(run_id), dispatch_seq], queue=settings().agents_queue)
     except (BrokerError, OSError) as error:
         logger.warning("Run %s waits for the broker to come back: %s", run_id, type(error).__name__)

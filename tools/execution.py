@@ -62,7 +62,7 @@ def execute(call_id: UUID, attempt: int, *, presence: Presence, task_id: str = "
         if claimed is None:
             return
         registered(claimed.attempt)
-        run_log.current().announce({"run": str(claimed.run_id)})
+        # No bell: the readers know of the call since its step, and look once a second.
         try:
             tool = run_log.current().tool(claimed.answer)
             arguments = tool.validate(claimed.answer["arguments"])

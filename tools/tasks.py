@@ -12,7 +12,7 @@ from celery import shared_task
 from django.conf import settings
 from kombu.exceptions import OperationalError as BrokerError
 
-from tools import execution, presence
+from tools import execution, messages, presence
 
 logger = logging.getLogger("longhaul.tools")
 
@@ -45,12 +45,12 @@ def publish(call_id: UUID, attempt: int, timeout: timedelta, queue: str | None =
     """Send a call's message. Losing it costs a republish interval."""
     seconds = math.ceil(timeout.total_seconds())
     try:
-        execute_call.apply_async(
-            (str(call_id), attempt),
+        messages.send(
+            execute_call,
+            [str(call_id), attempt],
             queue=queue or queue_name(),
             soft_time_limit=seconds,
             time_limit=seconds + GRACE_SECONDS,
-            retry=False,
         )
     except (BrokerError, OSError) as error:
         logger.warning("Call %s waits for the broker to come back: %s", call_id, type(error).__name__)

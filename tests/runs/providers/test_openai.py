@@ -198,6 +198,28 @@ def test_a_call_whose_pieces_have_an_id_each_is_one_call(service: Service) -> No
     assert [event.index for event in events if isinstance(event, ToolCallDelta)] == [0, 0]
 
 
+def test_a_call_without_arguments_is_heard(service: Service) -> None:
+    events = service.says(ToolCall("look_around", "")).answer()
+
+    assert events[0] == ToolCallDelta(0, "call_1_0", "look_around", "")
+    assert parse_arguments("") == {}
+
+
+def test_a_call_whose_name_comes_late_is_heard_from_there(service: Service) -> None:
+    calls = pieces_of_calls(
+        {"index": 0, "id": "a", "function": {"arguments": "{"}},
+        {"index": 0, "function": {"name": "first", "arguments": "}"}},
+    )
+
+    assert service.says(calls).answer()[0] == ToolCallDelta(0, "a", "first", "{}")
+
+
+def test_a_call_without_a_name_is_a_server_error(service: Service) -> None:
+    error, _ = service.says(pieces_of_calls({"index": 0, "id": "a", "function": {"arguments": "{}"}})).failure()
+
+    assert (error.code, "without a name" in error.message) == ("server", True)
+
+
 def test_usage_tells_cached_and_reasoning_tokens(service: Service) -> None:
     events = service.says(Text("Yes."), Usage(900, 70, cached_tokens=512, reasoning_tokens=64)).answer()
 
@@ -249,6 +271,20 @@ def test_data_may_have_several_lines_comments_and_no_space(service: Service) -> 
     event = b': keep-alive\n\nevent: x\nid: 7\ndata:{"choices":[{"delta":\ndata: {"content":"Yes."}}]}\n\n'
 
     assert text_of(service.says(Raw(event)).answer()) == "Yes."
+
+
+def test_text_may_come_as_a_list_of_parts(service: Service) -> None:
+    said = json.dumps([{"type": "text", "text": "Yes"}, {"type": "text", "text": "."}])
+
+    assert text_of(service.says(Raw(f"data: {CHUNK % said}\n\n".encode())).answer()) == "Yes."
+
+
+def test_an_event_without_an_end_is_not_kept(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("runs.providers.openai.LARGEST_EVENT", 1000)
+
+    error, _ = service.says(Raw(b"data: " + b"x" * 2000), Silence()).failure(silence=timedelta(seconds=5))
+
+    assert (error.code, "without an end" in error.message) == ("server", True)
 
 
 def test_nul_and_halves_of_surrogate_pairs_are_removed(service: Service) -> None:
@@ -514,6 +550,7 @@ def test_one_who_never_pauses_is_cut_at_the_total_time(service: Service) -> None
 
 def test_an_error_that_never_ends_is_told_by_its_status(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("runs.providers.openai.ERROR_BODY", timedelta(seconds=0.2))
+    started = time.monotonic()
     head = b"HTTP/1.1 503 Busy\r\nContent-Length: 100000\r\n\r\nwait"
     with socket.create_server(("127.0.0.1", 0)) as listener:
         connections: list[socket.socket] = []
@@ -533,6 +570,7 @@ def test_an_error_that_never_ends_is_told_by_its_status(service: Service, monkey
         connections[0].close()
 
     assert caught.value.code == "overloaded"
+    assert time.monotonic() - started < 2
 
 
 def test_an_empty_answer_is_a_server_error_and_its_usage_is_told(service: Service) -> None:

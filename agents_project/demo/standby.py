@@ -31,7 +31,6 @@ def main(arguments: Sequence[str]) -> None:
 
     import celery.concurrency.prefork
     import celery.worker.consumer
-    import celery.worker.strategy
     import kombu.transport.redis  # noqa: F401
 
     from runs.agents import registry

@@ -99,7 +99,7 @@ def judge(run: Run, kills: Sequence[Kill], asked: Sequence[str], violations: int
             f"{len(call_ids)} calls, {attempts.count()} attempts, {steps} steps",
         ),
         Claim(
-            f"at least {BUDGET_LEGS} legs ended because their time was up",
+            f"at least {BUDGET_LEGS} legs ended by their time budget",
             reasons["budget"] >= BUDGET_LEGS,
             f"{reasons['budget']} of {len(legs)}",
         ),
@@ -109,17 +109,17 @@ def judge(run: Run, kills: Sequence[Kill], asked: Sequence[str], violations: int
     for kind in asked:
         kill = next((each for each in kills if each.kind == kind), None)
         if kill is None:
-            claims.append(Claim(f"{_WORKER[kind]} was killed", False, "it was not"))
+            claims.append(Claim(f"the {kind} worker was killed", False, "it was not"))
             continue
         if kind == "agents":
             cut = kill.cut in discarded and reasons["lost"] >= 1
-            claims.append(Claim("the message that the kill cut is discarded", cut, f"{len(discarded)} discarded"))
+            claims.append(Claim("the message that was cut is discarded", cut, f"{len(discarded)} discarded"))
         else:
             numbers = list(attempts.filter(call_id=kill.cut).order_by("number").values_list("outcome", flat=True))
             once = Ledger.objects.filter(call_id=kill.cut).count() == 1
             claims.append(
                 Claim(
-                    "the call that the kill cut ran again and took effect once",
+                    "the call that was cut ran again, took effect once",
                     len(numbers) >= 2 and numbers[-1] == "success" and "success" not in numbers[:-1] and once,
                     ", ".join(numbers),
                 )
@@ -128,7 +128,7 @@ def judge(run: Run, kills: Sequence[Kill], asked: Sequence[str], violations: int
         limit = RESUMED_WITHIN[kind]
         claims.append(
             Claim(
-                f"after the kill of {_WORKER[kind]} the run went on within {limit.seconds} s",
+                f"the run went on within {limit.seconds} s of the {kind} kill",
                 after is not None and after <= limit,
                 "it did not" if after is None else f"{milliseconds(after)} ms",
             )
@@ -150,9 +150,6 @@ def judge(run: Run, kills: Sequence[Kill], asked: Sequence[str], violations: int
         "duration_s": round(duration.total_seconds(), 2),
     }
     return Verdict(tuple(claims), figures)
-
-
-_WORKER = {"agents": "the agents worker", "tools": "the tools worker"}
 
 
 def milliseconds(span: timedelta) -> int:

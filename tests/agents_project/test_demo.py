@@ -50,7 +50,7 @@ def test_a_kill_and_the_recovery_from_it_are_told_in_words_and_times() -> None:
     # Then the wait is told once
     assert told == [
         "    2.00 s  kill -9 agents-1 (process 4711) while it streamed step 13",
-        "    2.00 s  agents-3 starts in its place",
+        "    2.00 s  agents-3 takes its place",
         "    2.42 s  leg 2 starts on agents-2",
         "    2.42 s  the run goes on with agents-2, 420 ms after the kill",
         "    6.00 s  leg 2 starts on agents-2",
@@ -135,7 +135,7 @@ def workers_of(environment: dict[str, str]) -> list[Identity]:
             variables = Path(f"/proc/{each.pid}/environ").read_bytes().split(b"\0")
         except OSError:
             continue
-        if wanted in variables and ("celery" in each.command or "model_server" in each.command):
+        if wanted in variables and ("celery" in each.command or "agents_project.demo" in each.command):
             found.append(each)
     return found
 

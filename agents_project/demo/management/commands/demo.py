@@ -191,7 +191,8 @@ def _stay_up(supervisor: Supervisor, verdict: Verdict, console: Console) -> None
         console,
         [
             "",
-            "The workers stay up. Kill some, they are replaced. To start runs of your own, in another terminal:",
+            "The workers stay up; one that dies is replaced. To start a run of your own, in",
+            "another terminal:",
             "",
             f"  cd {shlex.quote(str(embedded.PROJECT))}",
             f'  {prefix} run_agent tester "{job}" --follow',

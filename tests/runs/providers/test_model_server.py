@@ -18,6 +18,7 @@ import pytest
 from openai import OpenAI
 
 from agents_project.demo.model_server import (
+    Cut,
     ModelCall,
     ModelServer,
     Reply,
@@ -220,6 +221,24 @@ def test_requests_may_come_in_pieces_and_one_after_another(server: ModelServer) 
 
     assert answers.count(b"HTTP/1.1 200 OK") == 2
     assert [call.number for call in server.calls] == [1, 2]
+
+
+@pytest.mark.parametrize("reset", [True, False])
+def test_a_cut_is_a_reset_or_an_early_end(server: ModelServer, reset: bool) -> None:
+    server.script = saying(Text("Good"), Cut(reset))
+    with socket.create_connection(("127.0.0.1", int(server.url.split(":")[2].split("/")[0])), timeout=5) as client:
+        client.sendall(b'POST /v1/chat/completions HTTP/1.1\r\nContent-Length: 15\r\n\r\n{"stream":true}')
+        heard = b""
+        was_reset = False
+        try:
+            while data := client.recv(65536):
+                heard += data
+        except ConnectionResetError:
+            was_reset = True
+
+    assert was_reset == reset
+    assert reset or b"Good" in heard
+    assert b"[DONE]" not in heard
 
 
 @pytest.mark.parametrize(

@@ -4,20 +4,23 @@
     report = check(run.pk)    # one run, and the thread it stands in
     report.violations         # {"1": 0, ..., "8": 0}
 
-Each check is one query that returns the violations of one rule as rows (run, what). Rows that were written together are
-consistent at every commit, so a run in flight gives no false alarm: all checks of one call see one snapshot of the database.
-What rows cannot show (that the user's code ran while its worker was present, that an atomic effect is there exactly when its
-settlement is, that from every state workers and sweep lead on) is proven by tests.
+The rules stand in `invariants.sql`, a query each, that returns the violations as rows (run, what). What one transaction
+writes is consistent at its commit, so a run in flight gives no false alarm: all queries see one snapshot. What rows cannot
+show (that user code started only while its worker was present, that an atomic effect is there exactly when its settlement
+is, that workers and sweep lead on from every state) is proven by tests.
 
-Times are compared only where no seq tells the order (invariant 8). They are the database's, so a database whose clock was
-set back under a live run may show rows that are "later" than the end of their run.
+Times are compared only where no seq tells the order (invariant 8). They are the database's: where its clock was set back
+under a live run, rows may look later than the run's end.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
 from typing import TypedDict
 from uuid import UUID
 
@@ -29,7 +32,7 @@ SHOWN = 20  # findings a check; all are counted
 
 
 class Finding(TypedDict):
-    """One violation: of which invariant and rule, in which run (None where a message belongs to none), and what is wrong."""
+    """One violation: of which invariant and rule, in which run (None: a message of no run), and what is wrong."""
 
     invariant: str
     rule: str
@@ -39,7 +42,7 @@ class Finding(TypedDict):
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What the checks found. `violations` counts all of them by invariant, `findings` shows the first ones of each check."""
+    """What was found. `violations` counts by invariant; `findings` shows the first ones of each rule."""
 
     runs: int
     violations: dict[str, int]
@@ -60,29 +63,31 @@ class Report:
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One rule of an invariant. `sql` selects (run, what) of each violation.
-
-    It may read `picked`, the runs that are looked at, and `picked_threads`, the ids of the threads.
-    """
+    """One rule of an invariant. `sql` counts its violations: (count of all, run, what), SHOWN rows at most."""
 
     invariant: str
     rule: str
     sql: str
 
 
-# Unused, a CTE costs nothing. %(run)s is bound by the client, so the planner sees a constant and keeps its indexes.
-PICKED = """
-WITH picked AS (
-    SELECT * FROM longhaul_runs_run WHERE %(run)s::uuid IS NULL OR id = %(run)s::uuid),
-picked_threads AS (
-    SELECT id FROM longhaul_threads_thread
-    WHERE %(run)s::uuid IS NULL OR id = (SELECT thread_id FROM longhaul_runs_run WHERE id = %(run)s::uuid))
-"""
+@cache
+def checks() -> tuple[Check, ...]:
+    """Read `invariants.sql`: `-- N: the rule.`, and below it the query."""
+    text = Path(__file__).with_suffix(".sql").read_text()
+    # The one parameter is :run there, so that psql runs the file's queries too; any other % is the query's own.
+    text = text.replace("%", "%%").replace(":run::", "%(run)s::")
+    picked, *found = re.split(r"^-- ([1-8]): (.+)\n", text, flags=re.MULTILINE)
+    picked = picked[picked.index("WITH ") : picked.rindex(";")] + "\n"
+    counted = "SELECT count(*) OVER (), run, what FROM (\n{}\n) AS broken(run, what) LIMIT {}"
+    return tuple(
+        Check(invariant, rule, picked + counted.format(rest.partition(";\n")[0], SHOWN))
+        for invariant, rule, rest in zip(found[::3], found[1::3], found[2::3], strict=True)
+    )
 
 
 @contextmanager
 def _snapshot() -> Iterator[CursorWrapper]:
-    """Yield a cursor of which all statements see one moment. Inside an open transaction (a TestCase) it is that one's."""
+    """Yield a cursor whose statements all see one moment; inside an open transaction (a TestCase) it is that one's."""
     if connection.in_atomic_block:
         with connection.cursor() as cursor:
             yield cursor
@@ -99,21 +104,19 @@ def check(run_id: UUID | None = None) -> Report:
     """
     violations = dict.fromkeys(INVARIANTS, 0)
     findings: list[Finding] = []
-    bound = {"run": run_id}
     with _snapshot() as cursor:
-        cursor.execute(f"{PICKED} SELECT count(*) FROM picked", bound)
-        runs = cursor.fetchone()[0]
-        for rule in CHECKS:
-            cursor.execute(
-                f"{PICKED} SELECT count(*) OVER (), run, what FROM ({rule.sql}) AS broken(run, what) LIMIT {SHOWN}",
-                bound,
-            )
-            for place, (count, run, what) in enumerate(cursor.fetchall()):
-                if place == 0:
-                    violations[rule.invariant] += count
-                findings.append(
-                    Finding(
-                        invariant=rule.invariant, rule=rule.rule, run=None if run is None else str(run), what=what or ""
-                    )
+        cursor.execute(
+            "SELECT count(*) FROM longhaul_runs_run WHERE %(run)s::uuid IS NULL OR id = %(run)s::uuid", {"run": run_id}
+        )
+        (runs,) = cursor.fetchone()
+        for each in checks():
+            cursor.execute(each.sql, {"run": run_id})
+            rows = cursor.fetchall()
+            violations[each.invariant] += rows[0][0] if rows else 0
+            findings += [
+                Finding(
+                    invariant=each.invariant, rule=each.rule, run=None if run is None else str(run), what=what or ""
                 )
+                for _, run, what in rows
+            ]
     return Report(runs=runs, violations=violations, findings=findings)

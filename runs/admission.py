@@ -312,6 +312,17 @@ def occupied(thread_id: UUID, lock: bool) -> bool:
             return False
 
 
+def take_from_absent(run_id: UUID) -> None:
+    """Reclaim a run that came back from the broker, when its holder's lock is free: the broker's word was the first look."""
+    rows = database.rows_of(
+        "SELECT epoch, holder FROM longhaul_runs_run WHERE id = %s AND status = 'running' AND NOT longhaul_worker_locked(holder)",
+        (run_id,),
+    )
+    answer = lifecycle.reclaim(run_id, rows[0][0], rows[0][1]) if rows else None
+    if answer is not None:
+        announce(answer)
+
+
 def publish(run_id: UUID, dispatch_seq: int) -> None:
     """Send a run's message. Losing it costs a republish interval."""
     from runs import tasks

@@ -11,6 +11,7 @@ Postgres kills nobody.
 from __future__ import annotations
 
 import logging
+import math
 import os
 import threading
 import time
@@ -21,13 +22,14 @@ from typing import Any
 from uuid import UUID
 
 import psycopg
+from celery import current_app
 from django.db import DatabaseError, InterfaceError, connection
 
 from runs import admission, lifecycle
 from runs.conf import settings
 from runs.models import StopReason
 from tools import lifecycle as calls
-from tools import presence
+from tools import messages, presence
 from tools import tasks as tool_tasks
 
 logger = logging.getLogger("longhaul.sweep")
@@ -35,7 +37,9 @@ logger = logging.getLogger("longhaul.sweep")
 LOOK_SECONDS = 0.25
 SWEEP_SECONDS = 1.0
 SECOND_LOOK_SECONDS = 0.03
-OVERDUE_GRACE = timedelta(seconds=5)  # for what passed its time while nobody watched, and for a tool that ends at its limit
+OVERDUE_GRACE = timedelta(
+    seconds=5
+)  # for what passed its time while nobody watched, and for a tool that ends at its limit
 SWEEP_LOCK = 0x6C6F6E676861756C  # "longhaul": whoever holds it sweeps
 BATCH = 200
 
@@ -47,6 +51,14 @@ LEFT JOIN (SELECT (classid::bigint << 32) | objid::bigint AS key FROM pg_locks
              AND database = (SELECT oid FROM pg_database WHERE datname = current_database())) AS l ON l.key = w.lock_key
 WHERE w.gone_at IS NULL
 """
+
+
+# Rows that wait out a backoff of more than a second, for their messages are out.
+_WAITING = {
+    "run": "longhaul_runs_run WHERE status = 'queued' AND publishes > 1 AND linger_until IS NULL AND",
+    "call": "longhaul_tools_toolcall WHERE status IN ('requested', 'retrying') AND publishes > 1 AND",
+}
+_SOON = " next_publish_at > longhaul_now() + interval '1 second'"
 
 
 @dataclass
@@ -67,7 +79,8 @@ class Done:
 class Watcher:
     """Judges who is dead. Its memory lives as long as its session: with a new one it has seen nothing."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, patient: bool = True) -> None:
+        self.patient = patient  # False: for a pass by hand, that has watched nothing and takes the rows' word
         self._connection: presence.NativeConnection | None = None
         self._seen: set[tuple[UUID, int]] = set()
         self._since = 0.0
@@ -97,7 +110,7 @@ class Watcher:
     @property
     def watched_seconds(self) -> float:
         """For how long this session has watched without a break."""
-        return time.monotonic() - self._since
+        return time.monotonic() - self._since if self.patient else math.inf
 
     def dead(self) -> dict[UUID, bool]:
         """Return the lives that are dead: True when a beat is missed too (or by time), False by the lock alone."""
@@ -120,8 +133,13 @@ class Watcher:
 class Sweep:
     """One pass after another over what is overdue. `look` is the watcher's, `sweep` the slower rest."""
 
-    def __init__(self) -> None:
-        self.watcher = Watcher()
+    def __init__(self, *, patient: bool = True, publishes: bool = True) -> None:
+        self.watcher = Watcher(patient=patient)
+        self._publishes = publishes  # False: a rehearsal, whose transaction is rolled back
+
+    def _announce(self, answer: Mapping[str, Any]) -> None:
+        if self._publishes:
+            admission.announce(answer)
 
     def look(self) -> Done:
         """Reclaim from the dead, and publish what is due."""
@@ -137,6 +155,7 @@ class Sweep:
         for life in self._gone():
             self._bury(life, True, done)
         self._overdue(done)
+        self._hurry()
         return done
 
     # -- the dead --
@@ -181,24 +200,42 @@ class Sweep:
         if answer is not None:
             done.reclaimed_runs.append(run_id)
             logger.warning("Run %s reclaimed", run_id, extra={"action": "run.reclaimed", "epoch": epoch})
-            admission.announce(answer)
+            self._announce(answer)
 
     def _reclaim_call(self, call_id: UUID, attempt: int, holder: UUID, done: Done) -> None:
         answer = calls.reclaim(call_id, attempt, holder=holder)
         if answer is not None:
             done.reclaimed_calls.append(call_id)
             logger.warning("Call %s reclaimed: %s", call_id, answer.get("code"), extra={"action": "call.reclaimed"})
-            admission.announce(answer)
+            self._announce(answer)
 
     # -- the overdue --
 
     def _publish(self, done: Done) -> None:
         for run_id, dispatch_seq in lifecycle.due(BATCH):
             done.published_runs += 1
-            admission.publish(run_id, dispatch_seq)
+            if self._publishes:
+                admission.publish(run_id, dispatch_seq)
         for call_id, attempt, timeout in calls.due(BATCH):
             done.published_calls += 1
-            tool_tasks.publish(call_id, attempt, timeout)
+            if self._publishes:
+                tool_tasks.publish(call_id, attempt, timeout)
+
+    def _hurry(self) -> None:
+        """Messages that the broker lost need not wait out their backoff: with fewer there than rows wait, all are due in a second."""
+        queues = {"run": settings().agents_queue, "call": settings().tools_queue}
+        for kind, waiting in _WAITING.items():
+            rows = self._rows(f"SELECT count(*) FROM {waiting}{_SOON}")  # noqa: S608 (constants)
+            if not rows[0][0]:
+                continue
+            there = messages.depth(current_app, queues[kind])
+            if there is not None and there < rows[0][0]:
+                table, _, condition = waiting.partition(" WHERE ")
+                with connection.cursor() as cursor:
+                    cursor.execute(
+                        f"UPDATE {table} SET next_publish_at = longhaul_now() + interval '1 second'"  # noqa: S608
+                        f" WHERE {condition}{_SOON}"
+                    )
 
     def _overdue(self, done: Done) -> None:
         for run_id, epoch, holder in self._rows(
@@ -224,7 +261,7 @@ class Sweep:
             answer = lifecycle.cancel(run_id, StopReason.DEADLINE, status=lifecycle.FAILED, error=error)
             if answer is not None:
                 done.expired_runs.append(run_id)
-                admission.announce(answer)
+                self._announce(answer)
 
     def _rows(self, statement: str, *parameters: Any) -> list[tuple[Any, ...]]:
         with connection.cursor() as cursor:
@@ -269,6 +306,15 @@ class SweepThread:
                 self._ended.wait(1.0)
         self._sweep.watcher.drop()
         connection.close()
+
+
+def total(*passes: Done) -> Done:
+    """Return what several passes have moved together."""
+    done = Done()
+    for each in passes:
+        for key, value in vars(each).items():
+            setattr(done, key, getattr(done, key) + value)
+    return done
 
 
 def report(done: Done) -> Mapping[str, Any]:

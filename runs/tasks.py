@@ -9,7 +9,7 @@ from uuid import UUID
 from celery import shared_task
 from kombu.exceptions import OperationalError as BrokerError
 
-from runs import engine, worker
+from runs import admission, engine, worker
 from runs.conf import settings
 from tools import messages
 
@@ -32,6 +32,8 @@ def advance_run(self: Any, run_id: str, dispatch_seq: int) -> None:
             "Run %s was sent to a worker that does not consume Longhaul's queues; it is left to the sweep", run_id
         )
         return
+    if (self.request.delivery_info or {}).get("redelivered"):
+        admission.take_from_absent(UUID(run_id))
     engine.advance(UUID(run_id), dispatch_seq, process, task_id=self.request.id or "")
 
 

@@ -79,6 +79,8 @@ def arrive(**_: Any) -> None:
     global _sweep
     if presence.current is None:
         return
+    if settings().agents_queue in _queues:
+        _warm()  # first: whoever sees this worker present may count on it
     presence.current.start()
     if settings().agents_queue in _queues and not _prefork:
         _begin_legs(presence.current)
@@ -94,7 +96,6 @@ def _begin_legs(present: Presence) -> None:
     flusher.start()
     _process = engine.Process(present, flusher)
     threading.Thread(target=_look_at_fences, args=(_process,), name="longhaul-fences", daemon=True).start()
-    _warm()
 
 
 def _warm() -> None:

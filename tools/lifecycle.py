@@ -88,6 +88,19 @@ def reclaim(call_id: UUID, attempt: int, *, holder: UUID, began: bool = True) ->
     )
 
 
+def take_from_absent(call_id: UUID) -> Any:
+    """Reclaim a call that came back from the broker, when its holder's lock is free: the broker's word was the first look.
+
+    Only a call that may run again at once; any other is left to the watcher. None: there was nothing to take.
+    """
+    rows = database.rows_of(
+        "SELECT attempt, holder FROM longhaul_tools_toolcall"
+        " WHERE id = %s AND status = 'running' AND (atomic OR idempotent) AND NOT longhaul_worker_locked(holder)",
+        (call_id,),
+    )
+    return reclaim(call_id, rows[0][0], holder=rows[0][1]) if rows else None
+
+
 def due(limit: int = 200) -> list[tuple[UUID, int, timedelta]]:
     """Return (call, attempt, timeout) of the calls whose message is to be sent now, and raise their next_publish_at."""
     return [(row[0], row[1], row[2]) for row in database.rows_of("SELECT * FROM longhaul_calls_due(%s::int)", (limit,))]

@@ -11,10 +11,21 @@ from __future__ import annotations
 from typing import Any
 from uuid import uuid4
 
+from amqp.exceptions import AMQPError
 from celery import signals
 from celery.utils.nodenames import anon_nodename
+from kombu.exceptions import OperationalError as BrokerError
 
 _EMBED = {"callbacks": None, "errbacks": None, "chain": None, "chord": None}
+
+
+def depth(app: Any, queue: str) -> int | None:
+    """Return how many messages wait in the broker's queue; None when the broker does not say."""
+    try:
+        with app.pool.acquire(block=True) as connection:
+            return int(connection.default_channel.queue_declare(queue, passive=True).message_count)
+    except (BrokerError, OSError, AMQPError):
+        return None
 
 
 def send(

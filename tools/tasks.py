@@ -12,7 +12,7 @@ from celery import shared_task
 from django.conf import settings
 from kombu.exceptions import OperationalError as BrokerError
 
-from tools import execution, messages, presence
+from tools import execution, lifecycle, messages, presence, run_log
 
 logger = logging.getLogger("longhaul.tools")
 
@@ -36,6 +36,10 @@ def execute_call(self: Any, call_id: str, attempt: int) -> None:
             "Call %s was sent to a worker that does not consume Longhaul's queues; it is left to the sweep", call_id
         )
         return
+    if (self.request.delivery_info or {}).get("redelivered"):
+        answer = lifecycle.take_from_absent(UUID(call_id))
+        if answer is not None:
+            run_log.current().announce(answer)
     execution.execute(
         UUID(call_id), attempt, presence=present, task_id=self.request.id or "", alone=present.parent is not None
     )

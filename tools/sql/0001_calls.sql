@@ -10,6 +10,15 @@ BEGIN
         WHERE id = p_worker AND gone_at IS NULL AND beat_at > longhaul_now() - interval '6 seconds');
 END $$;
 
+-- Is the session lock of this life held? One look; the word of a broker that redelivered its message is the other.
+CREATE OR REPLACE FUNCTION longhaul_worker_locked(p_worker uuid) RETURNS boolean LANGUAGE plpgsql AS $$
+BEGIN
+    RETURN EXISTS (
+        SELECT 1 FROM longhaul_tools_worker w JOIN pg_locks l ON (l.classid::bigint << 32) | l.objid::bigint = w.lock_key
+        WHERE w.id = p_worker AND l.locktype = 'advisory' AND l.objsubid = 1 AND l.granted
+          AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database()));
+END $$;
+
 -- Inserts the calls of a step. Called by the step's commit, which holds the run. A bad call comes settled already.
 -- A requested one counts as published once: its publisher follows the commit, the sweep follows the publisher.
 CREATE OR REPLACE FUNCTION longhaul_calls_request(p_run uuid, p_message uuid, p_step integer, p_calls jsonb)

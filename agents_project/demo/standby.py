@@ -12,8 +12,11 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 
 READY = "stands by"
+# What Celery loads only when a worker begins.
+PARTS = ("celery.bin.worker", "celery.concurrency.prefork", "celery.worker.consumer", "kombu.transport.redis")
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -21,21 +24,16 @@ def main(arguments: Sequence[str]) -> None:
     os.environ.setdefault("DJANGO_SETTINGS_MODULE", "agents_project.settings")
 
     import django
-    from celery.bin import worker  # noqa: F401
 
     from agents_project.celery import app
 
     django.setup()
     app.loader.import_default_modules()
     app.finalize()
-
-    import celery.concurrency.prefork
-    import celery.worker.consumer
-    import kombu.transport.redis  # noqa: F401
-
-    from runs.agents import registry
-
-    registry.discover()
+    for module in PARTS:
+        import_module(module)
+    agents = import_module("runs.agents")
+    agents.registry.discover()
     print(READY, flush=True)
     signal.sigwait({signal.SIGUSR1})
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1})

@@ -73,8 +73,12 @@ def test_a_run_is_started_for_its_user_on_its_thread() -> None:
 def test_absent_workers_are_named_with_the_command_that_starts_them() -> None:
     # Given no worker
     _, err = told("run_agent", "tester", "hello")
-    assert err.startswith("No agents, control and tools worker is present")
-    assert "celery -A agents_project worker -Q longhaul.agents -P gevent" in err
+    assert err.splitlines()[:2] == [
+        "No agents worker is present: the run waits. Start one:",
+        "  celery -A agents_project worker -Q longhaul.agents -P gevent -c 1000",
+    ]
+    assert "No tools worker is present" in err
+    assert "No control worker is present" in err
     # When all kinds are there
     for number, kind in enumerate(("agents", "tools", "control")):
         Worker.objects.create(name=kind, kind=kind, host="h", pid=number, lock_key=number)

@@ -25,6 +25,11 @@ from tools.models import Worker
 
 # How to start a worker of each kind, after `celery -A PROJECT worker`.
 POOLS = {"agents": "-P gevent -c 1000", "tools": "-P prefork", "control": "-P threads -c 2"}
+WITHOUT = {
+    "agents": "the run waits",
+    "tools": "its tool calls wait",
+    "control": "what a dying worker leaves is not taken up",
+}
 _SHOWN = 10
 
 
@@ -115,9 +120,10 @@ def absent_workers(kinds: Iterable[str]) -> str:
         "control": settings().control_queue,
     }
     app = current_app.main or "PROJECT"
-    what = " and ".join([", ".join(absent[:-1]), absent[-1]] if len(absent) > 1 else absent)
-    lines = [f"No {what} worker is present, so the run waits until there is one:"]
-    lines += [f"  celery -A {app} worker -Q {queues[kind]} {POOLS[kind]}" for kind in absent]
+    lines = []
+    for kind in absent:
+        lines.append(f"No {kind} worker is present: {WITHOUT[kind]}. Start one:")
+        lines.append(f"  celery -A {app} worker -Q {queues[kind]} {POOLS[kind]}")
     return "\n".join(lines) + "\n"
 
 

@@ -12,9 +12,9 @@ by sleeping for a time: a worker is ready when its row says so, the model server
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import signal
-import socket
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -33,6 +33,7 @@ from tools.models import Worker
 
 READY_TIMEOUT = timedelta(seconds=60)  # a first start on a slow, busy machine; usual are 3 to 6 s
 MODEL_PORT = 8087
+_MODEL = ("-m", "agents_project.demo.model_server")
 _LOOK_SECONDS = 0.025
 
 # What Celery is told, by kind. -c of the agents worker is greenlets: each holds a stream.
@@ -69,7 +70,7 @@ class Supervisor:
     folder: Path = field(default_factory=embedded.data_folder)
     grace: timedelta = timedelta(seconds=8)
     kills: list[Kill] = field(default_factory=list)
-    model_url: str = ""
+    model_url: str = ""  # once it is known
 
     def __post_init__(self) -> None:
         self.folder.mkdir(mode=0o700, exist_ok=True)
@@ -83,6 +84,7 @@ class Supervisor:
         self._environment: dict[str, str] = dict(os.environ)
         self._began: datetime | None = None
         self._deaths: list[float] = []
+        self._model_again = True
 
     def __enter__(self) -> Supervisor:
         self._lock = (self.logs / "lock").open("a+")
@@ -127,11 +129,30 @@ class Supervisor:
             self.model_url = real or "https://api.openai.com/v1"
             self.say(f"model: {model()} at {self.model_url}")
             return
-        port = free_port(MODEL_PORT)
-        if port != MODEL_PORT:
-            self.say(f"port {MODEL_PORT} is taken; the model server listens on {port}")
-        self.model_url = f"http://127.0.0.1:{port}/v1"
-        self._start("model", ["-m", "agents_project.demo.model_server", "--port", str(port)])
+        self._start("model", [*_MODEL, "--port", str(free_port(MODEL_PORT))])
+
+    def await_model(self) -> None:
+        """Wait until the model server says where it listens; workers started from now on are told. Raises DemoError."""
+        deadline = time.monotonic() + READY_TIMEOUT.total_seconds()
+        while not self.model_url:
+            if self.children["model"].poll() is not None and self._model_again:
+                # Somebody took the port between our look and the server's: now any will do.
+                self._model_again = False
+                self._start("model", [*_MODEL, "--port", "0"])
+            self.complain_of_the_dead()
+            if time.monotonic() > deadline:
+                raise DemoError(
+                    f"The model server did not listen within {READY_TIMEOUT.seconds} s; {self.log('model')}"
+                )
+            said = self.tail("model").partition("\n")[0]
+            if said.startswith("{") and said.endswith("}"):
+                self.model_url = json.loads(said)["url"]
+                break
+            time.sleep(_LOOK_SECONDS)
+        if "model" not in self.children:
+            return
+        if f":{MODEL_PORT}/" not in self.model_url:
+            self.say(f"port {MODEL_PORT} is taken; the model server listens at {self.model_url}")
         self._environment.update(
             OPENAI_BASE_URL=self.model_url,
             OPENAI_API_KEY="demo",
@@ -139,16 +160,6 @@ class Supervisor:
             NO_PROXY="127.0.0.1",
             no_proxy="127.0.0.1",
         )
-
-    def model_answers(self) -> bool:
-        if "model" not in self.children:
-            return True
-        port = int(self.model_url.rpartition(":")[2].partition("/")[0])
-        try:
-            socket.create_connection(("127.0.0.1", port), timeout=1).close()
-        except OSError:
-            return False
-        return True
 
     # --- the workers ------------------------------------------------------------------------------------------------
 
@@ -207,16 +218,16 @@ class Supervisor:
         return {name for id, name in parents.items() if self.kinds[name] != "tools" or id in forked}
 
     def await_present(self, kinds: Iterable[str]) -> None:
-        """Wait until a worker of each of these kinds is ready, and the model answers. Raises DemoError."""
+        """Wait until a worker of each of these kinds is ready. Raises DemoError."""
         wanted = set(kinds)
         deadline = time.monotonic() + READY_TIMEOUT.total_seconds()
         while True:
             missing = wanted - {self.kinds[name] for name in self.present()}
-            if not missing and self.model_answers():
+            if not missing:
                 return
             self.complain_of_the_dead()
             if time.monotonic() > deadline:
-                what = ", ".join(sorted(missing)) or "model"
+                what = ", ".join(sorted(missing))
                 raise DemoError(
                     f"No {what} worker was ready within {READY_TIMEOUT.seconds} s. Their logs are in {self.logs}."
                 )

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
+import urllib.request
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -245,3 +247,21 @@ def test_the_demo_stays_up_for_own_runs_until_ctrl_c_which_ends_all_of_it(demo_e
     assert "Ended, with everything that was started." in seen[-1]
     assert not children_of(demo_environment)
     assert not workers_of(demo_environment)
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["before", "between look and bind"])
+def test_a_taken_port_is_replaced_and_named(tmp_path: Path, late: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("OPENAI_API_KEY", "OPENAI_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        monkeypatch.setattr("agents_project.demo.supervisor.MODEL_PORT", port)
+        if late:
+            monkeypatch.setattr("agents_project.demo.supervisor.free_port", lambda preferred: preferred)
+        said: list[str] = []
+        with Supervisor(said.append, folder=tmp_path) as supervisor:
+            supervisor.start_model()
+            supervisor.await_model()
+            assert said == [f"port {port} is taken; the model server listens at {supervisor.model_url}"]
+            with urllib.request.urlopen(f"{supervisor.model_url}/models", timeout=10) as answer:
+                assert answer.status == 200

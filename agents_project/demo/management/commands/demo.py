@@ -102,6 +102,7 @@ def _do_the_job(
     supervisor.start_model()  # its start overlaps with the migrations
     _migrate()
     supervisor.say(f"the tables are there after {time.monotonic() - began:.1f} s; the workers start")
+    supervisor.await_model()
     for kind in FIRST_WORKERS:
         supervisor.start_worker(kind)
     supervisor.await_present(FIRST_WORKERS)

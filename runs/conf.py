@@ -44,6 +44,8 @@ class Key:
             return f"must be {self.expected}; it is {value!r}"
         if self.least is not None and isinstance(value, int | float) and not self.least <= value < float("inf"):
             return f"must be at least {self.least:g}; it is {value!r}"
+        if self.unit is not None and isinstance(value, int | float) and value > LONGEST / self.unit:
+            return f"must be at most {LONGEST / self.unit:g}; it is {value!r}"
         if isinstance(value, str) and not value:
             return "must not be empty"
         return None
@@ -66,6 +68,7 @@ class Key:
 
 SECOND = timedelta(seconds=1)
 MILLISECOND = timedelta(milliseconds=1)
+LONGEST = timedelta(days=3650)  # a time that is longer is a mistake, and one in the wrong unit may not fit a timedelta
 _WORDS: Mapping[type, str] = {
     int: "a whole number",
     str: "a string",

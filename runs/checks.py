@@ -1,0 +1,312 @@
+"""System checks of Longhaul: what a deployment would otherwise learn from a run that sticks.
+
+    E001  a key of LONGHAUL that does not exist        W001  a leg may outlast the broker's patience
+    E002  a value of a wrong kind                      W002  Longhaul's rows in another database than `default`
+    E003  LONGHAUL is not a dict                       W003  a result backend
+    E004  values that contradict one another           W004  a broker connection that may hang, or lose what it is given
+    E005  a database that is not Postgres              W005  late acknowledgement set for all tasks
+    E006  a price that cannot be read                  W006  agents workers, and nobody who sweeps (`--database default`)
+    E007  ACCESS names no class                        W007  USE_TZ is off
+    E008  an agents.py that cannot be imported
+    E009  an agent without a model
+
+Each has a hint that says what to change.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import timedelta
+from typing import Any
+
+from celery import current_app
+from django.apps import AppConfig, apps
+from django.conf import settings as django_settings
+from django.core.checks import CheckMessage, Error, Tags, Warning, register
+from django.db import DatabaseError, connections, router
+from django.utils.module_loading import import_string
+
+from runs.conf import KEYS, settings
+
+SECTION = "longhaul"
+REDIS = ("redis", "rediss", "sentinel", "valkey", "valkeys")
+AMQP = ("amqp", "amqps", "pyamqp", "librabbitmq")
+VISIBILITY_TIMEOUT = timedelta(hours=1)  # of kombu's Redis transport, when nothing is said
+CONSUMER_TIMEOUT = timedelta(minutes=30)  # of RabbitMQ, when nothing is said
+
+Configs = Sequence[AppConfig] | None
+
+
+def _given() -> Mapping[str, Any]:
+    given = getattr(django_settings, "LONGHAUL", {})
+    return given if isinstance(given, Mapping) else {}
+
+
+@register(SECTION)
+def check_keys(app_configs: Configs, **_: Any) -> list[CheckMessage]:
+    """Every key exists, and its value is of the right kind."""
+    given = getattr(django_settings, "LONGHAUL", {})
+    if not isinstance(given, Mapping):
+        return [
+            Error(
+                f"LONGHAUL is a {type(given).__name__}, not a dict.",
+                hint='LONGHAUL = {"DEFAULT_MODEL": "openai:gpt-5-mini"}, or {} for the defaults.',
+                id="longhaul.E003",
+            )
+        ]
+    found: list[CheckMessage] = []
+    for name, value in given.items():
+        if name not in KEYS:
+            near = difflib.get_close_matches(str(name).upper(), KEYS, n=1, cutoff=0.6)
+            hint = f"Did you mean {near[0]}?" if near else f"The keys are: {', '.join(sorted(KEYS))}."
+            found.append(Error(f"LONGHAUL has no key {name!r}.", hint=hint, id="longhaul.E001"))
+        elif problem := KEYS[name].problem(value):
+            hint = f"Leave it out for the default, {KEYS[name].default!r}."
+            found.append(Error(f"LONGHAUL[{name!r}] {problem}.", hint=hint, id="longhaul.E002"))
+    return [*found, *_prices(given.get("PRICES")), *_access(given.get("ACCESS"))]
+
+
+def _prices(prices: Any) -> Iterator[CheckMessage]:
+    if not isinstance(prices, Mapping):
+        return  # a wrong type was told above
+    for model, price in prices.items():
+        known = isinstance(price, Mapping) and set(price) <= {"input", "output"} and price
+        if not known or not all(_is_price(each) for each in price.values()):
+            yield Error(
+                f"LONGHAUL['PRICES'][{model!r}] is not a price: {price!r}.",
+                hint='Say what a million tokens cost: {"gpt-5-mini": {"input": 0.25, "output": 2.0}}.',
+                id="longhaul.E006",
+            )
+
+
+def _is_price(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < float("inf")
+
+
+def _access(access: Any) -> Iterator[CheckMessage]:
+    if not isinstance(access, str) or not access:
+        return
+    try:
+        found = import_string(access)
+    except ImportError as error:
+        problem = str(error)
+    else:
+        if isinstance(found, type):
+            return
+        problem = f"it is a {type(found).__name__}"
+    yield Error(
+        f"LONGHAUL['ACCESS'] names {access!r}, which is no class: {problem}.",
+        hint="Name a policy class by its dotted path, or leave ACCESS out for the default policy.",
+        id="longhaul.E007",
+    )
+
+
+@register(SECTION)
+def check_combinations(app_configs: Configs, **_: Any) -> list[CheckMessage]:
+    """The values fit one another."""
+    now = settings()
+    found: list[CheckMessage] = []
+
+    def contradicts(message: str, hint: str) -> None:
+        found.append(Error(message, hint=hint, id="longhaul.E004"))
+
+    if now.model_silence > now.model_timeout:
+        contradicts(
+            f"LONGHAUL: MODEL_SILENCE_SECONDS ({_seconds(now.model_silence)}) is more than MODEL_TIMEOUT_SECONDS"
+            f" ({_seconds(now.model_timeout)}), so it never counts.",
+            "The silence is the longest pause between two chunks of one model call; the timeout bounds all of it.",
+        )
+    queues = {"AGENTS_QUEUE": now.agents_queue, "TOOLS_QUEUE": now.tools_queue, "CONTROL_QUEUE": now.control_queue}
+    for name, queue in queues.items():
+        same = [other for other, its in queues.items() if its == queue and other > name]
+        if same:
+            contradicts(
+                f"LONGHAUL: {name} and {same[0]} are the same queue, {queue!r}.",
+                "Give each a queue of its own: tools would run between the streams of a gevent worker.",
+            )
+    return found
+
+
+@register(SECTION)
+def check_broker(app_configs: Configs, **_: Any) -> list[CheckMessage]:
+    """A leg ends long before the broker would take its message for lost; Celery keeps no results."""
+    conf = current_app.conf
+    found: list[CheckMessage] = []
+    options = conf.broker_transport_options or {}
+    transport = _transport(conf)
+    limit, key = _patience(transport, options)
+    longest, whose = _longest_leg()
+    if limit is not None and longest > limit / 2:
+        found.append(
+            Warning(
+                f"A leg may take {_seconds(longest)} s ({whose}), and the broker delivers its message again after"
+                f" {_seconds(limit)} s ({key}).",
+                hint=f"Raise {key} to at least {_seconds(longest * 2)}, or lower LEG_BUDGET_SECONDS or"
+                " MODEL_TIMEOUT_SECONDS: a leg's message is acknowledged at its end, and has to wait in a queue before.",
+                id="longhaul.W001",
+            )
+        )
+    if transport in REDIS and not options.get("socket_timeout"):
+        found.append(
+            Warning(
+                "The connection to Redis has no time limit.",
+                hint="Without one a publish to a Redis that hangs blocks for ever: set CELERY_BROKER_TRANSPORT_OPTIONS ="
+                ' {"socket_timeout": 10, "socket_connect_timeout": 10, "socket_keepalive": True, ...}.',
+                id="longhaul.W004",
+            )
+        )
+    if transport in AMQP and not options.get("confirm_publish"):
+        found.append(
+            Warning(
+                "RabbitMQ is not asked to confirm what it is given.",
+                hint="A message that is lost on its way costs a republish interval (1 to 15 s): set"
+                ' CELERY_BROKER_TRANSPORT_OPTIONS = {"confirm_publish": True}.',
+                id="longhaul.W004",
+            )
+        )
+    if conf.result_backend and conf.result_backend not in ("disabled://", "disabled"):
+        found.append(
+            Warning(
+                "Celery has a result backend.",
+                hint="Longhaul's tasks store nothing there, for their results are rows; any backend still costs time in"
+                " each task. Set CELERY_RESULT_BACKEND = None if no task of yours needs one.",
+                id="longhaul.W003",
+            )
+        )
+    if conf.task_acks_late:
+        found.append(
+            Warning(
+                "Celery acknowledges all tasks late (task_acks_late).",
+                hint="Longhaul's tasks say so for themselves. Set for all, every task of yours runs again when its worker"
+                " dies: leave it out, unless all of them may run twice.",
+                id="longhaul.W005",
+            )
+        )
+    return found
+
+
+def _patience(transport: str, options: Mapping[str, Any]) -> tuple[timedelta | None, str]:
+    """Return how long the broker waits for an acknowledgement, None for unknown, and the setting that says so."""
+    if transport in REDIS:
+        said = options.get("visibility_timeout")
+        return VISIBILITY_TIMEOUT if said is None else timedelta(seconds=float(said)), "visibility_timeout"
+    if transport in AMQP:
+        return CONSUMER_TIMEOUT, "RabbitMQ's consumer_timeout"
+    return None, ""
+
+
+def _longest_leg() -> tuple[timedelta, str]:
+    """Return how long a leg may take, and what says so: an agent may have a longer budget than the settings."""
+    from runs.agents import registry
+
+    budget, whose = settings().leg_budget, "LEG_BUDGET_SECONDS"
+    for agent in registry.all().values():
+        own = timedelta(seconds=agent.limits.get("leg_budget_seconds") or 0)
+        if own > budget:
+            budget, whose = own, f"leg_budget_seconds of agent {agent.name!r}"
+    return budget + settings().model_timeout, f"{whose} + MODEL_TIMEOUT_SECONDS"
+
+
+def _transport(conf: Any) -> str:
+    url = conf.broker_write_url or conf.broker_url or ""
+    url = url[0] if isinstance(url, list | tuple) else url
+    return str(url).partition("://")[0].partition("+")[0]
+
+
+def _seconds(time: timedelta) -> str:
+    return f"{time.total_seconds():g}"
+
+
+@register(SECTION)
+def check_databases(app_configs: Configs, **_: Any) -> list[CheckMessage]:
+    """Longhaul's rows stand together in Postgres."""
+    found: list[CheckMessage] = []
+    aliases: dict[str, str] = {}
+    for label in ("longhaul_threads", "longhaul_tools", "longhaul_runs"):
+        if not apps.is_installed(label.removeprefix("longhaul_")):
+            continue
+        for model in apps.get_app_config(label).get_models():
+            aliases[model._meta.label] = router.db_for_write(model)
+    for alias in sorted(set(aliases.values())):
+        vendor = connections[alias].vendor
+        if vendor != "postgresql":
+            found.append(
+                Error(
+                    f"Longhaul's rows are in the database {alias!r}, which is {vendor}.",
+                    hint="Longhaul's transitions are functions in Postgres; no other database has them. Set its ENGINE to"
+                    ' "django.db.backends.postgresql".',
+                    id="longhaul.E005",
+                )
+            )
+    elsewhere = {label: alias for label, alias in aliases.items() if alias != "default"}
+    if elsewhere:
+        label, alias = min(elsewhere.items())
+        found.append(
+            Warning(
+                f"A router puts {len(elsewhere)} of Longhaul's {len(aliases)} tables in another database than 'default'"
+                f" ({label} in {alias!r}).",
+                hint="What joins one transaction ends there: a run started in a transaction of yours may outlive its"
+                " rollback, and an atomic tool's effect in 'default' does not commit with its settlement. Longhaul's SQL"
+                " functions use 'default'; let DATABASE_ROUTERS leave its apps alone.",
+                id="longhaul.W002",
+            )
+        )
+    if not django_settings.USE_TZ:
+        found.append(
+            Warning(
+                "USE_TZ is off.",
+                hint="Longhaul compares moments that Postgres gives with a time zone: set USE_TZ = True.",
+                id="longhaul.W007",
+            )
+        )
+    return found
+
+
+@register(SECTION)
+def check_agents(app_configs: Configs, **_: Any) -> list[CheckMessage]:
+    """Every `agents.py` can be imported, and every agent has a model."""
+    from runs.agents import registry
+
+    found: list[CheckMessage] = [
+        Error(
+            f"{module} cannot be imported: {type(error).__name__}: {error}",
+            hint="Its agents are unknown until it can; those of other modules work.",
+            id="longhaul.E008",
+        )
+        for module, error in registry.broken().items()
+    ]
+    found += [
+        Error(
+            f"The agent {agent.name!r} has no model.",
+            hint='Give it one, like Agent(model="openai:gpt-5-mini"), or set LONGHAUL["DEFAULT_MODEL"].',
+            id="longhaul.E009",
+        )
+        for agent in registry.all().values()
+        if not (agent.model or settings().default_model)
+    ]
+    return found
+
+
+@register(Tags.database)
+def check_workers(app_configs: Configs, databases: Sequence[str] | None = None, **_: Any) -> list[CheckMessage]:
+    """Where agents workers are, somebody sweeps. Looks into the database, so it runs with `check --database default`."""
+    if "default" not in (databases or ()):
+        return []
+    from runs import explain
+    from threads import clock
+
+    try:
+        now = clock.now()
+        if not explain.present("agents", now) or explain.swept(now):
+            return []
+    except DatabaseError:
+        return []  # not migrated yet
+    return [
+        Warning(
+            "Agents workers are present, and no control worker is.",
+            hint="Nobody sends lost messages again, takes runs over from workers that died, or restores what Redis"
+            f" redelivers (a gevent worker never does). Start one: {explain.start('control')}",
+            id="longhaul.W006",
+        )
+    ]

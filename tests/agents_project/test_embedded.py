@@ -231,11 +231,7 @@ def test_a_killed_user_beside_a_live_one_stops_nothing(project: Project) -> None
 def test_servers_of_a_start_that_was_killed_whole_are_used_again(project: Project) -> None:
     user = project.use()
     write(project, "kept")
-    left = project.found()
-    os.kill(left.pop("keeper"), signal.SIGKILL)
-    user.kill()
-    user.wait()
-    assert project.found() == left
+    left = kill_whole(project, user)
 
     again = project.use()
     assert again.started == []  # type: ignore[attr-defined]
@@ -269,10 +265,7 @@ def test_a_start_after_everything_was_killed_works(project: Project) -> None:
 def test_a_server_that_hangs_is_replaced(project: Project, server: str) -> None:
     user = project.use()
     write(project, "kept")
-    left = project.found()
-    os.kill(left["keeper"], signal.SIGKILL)
-    user.kill()
-    user.wait()
+    left = kill_whole(project, user)
     os.kill(left[server], signal.SIGSTOP)
 
     again = project.use()
@@ -281,6 +274,40 @@ def test_a_server_that_hangs_is_replaced(project: Project, server: str) -> None:
     assert read(project) == (["kept"], ["kept"])
     leave(again)
     assert project.serving() == []
+
+
+def kill_whole(project: Project, user: subprocess.Popen[str]) -> dict[str, int]:
+    """Kill a user and the keeper; return the servers, which go on."""
+    left = project.found()
+    os.kill(left.pop("keeper"), signal.SIGKILL)
+    user.kill()
+    user.wait()
+    assert project.found() == left
+    return left
+
+
+def test_a_stop_that_was_killed_in_the_middle_is_finished_by_the_next_start(project: Project) -> None:
+    """The servers may still answer; one that was told to stop must not be used."""
+    left = kill_whole(project, project.use())
+    (project.servers.folder / "stopping").touch()  # as the killed process left it
+
+    again = project.use()
+    assert sorted(again.started) == ["postgres", "valkey"]  # type: ignore[attr-defined]
+    assert not set(left.values()) & set(project.found().values())
+    leave(again)
+    assert project.serving() == []
+
+
+def test_a_start_that_was_killed_before_it_made_the_database_is_finished_by_the_next(project: Project) -> None:
+    kill_whole(project, project.use())
+    with psycopg.connect(project.servers.database_url, dbname="postgres", autocommit=True) as connection:
+        connection.execute("DROP DATABASE longhaul")
+    (project.servers.folder / "database.done").unlink()
+
+    again = project.use()
+    assert again.started == []  # type: ignore[attr-defined]
+    write(project, "works")
+    leave(again)
 
 
 @pytest.mark.slow
@@ -384,6 +411,8 @@ def test_ctrl_c_lets_the_command_end_first_and_then_ends_the_servers(project: Pr
     user = project.python("-m", "agents_project.embedded", "exec", "--", sys.executable, "-c", script)
     assert user.stdout is not None
     assert user.stdout.readline() == "up\n"
+    for pid in project.found().values():
+        assert os.getpgid(pid) != user.pid
     os.killpg(user.pid, signal.SIGINT)  # what a terminal does: the whole foreground group gets it
     rest, _ = user.communicate(timeout=30)
     assert rest == "ended well\n"

@@ -111,6 +111,7 @@ def test_given_two_workers_that_claim_a_call_at_once_then_one_of_them_gets_it(wo
     assert first is not None
     assert second.result() is None
     assert [attempt["worker_id"] for attempt in world.attempts(call)] == [a]
+    assert world.types(claim.run).count("tool_call.started") == 1
 
 
 def test_given_a_requested_call_when_claimed_then_the_attempt_is_a_row(world: World) -> None:

@@ -107,8 +107,9 @@ def test_given_a_failure_when_its_policy_grants_another_attempt_then_the_call_is
     assert (answer["status"], answer["attempt"], answer["call"]) == ("waiting", 2, str(held.id))
     [attempt] = world.attempts(held.id)
     assert (attempt["outcome"], attempt["ended_at"] is not None) == ("retrying", True)
-    assert world.try_call_claim(held.id, 2, held.worker) is None, "not due yet"
     before = world.dump()
+    assert world.try_call_claim(held.id, 2, held.worker) is None, "not due yet"
+    assert world.dump() == before, "and the log does not speak of it"
     assert world.retry(held) is None, "a repeated answer"
     assert world.dump() == before
     world.ahead(6 * SECOND)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 from agents_project.demo import scripts
-from agents_project.demo.model_server import ModelCall, Reply
+from agents_project.demo.model_server import ModelCall, Reply, ToolCall
 
 TIMES = re.compile(r"(\d+) times")
 
@@ -19,5 +20,7 @@ def steps(call: ModelCall) -> Reply:
     for message in call.messages:
         times = message["role"] == "user" and TIMES.search(str(message["content"]))
         if times:
-            return scripts.steps(int(times[1]))(call)
+            # A service streams the arguments of a call token by token: some four characters a chunk.
+            said = scripts.steps(int(times[1]))(call)
+            return [replace(each, chunk_chars=4) if isinstance(each, ToolCall) else each for each in said]
     raise ValueError("The prompt does not say how many times, or was cut from the context.")

@@ -123,8 +123,8 @@ DECLARE
     v_now timestamptz;
     v_overrides jsonb;
 BEGIN
-    IF NOT longhaul_worker_present(p_worker) THEN RETURN '{"absent": true}'; END IF;
     v_now := longhaul_now();
+    IF NOT longhaul_worker_present(p_worker, v_now) THEN RETURN '{"absent": true}'; END IF;
     UPDATE longhaul_runs_run
     SET status = 'running', epoch = epoch + 1, holder = p_worker, leg_deadline = v_now + p_prepare, linger_until = NULL,
         not_before = NULL, next_publish_at = NULL, publishes = 0, legs = legs + 1, started_at = coalesce(started_at, v_now)
@@ -241,8 +241,8 @@ BEGIN
     PERFORM 1 FROM longhaul_runs_leg WHERE id = p_leg AND ended_at IS NULL;
     IF NOT FOUND THEN RETURN '{"status": "lost"}'; END IF;  -- a claim by another task, or the run's end, closed this leg
     IF v_run.status <> 'queued' THEN RETURN jsonb_build_object('status', v_run.status); END IF;
-    IF NOT longhaul_worker_present(p_worker) THEN RETURN '{"status": "absent"}'; END IF;
     v_now := longhaul_now();
+    IF NOT longhaul_worker_present(p_worker, v_now) THEN RETURN '{"status": "absent"}'; END IF;
     IF p_open THEN
         v_turn := longhaul_turn_begin(v_run, v_run.epoch + 1, v_now, p_message, p_after, p_limit, p_max_steps, p_max_tokens, p_max_cost);
     END IF;
@@ -315,7 +315,7 @@ BEGIN
     VALUES (longhaul_uuid7(), p_run, v_step, p_leg, p_epoch, p_message, p_step_row->>'model', p_step_row->>'instructions',
             p_step_row->'tool_names', p_step_row->>'schema_digest', p_step_row->'options', p_step_row->'context', v_now);
     IF p_usage IS NOT NULL THEN
-        PERFORM longhaul_usage_record(p_run, v_step, p_epoch, p_message, p_usage, false);
+        PERFORM longhaul_usage_record(p_run, v_step, p_epoch, p_message, p_usage, false, v_now);
     END IF;
     UPDATE longhaul_runs_run
     SET steps = v_step, lost = 0, model_tries = 0, retry_since = NULL, pending_message_id = NULL,
@@ -330,7 +330,7 @@ BEGIN
         linger_until = CASE WHEN v_waits AND NOT v_leg_ends THEN v_now + p_linger END
     WHERE id = p_run;
     IF p_calls IS NOT NULL THEN
-        PERFORM longhaul_calls_request(p_run, p_message, v_step, p_calls);
+        PERFORM longhaul_calls_request(p_run, p_message, v_step, p_calls, v_now);
     END IF;
     IF p_end IS NOT NULL THEN
         RETURN longhaul_run_end(p_run, p_end->>'status', p_end->>'stop_reason', nullif(p_end->'error', 'null'::jsonb), p_end->'output',
@@ -343,14 +343,14 @@ BEGIN
 END $$;
 
 CREATE OR REPLACE FUNCTION longhaul_usage_record(
-    p_run uuid, p_step integer, p_epoch integer, p_message uuid, p_usage jsonb, p_discarded boolean)
+    p_run uuid, p_step integer, p_epoch integer, p_message uuid, p_usage jsonb, p_discarded boolean, p_now timestamptz)
 RETURNS void LANGUAGE plpgsql AS $$
 BEGIN
     INSERT INTO longhaul_runs_usage (id, run_id, step, epoch, message_id, model, input_tokens, output_tokens, cached_tokens,
                                      reasoning_tokens, cost, discarded, created_at)
     VALUES (longhaul_uuid7(), p_run, p_step, p_epoch, p_message, p_usage->>'model', coalesce((p_usage->>'input_tokens')::bigint, 0),
             coalesce((p_usage->>'output_tokens')::bigint, 0), coalesce((p_usage->>'cached_tokens')::bigint, 0),
-            coalesce((p_usage->>'reasoning_tokens')::bigint, 0), (p_usage->>'cost')::numeric, p_discarded, longhaul_now());
+            coalesce((p_usage->>'reasoning_tokens')::bigint, 0), (p_usage->>'cost')::numeric, p_discarded, p_now);
 END $$;
 
 -- A leg hands over, fenced: its time budget is used, its worker drains, or the model's error grants another try after
@@ -369,7 +369,7 @@ BEGIN
     IF NOT FOUND THEN RETURN NULL; END IF;  -- the fence
     v_now := longhaul_now();
     IF p_usage IS NOT NULL AND v_run.pending_message_id IS NOT NULL THEN
-        PERFORM longhaul_usage_record(p_run, v_run.steps + 1, p_epoch, v_run.pending_message_id, p_usage, true);
+        PERFORM longhaul_usage_record(p_run, v_run.steps + 1, p_epoch, v_run.pending_message_id, p_usage, true, v_now);
     END IF;
     IF p_error IS NOT NULL THEN PERFORM longhaul_run_record(p_run, 'error', p_error, p_epoch); END IF;
     PERFORM longhaul_leg_end(p_run, p_reason, false, p_epoch);

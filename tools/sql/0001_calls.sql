@@ -3,11 +3,11 @@
 
 -- Is this life of a worker present? User code starts and claims are made only while it is: its row stands and its own
 -- beat is fresh, so that a process that was stopped and woke cannot claim before it has beaten again.
-CREATE OR REPLACE FUNCTION longhaul_worker_present(p_worker uuid) RETURNS boolean LANGUAGE plpgsql AS $$
+CREATE OR REPLACE FUNCTION longhaul_worker_present(p_worker uuid, p_now timestamptz) RETURNS boolean LANGUAGE plpgsql AS $$
 BEGIN
     RETURN EXISTS (
         SELECT 1 FROM longhaul_tools_worker
-        WHERE id = p_worker AND gone_at IS NULL AND beat_at > longhaul_now() - interval '6 seconds');
+        WHERE id = p_worker AND gone_at IS NULL AND beat_at > p_now - interval '6 seconds');
 END $$;
 
 -- Is the session lock of this life held? One look; the word of a broker that redelivered its message is the other.
@@ -21,10 +21,9 @@ END $$;
 
 -- Inserts the calls of a step. Called by the step's commit, which holds the run. A bad call comes settled already.
 -- A requested one counts as published once: its publisher follows the commit, the sweep follows the publisher.
-CREATE OR REPLACE FUNCTION longhaul_calls_request(p_run uuid, p_message uuid, p_step integer, p_calls jsonb)
+CREATE OR REPLACE FUNCTION longhaul_calls_request(
+    p_run uuid, p_message uuid, p_step integer, p_calls jsonb, p_now timestamptz)
 RETURNS void LANGUAGE plpgsql AS $$
-DECLARE
-    v_now timestamptz := longhaul_now();
 BEGIN
     INSERT INTO longhaul_tools_toolcall (
         id, run_id, message_id, step, index, name, arguments, status, outcome, error, attempt, max_attempts,
@@ -34,8 +33,8 @@ BEGIN
            coalesce(c.max_attempts, 1), c.id::text, c.idempotent, coalesce(c.atomic, false), coalesce(c.deferred, false),
            make_interval(secs => coalesce(c.timeout_seconds, 60)),
            CASE WHEN c.outcome IS NULL THEN 1 ELSE 0 END,
-           CASE WHEN c.outcome IS NULL THEN v_now + interval '1 second' END,
-           CASE WHEN c.outcome IS NOT NULL THEN v_now END, v_now
+           CASE WHEN c.outcome IS NULL THEN p_now + interval '1 second' END,
+           CASE WHEN c.outcome IS NOT NULL THEN p_now END, p_now
     FROM jsonb_to_recordset(p_calls) AS c (
         id uuid, index integer, name text, arguments jsonb, outcome text, error jsonb, max_attempts integer,
         idempotent boolean, atomic boolean, deferred boolean, timeout_seconds double precision);
@@ -59,14 +58,14 @@ BEGIN
     SELECT * INTO v_seen FROM longhaul_tools_toolcall WHERE id = p_call;
     IF NOT FOUND THEN RETURN NULL; END IF;  -- its run was deleted
     IF v_seen.attempt <> p_attempt OR v_seen.status NOT IN ('requested', 'retrying') THEN RETURN NULL; END IF;  -- a doubled message
-    IF NOT longhaul_worker_present(p_worker) THEN RETURN '{"absent": true}'; END IF;
+    v_now := longhaul_now();
+    IF NOT longhaul_worker_present(p_worker, v_now) THEN RETURN '{"absent": true}'; END IF;
     IF p_alone THEN
         SELECT jsonb_agg(jsonb_build_array(id, attempt)) INTO v_orphans
         FROM longhaul_tools_toolcall WHERE holder = p_worker AND status = 'running';
         IF v_orphans IS NOT NULL THEN RETURN jsonb_build_object('orphans', v_orphans); END IF;
     END IF;
     v_run_id := v_seen.run_id;
-    v_now := longhaul_now();
     -- The lock: the event comes with it, and goes again should the guard below find that somebody was faster.
     SELECT * INTO v_run FROM longhaul_run_append(v_run_id, 'tool_call.started', jsonb_build_object(
         'tool_call', p_call, 'name', v_seen.name, 'message', v_seen.message_id, 'attempt', p_attempt, 'worker', p_worker_name), v_now);

@@ -356,4 +356,4 @@ def announce(answer: Mapping[str, Any], *, ring: bool = True) -> None:
         bells.ring([bells.run_channel(released[0])])
         publish(UUID(released[0]), released[1])
     if call := answer.get("publish_call"):
-        tool_tasks.publish(UUID(call[0]), call[1], timedelta(seconds=call[2]))
+        tool_tasks.publish(UUID(call[0]), call[1], timedelta(seconds=call[2]), call[3])

@@ -13,7 +13,7 @@ class RunsConfig(AppConfig):
     default_auto_field = "django.db.models.BigAutoField"
 
     def ready(self) -> None:
-        from runs import admission, worker  # noqa: F401 (worker listens to Celery)
+        from runs import admission, checks, worker  # noqa: F401 (checks and worker register themselves)
         from runs.run_log import DatabaseRunLog
         from threads import transcript
         from tools import run_log

@@ -44,6 +44,7 @@ class Claim:
         self.epoch = 0
         self.interruption: str | None = None
         self.wake: threading.Event | None = None
+        self.turn = 0  # counts the waits for the model
         self._open = False
         self._greenlet = _greenlet()
 
@@ -58,6 +59,7 @@ class Claim:
         Outside of it an interruption is kept and raised by `check`: a transaction is never cut.
         """
         self.check()
+        self.turn += 1
         self._open = True
         try:
             yield

@@ -75,16 +75,17 @@ class Process:
 
     def look(self) -> None:
         """Stop the legs whose fence is gone (cancelled, reclaimed): they may be waiting for a silent model."""
-        claims = [(claim, claim.epoch) for claim in list(self.legs) if claim.speaking]
+        claims = [(claim, claim.epoch, claim.turn) for claim in list(self.legs) if claim.speaking]
         if not claims:
             return
         rows = database.rows_of(
             "SELECT id, epoch FROM longhaul_runs_run WHERE status = 'running' AND id = ANY (%s)",
-            ([claim.run_id for claim, _ in claims],),
+            ([claim.run_id for claim, _, _ in claims],),
         )
         held = set(rows)
-        for claim, epoch in claims:
-            if (claim.run_id, epoch) not in held and claim.epoch == epoch:
+        for claim, epoch, turn in claims:
+            # Still in the same wait: a leg that committed while we looked gave its claim up itself.
+            if (claim.run_id, epoch) not in held and claim.speaking and claim.turn == turn:
                 claim.interrupt("lost")
 
     def cut(self) -> None:
@@ -437,7 +438,7 @@ class Leg:
         for call in calls:
             if "outcome" not in call:
                 tool = self.definition.tools[call["name"]]
-                tasks.publish(UUID(call["id"]), 1, tool.timeout, tool.queue)
+                tasks.publish(UUID(call["id"]), 1, tool.timeout, tool.queue or "")
 
     def _calls(self, answer: Answer) -> tuple[list[dict[str, Any]], list[list[Any]]]:
         """Return the rows of the calls, the bad ones settled with what the model is told, and the events of those."""
@@ -456,6 +457,7 @@ class Leg:
                     "atomic": tool.atomic,
                     "deferred": tool.deferred,
                     "timeout_seconds": tool.timeout.total_seconds(),
+                    "queue": tool.queue or "",
                 }
             else:
                 row |= {"outcome": "failed", "error": error}

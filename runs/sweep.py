@@ -216,10 +216,10 @@ class Sweep:
             done.published_runs += 1
             if self._publishes:
                 admission.publish(run_id, dispatch_seq)
-        for call_id, attempt, timeout in calls.due(BATCH):
+        for call_id, attempt, timeout, queue in calls.due(BATCH):
             done.published_calls += 1
             if self._publishes:
-                tool_tasks.publish(call_id, attempt, timeout)
+                tool_tasks.publish(call_id, attempt, timeout, queue)
 
     def _hurry(self) -> None:
         """Messages that the broker lost need not wait out their backoff: with fewer there than rows wait, all are due in a second."""

@@ -22,7 +22,7 @@ from django.db import DatabaseError, InterfaceError, OperationalError, connectio
 from threads import database
 from tools import lifecycle, run_log
 from tools.context import ToolContext
-from tools.exceptions import ToolError, ToolFailed
+from tools.exceptions import InvalidArguments, ToolError, ToolFailed
 from tools.models import Outcome, ToolCall
 from tools.presence import Presence
 from tools.registry import Tool
@@ -68,6 +68,11 @@ def execute(call_id: UUID, attempt: int, *, presence: Presence, task_id: str = "
             arguments = tool.validate(claimed.answer["arguments"])
         except ToolError as error:
             _settle(claimed, Outcome.FAILED, error=_described(error))
+            return
+        except Exception as error:  # a validator of the user's own
+            logger.warning("The arguments of call %s could not be checked", call_id, exc_info=error)
+            refused = InvalidArguments(claimed.name, [{"path": "", "message": f"not checked: {type(error).__name__}"}])
+            _settle(claimed, Outcome.FAILED, error=_described(refused))
             return
         if tool.atomic:
             _execute_atomic(claimed, tool, arguments)

@@ -101,6 +101,9 @@ def take_from_absent(call_id: UUID) -> Any:
     return reclaim(call_id, rows[0][0], holder=rows[0][1]) if rows else None
 
 
-def due(limit: int = 200) -> list[tuple[UUID, int, timedelta]]:
-    """Return (call, attempt, timeout) of the calls whose message is to be sent now, and raise their next_publish_at."""
-    return [(row[0], row[1], row[2]) for row in database.rows_of("SELECT * FROM longhaul_calls_due(%s::int)", (limit,))]
+def due(limit: int = 200) -> list[tuple[UUID, int, timedelta, str]]:
+    """Return (call, attempt, timeout, queue) of the calls whose message is to be sent now, and raise their next_publish_at."""
+    return [
+        (row[0], row[1], row[2], row[3])
+        for row in database.rows_of("SELECT * FROM longhaul_calls_due(%s::int)", (limit,))
+    ]

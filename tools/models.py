@@ -55,6 +55,7 @@ class ToolCall(models.Model):
     atomic = models.BooleanField(default=False)
     deferred = models.BooleanField(default=False)
     timeout = models.DurationField()
+    queue = models.CharField(max_length=200, blank=True, default="")  # "" is the tools queue
     holder = models.UUIDField(null=True)
     claimed_at = models.DateTimeField(null=True)
     timeout_at = models.DateTimeField(null=True)

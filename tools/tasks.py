@@ -45,8 +45,8 @@ def execute_call(self: Any, call_id: str, attempt: int) -> None:
     )
 
 
-def publish(call_id: UUID, attempt: int, timeout: timedelta, queue: str | None = None) -> None:
-    """Send a call's message. Losing it costs a republish interval."""
+def publish(call_id: UUID, attempt: int, timeout: timedelta, queue: str = "") -> None:
+    """Send a call's message, to the tools queue unless its tool names another one. Losing it costs a republish interval."""
     seconds = math.ceil(timeout.total_seconds())
     try:
         messages.send(

@@ -40,6 +40,7 @@ class Migration(migrations.Migration):
                 ('atomic', models.BooleanField(default=False)),
                 ('deferred', models.BooleanField(default=False)),
                 ('timeout', models.DurationField()),
+                ('queue', models.CharField(blank=True, default='', max_length=200)),
                 ('holder', models.UUIDField(null=True)),
                 ('claimed_at', models.DateTimeField(null=True)),
                 ('timeout_at', models.DateTimeField(null=True)),

@@ -27,17 +27,17 @@ RETURNS void LANGUAGE plpgsql AS $$
 BEGIN
     INSERT INTO longhaul_tools_toolcall (
         id, run_id, message_id, step, index, name, arguments, status, outcome, error, attempt, max_attempts,
-        idempotency_key, idempotent, atomic, deferred, timeout, publishes, next_publish_at, settled_at, created_at)
+        idempotency_key, idempotent, atomic, deferred, timeout, queue, publishes, next_publish_at, settled_at, created_at)
     SELECT c.id, p_run, p_message, p_step, c.index, c.name, coalesce(c.arguments, '{}'::jsonb),
            CASE WHEN c.outcome IS NULL THEN 'requested' ELSE 'settled' END, coalesce(c.outcome, ''), c.error, 1,
            coalesce(c.max_attempts, 1), c.id::text, c.idempotent, coalesce(c.atomic, false), coalesce(c.deferred, false),
-           make_interval(secs => coalesce(c.timeout_seconds, 60)),
+           make_interval(secs => coalesce(c.timeout_seconds, 60)), coalesce(c.queue, ''),
            CASE WHEN c.outcome IS NULL THEN 1 ELSE 0 END,
            CASE WHEN c.outcome IS NULL THEN p_now + interval '1 second' END,
            CASE WHEN c.outcome IS NOT NULL THEN p_now END, p_now
     FROM jsonb_to_recordset(p_calls) AS c (
         id uuid, index integer, name text, arguments jsonb, outcome text, error jsonb, max_attempts integer,
-        idempotent boolean, atomic boolean, deferred boolean, timeout_seconds double precision);
+        idempotent boolean, atomic boolean, deferred boolean, timeout_seconds double precision, queue text);
 END $$;
 
 -- requested, retrying -> running, by attempt: a doubled or late message matches no row. Returns NULL then, and when the
@@ -207,7 +207,7 @@ BEGIN
         PERFORM longhaul_run_record(v_run_id, 'tool_call.retrying', jsonb_build_object(
             'tool_call', p_call, 'name', v_call.name, 'message', v_call.message_id, 'attempt', p_attempt + 1,
             'error', jsonb_build_object('code', CASE WHEN p_began THEN 'worker_lost' ELSE 'given_back' END), 'delay_seconds', 0));
-        v_more := jsonb_build_object('publish_call', jsonb_build_array(p_call, p_attempt + 1, extract(epoch FROM v_call.timeout)));
+        v_more := jsonb_build_object('publish_call', jsonb_build_array(p_call, p_attempt + 1, extract(epoch FROM v_call.timeout), v_call.queue));
     END IF;
     RETURN longhaul_calls_changed(v_run_id) || v_more || jsonb_build_object('code', v_code);
 END $$;
@@ -233,7 +233,7 @@ BEGIN
 END $$;
 
 -- Calls whose message must be sent (again): requested or retrying and due. Raises next_publish_at, doubling from 1 s to 15 s.
-CREATE OR REPLACE FUNCTION longhaul_calls_due(p_limit integer) RETURNS TABLE (call_id uuid, attempt integer, timeout interval)
+CREATE OR REPLACE FUNCTION longhaul_calls_due(p_limit integer) RETURNS TABLE (call_id uuid, attempt integer, timeout interval, queue text)
 LANGUAGE plpgsql AS $$
 DECLARE
     v_now timestamptz := longhaul_now();
@@ -246,5 +246,5 @@ BEGIN
     UPDATE longhaul_tools_toolcall c
     SET publishes = c.publishes + 1, next_publish_at = v_now + least(interval '15 seconds', interval '1 second' * 2 ^ least(c.publishes, 4))
     FROM due WHERE c.id = due.id
-    RETURNING c.id, c.attempt, c.timeout;
+    RETURNING c.id, c.attempt, c.timeout, c.queue::text;
 END $$;

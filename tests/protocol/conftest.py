@@ -32,7 +32,7 @@ def db_a(connections: tuple[Database, Database]) -> Iterator[Database]:
     yield here
     for each in connections:
         assert each.connection.info.transaction_status.name == "IDLE"
-    other.connection.execute("SET lock_timeout = 0")
+    other.connection.execute("RESET lock_timeout")
     found = violations(here)
     for table in TABLES:
         here.execute(f"DELETE FROM {table}")

@@ -48,7 +48,9 @@ class Database:
     """One connection in autocommit. `with db.transaction():` keeps what it locks until its end."""
 
     def __init__(self, url: str) -> None:
-        self.connection = psycopg.connect(url, autocommit=True, row_factory=dict_row)
+        # Whoever waits so long for a lock waits for a test that has failed with it.
+        waits = "-c lock_timeout=20s"
+        self.connection = psycopg.connect(url, autocommit=True, row_factory=dict_row, options=waits)
         self.transaction = self.connection.transaction
 
     def rows(self, query: str, *values: Any) -> list[Row]:

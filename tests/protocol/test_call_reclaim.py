@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -113,19 +115,22 @@ def test_given_a_call_that_settles_while_it_is_reclaimed_then_whoever_is_first_w
 # --- the open transaction of an atomic attempt whose worker is cut off, but lives
 
 
-def attempt_on(world: World, url: str, name: str | None, *, atomic: bool = True) -> tuple[Call, Database]:
+@contextmanager
+def attempt_on(world: World, url: str, name: str | None, *, atomic: bool = True) -> Iterator[tuple[Call, Database]]:
     """An attempt on a connection of its own, whose open transaction has written a row of the application."""
     claim = world.waiting(a_call(max_attempts=3, atomic=atomic))
     [call] = world.calls(claim.run)
     body = Database(url)
-    held = World(body).call_claim(call)
-    [attempt] = world.attempts(call)
-    body.execute("SELECT set_config('application_name', %s, false)", name or f"longhaul {attempt['id']}")
-    body.execute("BEGIN")
-    body.execute(
-        "UPDATE longhaul_threads_thread SET title = 'refunded' WHERE id = %s", world.run(claim.run)["thread_id"]
-    )
-    return held, body
+    try:
+        held = World(body).call_claim(call)
+        [attempt] = world.attempts(call)
+        body.execute("SELECT set_config('application_name', %s, false)", name or f"longhaul {attempt['id']}")
+        body.execute("BEGIN")
+        thread = world.run(claim.run)["thread_id"]
+        body.execute("UPDATE longhaul_threads_thread SET title = 'refunded' WHERE id = %s", thread)
+        yield held, body
+    finally:
+        body.connection.close()
 
 
 def is_alive(world: World, pid: int) -> bool:
@@ -135,13 +140,12 @@ def is_alive(world: World, pid: int) -> bool:
 def test_given_a_dead_attempts_open_transaction_when_reclaimed_then_its_backend_is_ended(
     world: World, database_url: str
 ) -> None:
-    held, body = attempt_on(world, database_url, None)
-    pid = body.pid()
-    world.call_reclaim(held)
-    wait_until(lambda: not is_alive(world, pid))
-    with pytest.raises(psycopg.OperationalError):
-        world.settle(held, result=1, db=body)
-    body.connection.close()
+    with attempt_on(world, database_url, None) as (held, body):
+        pid = body.pid()
+        world.call_reclaim(held)
+        wait_until(lambda: not is_alive(world, pid))
+        with pytest.raises(psycopg.OperationalError):
+            world.settle(held, result=1, db=body)
     thread = world.run(world.tool_call(held.id)["run_id"])["thread_id"]
     assert world.db.one("SELECT title FROM longhaul_threads_thread WHERE id = %s", thread) == ""
     assert world.settle(world.call_claim(held.id), result=1)
@@ -151,8 +155,7 @@ def test_given_a_dead_attempts_open_transaction_when_reclaimed_then_its_backend_
 def test_given_a_backend_that_is_not_the_attempts_any_more_when_reclaimed_then_it_lives(
     world: World, database_url: str, name: str | None, atomic: bool
 ) -> None:
-    held, body = attempt_on(world, database_url, name, atomic=atomic)
-    world.call_reclaim(held)
-    assert world.settle(held, result=1, db=body) is None, "its guard refuses it, so its own work is rolled back"
-    body.execute("ROLLBACK")
-    body.connection.close()
+    with attempt_on(world, database_url, name, atomic=atomic) as (held, body):
+        world.call_reclaim(held)
+        assert world.settle(held, result=1, db=body) is None, "its guard refuses it, so its own work is rolled back"
+        body.execute("ROLLBACK")

@@ -52,7 +52,7 @@ def test_given_one_run_that_is_locked_when_a_batch_is_written_then_it_is_busy_an
         db_b.call("longhaul_run_lock", p_run=claims[1].run)
         world.db.execute("SET lock_timeout = '2s'")
         rows = world.write_deltas(claims[0].worker, batch)
-        world.db.execute("SET lock_timeout = 0")
+        world.db.execute("RESET lock_timeout")
     assert [states(rows)[claim.run] for claim in claims] == ["written", "busy", "written"]
     assert [texts(world, claim) for claim in claims] == [[("a", 1)], [], [("a", 1)]]
     # the next round takes it

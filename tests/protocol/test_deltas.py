@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from tests.protocol.rows import Claim, Database, World, delta_arguments, wait_until
 from tests.protocol.test_claim import waits_for_a_lock
+from threads.ids import new_id
 
 pytestmark = pytest.mark.django_db
 
@@ -149,3 +151,13 @@ def test_given_a_batch_that_holds_its_runs_when_another_comes_then_it_goes_on_wi
         db_b.execute("SET lock_timeout = '2s'")
         rows = world.write_deltas(claims[0].worker, [(claim, "b", 2) for claim in reversed(claims)], db=db_b)
     assert [states(rows)[claim.run] for claim in claims] == ["busy", "busy", "written"]
+
+
+def test_given_rows_of_other_messages_in_a_batch_then_the_seq_counts_only_what_was_written(world: World) -> None:
+    [claim] = speaking(world, 1)
+    others = [replace(claim, message=new_id()) for _ in range(6)]
+    batch = [(each, "late", n) for each in others for n in range(1, 4)]
+    rows = world.write_deltas(claim.worker, [*batch[:9], (claim, "now", 1), *batch[9:]])
+    assert sorted(row["state"] for row in rows) == ["lost"] * 6 + ["written"]
+    assert texts(world, claim) == [("now", 1)]
+    assert world.run(claim.run)["last_seq"] == world.events(claim.run)[-1]["seq"]

@@ -23,12 +23,32 @@ def call(statement: str, parameters: Sequence[Any] = ()) -> Any:
 
 
 def rows_of(statement: str, parameters: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
-    """Run a statement and return all its rows. JSON columns come as text."""
-    connection.ensure_connection()
-    connection.validate_no_broken_transaction()
-    raw = connection.connection
+    """Run a statement and return all its rows. JSON columns come as text.
+
+    Where Django keeps a pool and this thread holds no connection, one is borrowed for this statement alone: making
+    Django's own wrapper hold it, and let go of it before the next wait, costs as much as the statement.
+    """
+    pool = None
+    if connection.connection is None and not connection.in_atomic_block:
+        pool = getattr(connection, "pool", None)  # Django's own, of psycopg_pool
+    if pool is None:
+        connection.ensure_connection()
+        connection.validate_no_broken_transaction()
+        with connection.wrap_database_errors:
+            return _execute(connection.connection, statement, parameters)
+    with connection.wrap_database_errors:
+        if pool.closed:
+            pool.open()  # as Django does: not before its first use
+        borrowed = pool.getconn()  # in autocommit, as Django configures it
+        try:
+            return _execute(borrowed, statement, parameters)
+        finally:
+            pool.putconn(borrowed)
+
+
+def _execute(raw: Any, statement: str, parameters: Sequence[Any]) -> list[tuple[Any, ...]]:
     # Prepared only where the host allows it: behind a pooler in transaction mode the threshold stays None.
-    with connection.wrap_database_errors, Cursor(raw) as cursor:
+    with Cursor(raw) as cursor:
         cursor.execute(statement, parameters, prepare=True)
         return cursor.fetchall()
 

@@ -45,14 +45,15 @@ def test_a_kill_and_the_recovery_from_it_are_told_in_words_and_times() -> None:
     view = DemoView("r", agent="tester", since=BEGIN, expected=50)
     at = BEGIN + timedelta(seconds=2)
     told = view.killed("agents", "agents-1", 4711, at, "while it streamed step 13", "agents-3")
-    # When its next leg begins, and a later one
-    for after in (2.42, 6.0):
+    # When events arrive: of a leg from before the kill, of the next one, of a later one
+    for after in (1.99, 2.42, 6.0):
         moment = (BEGIN + timedelta(seconds=after)).isoformat()
         told += view.apply({"type": "leg.started", "at": moment, "leg": 2, "epoch": 4, "worker": "agents-2@host"})
     # Then the wait is told once
     assert told == [
         "    2.00 s  kill -9 agents-1 (process 4711) while it streamed step 13",
         "    2.00 s  agents-3 takes its place",
+        "    1.99 s  leg 2 starts on agents-2",
         "    2.42 s  leg 2 starts on agents-2",
         "    2.42 s  the run goes on with agents-2, 420 ms after the kill",
         "    6.00 s  leg 2 starts on agents-2",

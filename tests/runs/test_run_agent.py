@@ -67,6 +67,9 @@ def test_a_run_is_started_for_its_user_on_its_thread() -> None:
     run = Run.objects.get()
     assert json.loads(out) == {"run": str(run.pk), "thread": str(thread.pk), "agent": "tester", "status": "queued"}
     assert (run.owner, run.thread) == (user, thread)
+    # And on a new thread, which is the user's too
+    told("run_agent", "tester", "hello", "--user", "bob")
+    assert [(each.owner, each.thread.owner) for each in Run.objects.exclude(pk=run.pk)] == [(user, user)]
 
 
 @pytest.mark.django_db

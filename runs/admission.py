@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
+from functools import partial
 from typing import Any
 from uuid import UUID
 
@@ -288,15 +289,19 @@ def cancel(run: Run, reason: str = "") -> Run:
 
 
 def vacate(thread_id: UUID) -> None:
-    """Cancel every live run of a thread that is about to be deleted: the held ones first, that none is queued."""
+    """Cancel every live run of a thread that is about to be deleted. In a transaction.
+
+    Locks the run that occupies it first, as the end of that run would, and keeps it till the held ones are cancelled: none
+    is queued behind our back, and none is added.
+    """
+    occupied(thread_id, True)
     live = Run.objects.filter(thread_id=thread_id, status__in=[Status.HELD, *OCCUPYING])
-    for run_id in [
-        *live.filter(status=Status.HELD).values_list("pk", flat=True),
-        *live.exclude(status=Status.HELD).values_list("pk", flat=True),
-    ]:
+    held = list(live.filter(status=Status.HELD).order_by("created_at", "id").values_list("pk", flat=True))
+    occupying = list(live.exclude(status=Status.HELD).values_list("pk", flat=True))
+    for run_id in [*held, *occupying]:
         answer = lifecycle.cancel(run_id, StopReason.THREAD_DELETED)
         if answer is not None:
-            transaction.on_commit(lambda answer=answer: announce(answer))  # type: ignore[misc]
+            transaction.on_commit(partial(announce, answer))
 
 
 def occupied(thread_id: UUID, lock: bool) -> bool:

@@ -622,7 +622,15 @@ class Leg:
     def _fail(self, reason: StopReason, code: str, message: str, *, retryable: bool = False) -> None:
         error = {"code": code, "message": message, "retryable": retryable}
         self._announce(
-            lifecycle.finish(self.claim.run_id, self.claim.epoch, self.claim.worker, Status.FAILED, reason, error=error)
+            lifecycle.finish(
+                self.claim.run_id,
+                self.claim.epoch,
+                self.claim.worker,
+                Status.FAILED,
+                reason,
+                error=error,
+                usage=self.usage,
+            )
         )
 
     # -- what surrounds a message --

@@ -2,7 +2,8 @@
 
 A leg adds chunks to its Buffer; every few tens of milliseconds the flusher writes all of them by one function call. A leg's
 step commit takes what is left, after the batch in flight was answered, so that no delta follows the end of its message.
-After a COMMIT whose answer was lost nothing is assumed: the highest ordinal of the message is read back.
+After a COMMIT whose answer was lost nothing is assumed: the batch is sent again as it was, and the run's row knows
+which ordinals it has. (A read-back would not do: a server may still be at work on what a cut connection sent.)
 """
 
 from __future__ import annotations
@@ -23,14 +24,20 @@ from threads import database
 
 logger = logging.getLogger("longhaul.flusher")
 
+AGAIN_SECONDS = 0.2  # between tries while Postgres does not answer
+
 
 @dataclass(slots=True)
 class Chunk:
-    """A delta that is not yet a row. `ordinal` is that of its last piece; pieces of one kind in a row are joined."""
+    """A delta that is not yet a row. `ordinal` is that of its last piece; pieces of one kind in a row are joined.
+
+    What was `sent` once stays as it is: it may be a row.
+    """
 
     type: str
     ordinal: int
     payload: dict[str, Any]
+    sent: bool = False
 
 
 @dataclass
@@ -45,15 +52,20 @@ class Buffer:
     answered: threading.Event = field(default_factory=threading.Event)
     ordinal: int = 0
     since: float = 0.0  # when the oldest unwritten chunk came, monotonic
+    lock: threading.Lock = field(default_factory=threading.Lock)  # leg and flusher are two threads where not greenlets
 
     def add(self, type: str, text: str, **fields: Any) -> None:
+        with self.lock:
+            self._add(type, text, fields)
+
+    def _add(self, type: str, text: str, fields: dict[str, Any]) -> None:
         self.ordinal += 1
-        last = self.chunks[-1] if self.chunks else None
+        last = self.chunks[-1] if self.chunks and not self.chunks[-1].sent else None
         if last is not None and last.type == type and all(last.payload[key] == value for key, value in fields.items()):
             last.payload["text"] += text
             last.ordinal = self.ordinal
         else:
-            if last is None:
+            if not self.chunks:
                 self.since = time.monotonic()
             self.chunks.append(Chunk(type, self.ordinal, {"message": str(self.message), "text": text, **fields}))
 
@@ -62,8 +74,25 @@ class Buffer:
         while self.in_flight:
             self.answered.wait(1.0)
             self.claim.check_lost()
-        chunks, self.chunks = self.chunks, []
+        with self.lock:
+            chunks, self.chunks = self.chunks, []
         return chunks
+
+    def send(self) -> None:
+        """Move the chunks into the batch in flight."""
+        with self.lock:
+            self.in_flight, self.chunks = self.chunks, []
+            for chunk in self.in_flight:
+                chunk.sent = True
+            self.answered.clear()
+
+    def settle(self, *, again: bool) -> None:
+        """The batch in flight is answered, or never will be: with `again` its chunks are for the next one."""
+        with self.lock:
+            if again:
+                self.chunks[:0] = self.in_flight
+            self.in_flight = []
+            self.answered.set()
 
 
 class Flusher:
@@ -124,8 +153,7 @@ class Flusher:
         if len(batch) < len(waiting):
             self._work.set()
         for buffer in batch:
-            buffer.in_flight, buffer.chunks = buffer.chunks, []
-            buffer.answered.clear()
+            buffer.send()
         for worker in {buffer.claim.worker for buffer in batch}:  # one, but for a process that began a new life
             self._write([buffer for buffer in batch if buffer.claim.worker == worker])
         if batch:
@@ -138,9 +166,12 @@ class Flusher:
         try:
             states = _write_rows(batch)
         except (OperationalError, InterfaceError) as error:
-            logger.warning("A batch of deltas was not answered: %s", type(error).__name__)
+            logger.warning("A batch of deltas was not answered, it is sent again: %s", type(error).__name__)
             connection.close()
-            self._read_back(batch)
+            time.sleep(AGAIN_SECONDS)
+            for buffer in batch:
+                buffer.settle(again=True)
+            self._work.set()
             return
         except DatabaseError:
             if len(batch) > 1:  # one bad delta must not fail the others: run by run
@@ -148,46 +179,20 @@ class Flusher:
                     self._write([buffer])
             else:
                 logger.exception("A delta of run %s cannot be stored", batch[0].claim.run_id)
-                batch[0].in_flight = []
-                batch[0].answered.set()
                 batch[0].claim.interrupt("lost")
+                batch[0].settle(again=False)
             return
         for buffer in batch:
             self._answer(buffer, states.get((buffer.claim.run_id, buffer.epoch), "lost"))
 
     def _answer(self, buffer: Buffer, state: str) -> None:
-        written, buffer.in_flight = buffer.in_flight, []
         if state == "busy":  # somebody holds the run: the next round
-            buffer.chunks[:0] = written
             self._work.set()
         elif state == "lost":
             buffer.claim.interrupt("lost")
         else:
             self._rung.add(bells.run_channel(buffer.claim.run_id))
-        buffer.answered.set()
-
-    def _read_back(self, batch: list[Buffer]) -> None:
-        """Find out which of the deltas are rows, and keep the others for the next round."""
-        while not self._ended:
-            try:
-                rows = database.rows_of(
-                    "SELECT message_id, max(ordinal) FROM longhaul_runs_event"
-                    " WHERE run_id = ANY (%s) AND message_id = ANY (%s) GROUP BY 1",
-                    ([buffer.claim.run_id for buffer in batch], [buffer.message for buffer in batch]),
-                )
-                break
-            except (OperationalError, InterfaceError):
-                connection.close()
-                time.sleep(0.2)
-        else:
-            return
-        highest = {row[0]: row[1] or 0 for row in rows}
-        for buffer in batch:
-            missing = [chunk for chunk in buffer.in_flight if chunk.ordinal > highest.get(buffer.message, 0)]
-            buffer.chunks[:0] = missing
-            buffer.in_flight = []
-            buffer.answered.set()
-        self._work.set()
+        buffer.settle(again=state == "busy")
 
 
 def _write_rows(batch: list[Buffer]) -> dict[tuple[UUID, int], str]:

@@ -166,11 +166,13 @@ def finish(
     *,
     error: Mapping[str, Any] | None = None,
     output: Any = None,
+    usage: Mapping[str, Any] | None = None,
 ) -> Any:
     """running -> its end, outside of a step's commit. Raises FenceLost."""
     return _fenced(
         database.call(
-            "SELECT longhaul_run_finish(%s::uuid, %s::int, %s::uuid, %s::text, %s::text, %s::jsonb, %s::jsonb)",
+            "SELECT longhaul_run_finish("
+            "%s::uuid, %s::int, %s::uuid, %s::text, %s::text, %s::jsonb, %s::jsonb, %s::jsonb)",
             (
                 run_id,
                 epoch,
@@ -179,6 +181,7 @@ def finish(
                 str(stop_reason),
                 None if error is None else database.dumps(error),
                 None if output is None else database.dumps(output),
+                None if usage is None else database.dumps(usage),
             ),
         )
     )

@@ -82,6 +82,7 @@ class Run(models.Model):
     holder = models.UUIDField(null=True)
     dispatch_seq = models.IntegerField(default=0)
     pending_message_id = models.UUIDField(null=True)
+    pending_ordinal = models.IntegerField(default=0, db_default=0)  # of its last delta that is a row
     leg_deadline = models.DateTimeField(null=True)
     linger_until = models.DateTimeField(null=True)
     # dispatch

@@ -233,8 +233,8 @@ class Sweep:
                 table, _, condition = waiting.partition(" WHERE ")
                 with connection.cursor() as cursor:
                     cursor.execute(
-                        f"UPDATE {table} SET next_publish_at = longhaul_now() + interval '1 second'"  # noqa: S608
-                        f" WHERE {condition}{_SOON}"
+                        f"UPDATE {table} SET next_publish_at = longhaul_now() + interval '1 second' WHERE id IN"  # noqa: S608
+                        f" (SELECT id FROM {table} WHERE {condition}{_SOON} FOR NO KEY UPDATE SKIP LOCKED)"
                     )
 
     def _overdue(self, done: Done) -> None:

@@ -27,6 +27,8 @@ Row = list[Any]  # [id, position, role, content, run], as longhaul_context_read 
 class Window:
     """At most `size` of the thread's last messages, and before them what is pinned: the run's own input.
 
+    A last turn with more results than that is kept whole.
+
     It never begins with a tool's result whose call lies further back. `render` is the provider's.
     """
 
@@ -58,7 +60,8 @@ class Window:
         return Shown(row[0], row[1], row[2], self._render({"role": row[2], "content": row[3]}))
 
     def _trim(self) -> None:
-        while len(self._shown) > self.size or (self._shown and self._shown[0].role == "tool"):
+        last_turn = next((n for n, each in enumerate(reversed(self._shown), 1) if each.role != "tool"), 0)
+        while len(self._shown) > max(self.size, last_turn) or (self._shown and self._shown[0].role == "tool"):
             dropped = self._shown.popleft()
             if dropped.id in self._own_input:
                 self._pinned.append(dropped)

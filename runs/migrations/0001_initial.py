@@ -42,6 +42,7 @@ class Migration(migrations.Migration):
                 ('holder', models.UUIDField(null=True)),
                 ('dispatch_seq', models.IntegerField(default=0)),
                 ('pending_message_id', models.UUIDField(null=True)),
+                ('pending_ordinal', models.IntegerField(db_default=0, default=0)),
                 ('leg_deadline', models.DateTimeField(null=True)),
                 ('linger_until', models.DateTimeField(null=True)),
                 ('not_before', models.DateTimeField(null=True)),

@@ -181,6 +181,11 @@ BEGIN
         SELECT last_seq INTO v_seq FROM longhaul_runs_run WHERE id = p_run.id;
     END IF;
     v_context := longhaul_context_read(p_run.thread_id, p_run.id, p_after, p_limit);
+    IF v_context->0->>2 = 'tool' AND jsonb_array_length(v_context) >= p_limit THEN
+        -- The last step has more results than the window has places: it is shown whole.
+        v_context := longhaul_context_read(p_run.thread_id, p_run.id, p_after, p_limit + 1 + (
+            SELECT count(*)::integer FROM longhaul_tools_toolcall WHERE run_id = p_run.id AND step = p_run.steps));
+    END IF;
     IF p_after = 0 THEN  -- the run's own input is shown even when it is further back
         SELECT jsonb_agg(jsonb_build_array(id, position, role, content, run_id) ORDER BY position) INTO v_pinned
         FROM longhaul_threads_message
@@ -218,7 +223,8 @@ BEGIN
     v_turn := longhaul_turn_begin(v_run, p_epoch, v_now, p_message, p_after, p_limit, p_max_steps, p_max_tokens, p_max_cost);
     IF NOT v_turn ? 'limit' THEN
         UPDATE longhaul_runs_run
-        SET pending_message_id = p_message, leg_deadline = v_now + p_model_time, last_seq = last_seq + 1 WHERE id = p_run;
+        SET pending_message_id = p_message, pending_ordinal = 0, leg_deadline = v_now + p_model_time, last_seq = last_seq + 1
+        WHERE id = p_run;
     END IF;
     RETURN v_turn;
 END $$;
@@ -250,7 +256,7 @@ BEGIN
     UPDATE longhaul_runs_run
     SET status = 'running', epoch = epoch + 1, holder = p_worker, linger_until = NULL,
         leg_deadline = v_now + CASE WHEN v_opened THEN p_model_time ELSE p_prepare END,
-        pending_message_id = CASE WHEN v_opened THEN p_message END, last_seq = last_seq + CASE WHEN v_opened THEN 1 ELSE 0 END,
+        pending_message_id = CASE WHEN v_opened THEN p_message END, pending_ordinal = 0, last_seq = last_seq + CASE WHEN v_opened THEN 1 ELSE 0 END,
         not_before = NULL, next_publish_at = NULL, publishes = 0
     WHERE id = p_run;
     UPDATE longhaul_runs_leg SET epoch = v_run.epoch + 1 WHERE id = p_leg;
@@ -304,10 +310,12 @@ BEGIN
     SELECT coalesce(jsonb_agg(c->'id' ORDER BY (c->>'index')::integer), '[]') INTO v_open
     FROM jsonb_array_elements(CASE WHEN v_waits THEN p_calls ELSE '[]' END) AS c WHERE c->>'outcome' IS NULL;
     INSERT INTO longhaul_runs_event (run_id, seq, type, at, epoch, message_id, ordinal, payload)
-    SELECT p_run, v_run.last_seq + e.place, e.value->>0, v_now, p_epoch, p_message, (e.value->>1)::integer, e.value->2
+    SELECT p_run, v_run.last_seq + row_number() OVER (ORDER BY e.place), e.value->>0, v_now, p_epoch, p_message,
+           (e.value->>1)::integer, e.value->2
     FROM jsonb_array_elements(CASE WHEN v_waits
         THEN p_events || jsonb_build_array(jsonb_build_array('run.waiting', NULL, jsonb_build_object('tool_calls', v_open)))
-        ELSE p_events END) WITH ORDINALITY AS e(value, place);
+        ELSE p_events END) WITH ORDINALITY AS e(value, place)
+    WHERE e.value->>1 IS NULL OR (e.value->>1)::integer > v_run.pending_ordinal;  -- a batch without an answer may have written it
     GET DIAGNOSTICS v_count = ROW_COUNT;
     UPDATE longhaul_threads_message SET status = 'completed', content = p_content WHERE id = p_message;
     INSERT INTO longhaul_runs_step (
@@ -391,12 +399,23 @@ END $$;
 
 -- A leg ends its run outside of a step's commit, fenced: a limit at the boundary, an error of the model or of the configuration.
 CREATE OR REPLACE FUNCTION longhaul_run_finish(
-    p_run uuid, p_epoch integer, p_worker uuid, p_status text, p_stop_reason text, p_error jsonb, p_output jsonb)
+    p_run uuid, p_epoch integer, p_worker uuid, p_status text, p_stop_reason text, p_error jsonb, p_output jsonb,
+    p_usage jsonb DEFAULT NULL)
 RETURNS jsonb LANGUAGE plpgsql AS $$
+DECLARE
+    v_run longhaul_runs_run;
 BEGIN
-    PERFORM 1 FROM longhaul_runs_run
+    SELECT * INTO v_run FROM longhaul_runs_run
     WHERE id = p_run AND epoch = p_epoch AND status = 'running' AND holder = p_worker FOR NO KEY UPDATE;
     IF NOT FOUND THEN RETURN NULL; END IF;  -- the fence
+    IF p_usage IS NOT NULL AND v_run.pending_message_id IS NOT NULL THEN
+        PERFORM longhaul_usage_record(p_run, v_run.steps + 1, p_epoch, v_run.pending_message_id, p_usage, true, longhaul_now());
+        UPDATE longhaul_runs_run
+        SET input_tokens = input_tokens + coalesce((p_usage->>'input_tokens')::bigint, 0),
+            output_tokens = output_tokens + coalesce((p_usage->>'output_tokens')::bigint, 0),
+            cost = cost + coalesce((p_usage->>'cost')::numeric, 0)
+        WHERE id = p_run;
+    END IF;
     RETURN longhaul_run_end(p_run, p_status, p_stop_reason, p_error, p_output,
                             CASE p_status WHEN 'completed' THEN 'finished' ELSE 'failed' END, p_epoch);
 END $$;

@@ -1,6 +1,7 @@
 -- One batch of deltas of many runs. Locks the run rows that still carry their fence in (depth, id) order and leaves those that are
 -- locked to the next round, so that it neither deadlocks nor waits. The pending message is part of the fence: a delta of
--- a step that was committed under the same claim comes too late. Says for each claim and message: written, busy (try again), lost.
+-- a step that was committed under the same claim comes too late. So is the ordinal: a batch that is sent again, for its answer was
+-- lost, writes what is not there yet. Says for each claim and message: written, busy (try again), lost.
 CREATE OR REPLACE FUNCTION longhaul_deltas_write(
     p_worker uuid, p_runs uuid[], p_epochs integer[], p_messages uuid[], p_types text[], p_ordinals integer[], p_payloads jsonb[])
 RETURNS TABLE (run_id uuid, epoch integer, state text) LANGUAGE plpgsql AS $$
@@ -19,11 +20,15 @@ BEGIN
     FROM unnest(p_runs, p_epochs, p_messages, p_types, p_ordinals, p_payloads) WITH ORDINALITY
          AS b(run, epoch, message, type, ordinal, payload, place)
     JOIN longhaul_runs_run r ON r.id = b.run AND r.epoch = b.epoch AND r.pending_message_id = b.message
+         AND b.ordinal > r.pending_ordinal
     WHERE b.run = ANY (v_locked);
-    UPDATE longhaul_runs_run r SET last_seq = last_seq + n.count
-    FROM (SELECT b.run, b.epoch, b.message, count(*) AS count FROM unnest(p_runs, p_epochs, p_messages) AS b(run, epoch, message)
-          WHERE b.run = ANY (v_locked) GROUP BY 1, 2, 3) AS n
-    WHERE r.id = n.run AND r.epoch = n.epoch AND r.pending_message_id = n.message;
+    UPDATE longhaul_runs_run r SET last_seq = last_seq + n.count, pending_ordinal = n.last
+    FROM (SELECT k.id, count(*) AS count, max(b.ordinal) AS last
+          FROM unnest(p_runs, p_epochs, p_messages, p_ordinals) AS b(run, epoch, message, ordinal)
+          JOIN longhaul_runs_run k ON k.id = b.run AND k.epoch = b.epoch AND k.pending_message_id = b.message
+               AND b.ordinal > k.pending_ordinal
+          WHERE b.run = ANY (v_locked) GROUP BY 1) AS n
+    WHERE r.id = n.id;
     RETURN QUERY
     SELECT c.run, c.epoch, CASE
         WHEN c.run = ANY (v_locked) AND r.epoch = c.epoch AND r.pending_message_id = c.message THEN 'written'

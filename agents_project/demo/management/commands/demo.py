@@ -19,7 +19,7 @@ from typing import Any
 
 from django.conf import settings
 from django.core.management import BaseCommand, CommandError, call_command
-from django.db import OperationalError, connection, connections
+from django.db import OperationalError, ProgrammingError, connection, connections
 from django.db.migrations.executor import MigrationExecutor
 from rich.console import Console
 from rich.live import Live
@@ -87,6 +87,11 @@ class Command(BaseCommand):
                 return
             except (DemoError, embedded.EmbeddedError, OperationalError) as error:
                 raise CommandError(str(error)) from error
+            except ProgrammingError as error:
+                what = str(error).partition("\n")[0]
+                raise CommandError(
+                    f"The tables are not those of this code: {what}. `make clean` removes them."
+                ) from error
         tell(console, [_FAREWELL])
         if not verdict.upheld:
             failed = [f"{claim.text}: {claim.found}" for claim in verdict.claims if not claim.true]

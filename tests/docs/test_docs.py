@@ -9,6 +9,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import fields
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +19,18 @@ from django.core.management import BaseCommand, get_commands, load_command_class
 
 from agents_project import embedded
 from agents_project.demo import scripts
+from agents_project.demo.agents import JOB
 from agents_project.demo.model_server import ModelCall, ModelServer, Reply, Text, ToolCall
+from agents_project.demo.verdict import judge
+from agents_project.demo.view import DemoView
 from agents_project.settings import database_from_url
 from runs import agents, conf
 from runs.invariants import INVARIANTS
-from runs.models import Event, Status, StopReason
+from runs.models import Event, Run, Status, StopReason
 from runs.pytest_longhaul import call, run_to_end, scripted
 from tests.docs import console
 from tests.docs.page import PAGES, ROOT, Block, blocks, code, shows, table, text, words
+from threads.models import Thread
 from tools.registry import tool
 
 BUILT = ("docs/quickstart.md", "docs/testing.md")  # pages whose blocks make up a project of their own
@@ -81,17 +86,64 @@ def test_a_command_that_is_not_run_here_is_run_by_the_test_that_is_named(block: 
         assert runs[words(command)[1]] in answer.stdout
 
 
+@pytest.mark.django_db
 def test_what_the_readme_shows_of_the_demo_is_what_the_demo_says() -> None:
     shown = next(block for block in blocks("README.md") if block.kind == "text").body
-    source = "".join(path.read_text() for path in (ROOT / "agents_project" / "demo").glob("**/*.py"))
-    claims = re.findall(r"^  yes  (.+?) \([^()]*\)$", shown, flags=re.MULTILINE)
-    assert len(claims) == 6
-    for claim in claims:
-        assert re.sub(r"\d+", "", claim).split()[0] in source
-    source += (ROOT / "runs" / "terminal.py").read_text()
-    for words_of_the_view in ("will be tried again", "the message that was cut is discarded", "after the kill"):
-        assert words_of_the_view in source
-        assert words_of_the_view in shown
+    story, _, claims = re.sub(r"\n {12}(?!\.\.\.)", " ", shown).partition("\nWhat the database says:\n")
+    # The claims are those that the demo checks
+    checked = {claim.text for claim in judge(_a_run(), [], [], 0, timedelta()).claims}
+    assert {re.sub(r"^  yes  | \([^()]*\)$", "", line) for line in claims.splitlines()} <= checked
+    # The lines are those of its view, told such a run
+    lines = [line for line in story.splitlines() if line.strip() != "..."]
+    said = set(_told_of_a_run_with_two_kills())
+    assert [line for line in lines if line not in said] == []
+
+
+def _a_run() -> Run:
+    return Run.objects.create(thread=Thread.objects.create(), agent="tester")
+
+
+def _told_of_a_run_with_two_kills() -> Iterator[str]:
+    """Yield what the demo's view says of the events that the README shows, at the README's times."""
+    begin = datetime(2026, 11, 21, 7, 0, tzinfo=UTC)
+    view = DemoView("r", agent="tester", since=begin, expected=50)
+
+    def tell(after: float, type: str, **fields: Any) -> list[str]:
+        return view.apply({"type": type, "at": (begin + timedelta(seconds=after)).isoformat(), **fields})
+
+    def at(after: float) -> datetime:
+        return begin + timedelta(seconds=after)
+
+    def a_call(id: str, number: int, after: float, name: str = "test_tool") -> None:
+        tell(after, "tool_call.created", tool_call=id, name=name, message="m", arguments={"number": number})
+
+    job = [{"type": "text", "text": JOB.format(first=1, last=50)}]
+    yield from tell(0, "message.completed", message="u", role="user", content=job)
+    yield from tell(0.13, "leg.started", leg=1, epoch=1, worker="agents-1@h")
+    a_call("c1", 1, 0.39)
+    yield from tell(0.40, "tool_call.started", tool_call="c1", name="test_tool", attempt=1, worker="tools-1@h")
+    result = {"value": 1, "number": 1}
+    yield from tell(0.67, "tool_call.settled", tool_call="c1", name="test_tool", outcome="success", result=result)
+    yield from tell(4.21, "leg.ended", leg=1, epoch=1, reason="budget")
+    yield from tell(4.22, "leg.started", leg=2, epoch=2, worker="agents-1@h")
+    yield from tell(8.47, "leg.started", leg=3, epoch=3, worker="agents-2@h")
+    yield from view.killed("agents", "agents-2", 29781, at(8.57), "while it streamed step 20", "agents-3")
+    yield from tell(8.5, "message.created", message="m20", role="assistant", step=20)
+    yield from tell(8.83, "text.delta", message="m20", text="Tes")
+    yield from tell(8.83, "message.discarded", message="m20", role="assistant", step=20, reason="lost")
+    yield from tell(8.854, "leg.started", leg=4, epoch=5, worker="agents-1@h")
+    yield from tell(8.9, "message.created", message="m21", role="assistant", step=20)
+    yield from tell(9.02, "text.delta", message="m21", text="Testing 20 of 50.")
+    yield from tell(9.02, "message.completed", message="m21", role="assistant", step=20, content=[])
+    a_call("c31", 31, 13.6)
+    yield from view.killed("tools", "tools-1", 29767, at(13.9), "in the middle of test_tool(number=31)", "tools-2")
+    lost = {"code": "worker_lost"}
+    yield from tell(14.22, "tool_call.retrying", tool_call="c31", name="test_tool", attempt=2, error=lost)
+    yield from tell(14.601, "tool_call.started", tool_call="c31", name="test_tool", attempt=2, worker="tools-2@h")
+    yield from tell(22.9, "message.created", message="m51", role="assistant", step=51)
+    yield from tell(22.98, "text.delta", message="m51", text="The total is 1275.")
+    yield from tell(22.98, "message.completed", message="m51", role="assistant", step=51, content=[])
+    yield from tell(22.98, "run.completed", stop_reason="end_turn", output="The total is 1275.")
 
 
 # --- tables, beside the code that they tell of ----------------------------------------------------------------------

@@ -7,6 +7,7 @@ a hint: it is published after the commit, and the sweep publishes again what sta
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from functools import partial
@@ -82,6 +83,13 @@ def start(
         raise BadInput("priority must be a whole number from -32768 to 32767.")
     if len(client_id) > 200 or len(idempotency_key or "") > 200:
         raise BadInput("client_id and idempotency_key have at most 200 characters.")
+    if metadata is not None and not isinstance(metadata, Mapping):
+        raise BadInput("metadata must be a dict.")
+    for name, given in (("metadata", metadata), ("options", options)):
+        try:
+            json.dumps(given, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise BadInput(f"{name} must be JSON: {error}") from error
     parts = _input_parts(input)
     overrides = agents.check_overrides(
         {
@@ -96,6 +104,7 @@ def start(
     )
     thread, owner_id = _thread_of(agent, thread, message, owner)
     definition = agents.define(agent, thread.overrides, overrides)
+    agents.check_named_model(definition.model)
     if message is not None and idempotency_key is None:
         idempotency_key = f"message:{message.pk}"
     fingerprint = _fingerprint(

@@ -22,7 +22,7 @@ from django.utils.module_loading import module_has_submodule
 
 from runs.conf import settings
 from runs.exceptions import AgentsError, BadInput, UnknownAgent
-from runs.providers.port import ToolSpec, UnknownProvider, get_provider
+from runs.providers.port import ToolSpec, UnknownProvider, check_model
 from tools.registry import Tool, tools_by_name
 
 if TYPE_CHECKING:
@@ -184,15 +184,16 @@ def check_overrides(given: Mapping[str, Any]) -> dict[str, Any]:
     said = {key: value for key, value in given.items() if value is not None}
     if unknown := set(said) - set(OVERRIDES):
         raise BadInput(f"{', '.join(sorted(unknown))} cannot be overridden; {', '.join(OVERRIDES)} can.")
-    if "model" in said:
-        try:
-            get_provider(said["model"])
-        except UnknownProvider as error:
-            raise BadInput(str(error)) from error
-    for key in ("instructions", "tool_choice"):
+    for key in ("model", "instructions", "tool_choice"):
         if key in said and not isinstance(said[key], str):
             raise BadInput(f"{key} must be a string.")
+    if "model" in said:
+        check_named_model(said["model"])
+    if "options" in said and not isinstance(said["options"], Mapping):
+        raise BadInput("options must be a dict of fields of the model request, like {'temperature': 0}.")
     if "tools" in said:
+        if isinstance(said["tools"], str) or not isinstance(said["tools"], Sequence):
+            raise BadInput("tools must be a list of names of the agent's tools.")
         names = [tool.name if isinstance(tool, Tool) else tool for tool in said["tools"]]
         if not all(isinstance(name, str) for name in names):
             raise BadInput("tools must be a list of names of the agent's tools.")
@@ -202,6 +203,14 @@ def check_overrides(given: Mapping[str, Any]) -> dict[str, Any]:
     if "context" in said:
         check_context(said["context"])
     return said
+
+
+def check_named_model(model: str) -> None:
+    """Raises BadInput when no provider goes by the model's prefix."""
+    try:
+        check_model(model)
+    except UnknownProvider as error:
+        raise BadInput(str(error)) from error
 
 
 def check_limits(limits: Mapping[str, Any]) -> dict[str, Any]:

@@ -172,12 +172,18 @@ def register_provider(prefix: str, factory: Callable[[], Provider]) -> None:
     _providers.pop(prefix, None)
 
 
+def check_model(model: str) -> None:
+    """Raises UnknownProvider for a model that no provider can be asked for; loads none."""
+    prefix, _, name = model.partition(":")
+    if not name or (prefix not in _providers and prefix not in _factories):
+        raise UnknownProvider(model)
+
+
 def get_provider(model: str) -> tuple[Provider, str]:
     """Return the provider of a model such as "openai:gpt-5-mini", and the model's own name. Raises UnknownProvider."""
-    prefix, colon, name = model.partition(":")
+    check_model(model)
+    prefix, _, name = model.partition(":")
     provider = _providers.get(prefix)
-    if not colon or not name or (provider is None and prefix not in _factories):
-        raise UnknownProvider(model)
     if provider is None:
         factory = _factories[prefix]
         if isinstance(factory, str):

@@ -123,7 +123,7 @@ WHERE coalesce(log.created, 0) <> CASE m.role WHEN 'assistant' THEN 1 ELSE 0 END
    OR coalesce(log.discarded, 0) <> CASE m.status WHEN 'discarded' THEN 1 ELSE 0 END;
 
 -- 2: The text that was streamed is the text that was kept.
-SELECT r.id, kind || ' of message ' || m.id || ': ' || length(streamed.text) || ' characters streamed, '
+SELECT r.id, kind || ' of message ' || m.id || ': ' || length(coalesce(streamed.text, '')) || ' characters streamed, '
              || length(kept.text) || ' kept'
 FROM picked r
 JOIN longhaul_threads_message m ON m.run_id = r.id AND m.step IS NOT NULL AND m.role = 'assistant'

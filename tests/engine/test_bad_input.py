@@ -30,8 +30,7 @@ def look_up(number: int) -> str:
 
 
 @pytest.fixture
-def agent(scripted_model: ScriptedModel, monkeypatch: pytest.MonkeyPatch) -> Agent:
-    monkeypatch.setattr(agents.registry, "_agents", {**agents.registry.all()})
+def agent(scripted_model: ScriptedModel) -> Agent:
     return agents.registry.add(Agent(name="clerk", model="scripted:x", tools=[look_up]))
 
 

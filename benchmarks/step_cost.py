@@ -31,7 +31,8 @@ from benchmarks.script import prompt
 
 SCRIPT = "benchmarks.script:steps"
 STEPS = 50
-WARM_UP_RUNS = 6  # more than any pool has processes, so that each has imported, connected and prepared
+WARM_UP_RUNS = 24  # more than any pool has processes, so that each has imported, connected and prepared
+AT_ONCE = 20  # runs
 RUN_TIMEOUT = timedelta(seconds=120)  # the slowest form needs 12 s for 20 runs; the machine may be three times slower
 
 # Who is measured, and who only measures: the model server and the load generator are shown beside the sum.
@@ -139,23 +140,26 @@ class Longhaul:
 
 
 class CeleryChain:
-    """One worker for the steps and one for the tools, both prefork."""
+    """One worker for the steps and one for the tools, both prefork.
+
+    A step's task holds its process while the model speaks, so `runs at once` takes a process a run.
+    """
 
     name = "celery"
     title = "raw Celery chain"
     roles: tuple[str, ...] = ("celery steps", "celery tools", "postgres", "valkey")
     stores = True
 
-    def __init__(self, rig: Rig, processes: int = 2) -> None:
+    def __init__(self, rig: Rig, processes: int = AT_ONCE) -> None:
         self._rig = rig
-        self._processes = processes
+        self._processes = {"steps": processes, "tools": 2}
         rig.connection.execute(celery_chain.SCHEMA)
         celery_chain.app.conf.update(broker_url=os.environ["CELERY_BROKER_URL"])
 
     def start(self) -> None:
         for role, queue in (("steps", "chain.steps"), ("tools", "chain.tools")):
             command = ["-m", "celery", "-A", "benchmarks.celery_chain", "worker", "-Q", queue, "-P", "prefork"]
-            options = ["-c", str(self._processes), "-n", f"{queue}@bench"]
+            options = ["-c", str(self._processes[role]), "-n", f"{queue}@bench"]
             self._rig.start(
                 f"celery {role}", f"celery {role}", [*command, *options, *QUIET], {"PGAPPNAME": APPLICATION}
             )
@@ -290,8 +294,8 @@ class Plan:
     late: float
 
 
-FULL = Plan(at_once=20, fewer=20, bare=20, least=3, most=9, singles=3, counted_runs=20, until=420, late=420)
-QUICK = Plan(at_once=20, fewer=6, bare=8, least=1, most=3, singles=1, counted_runs=4, until=47, late=22)
+FULL = Plan(at_once=AT_ONCE, fewer=20, bare=20, least=3, most=9, singles=3, counted_runs=20, until=420, late=420)
+QUICK = Plan(at_once=AT_ONCE, fewer=6, bare=8, least=1, most=3, singles=1, counted_runs=4, until=47, late=22)
 
 
 def collect(
@@ -480,7 +484,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="one line of JSON instead of tables")
     parser.add_argument("--only", help=f"measure only some forms, with commas: {','.join(FORMS)}")
     parser.add_argument("--statements", action="store_true", help="show what Postgres is asked, statement by statement")
-    parser.add_argument("--celery-processes", type=int, default=2, help="children of each of the raw Celery's workers")
+    parser.add_argument(
+        "--celery-processes",
+        type=int,
+        default=AT_ONCE,
+        help="children of the raw Celery's steps worker (its model calls at once)",
+    )
     given = parser.parse_args(arguments)
     wanted = given.only.split(",") if given.only else list(FORMS)
     if set(wanted) - set(FORMS):

@@ -23,10 +23,17 @@ logger = logging.getLogger("longhaul.bells")
 
 _PAUSE_SECONDS = 1.0  # after a failed ring none is tried for so long: rows do not wait for Redis
 _away_until = 0.0
+# Channels of readers on which nobody listened a moment ago. A reader that has come since has read the rows, and looks once
+# a second itself: so long, ringing is for nothing.
+_unheard: dict[str, float] = {}
+_MOST_UNHEARD = 10_000
+
+
+_READERS = "longhaul.run."
 
 
 def run_channel(run_id: UUID | str) -> str:
-    return f"longhaul.run.{run_id}"
+    return f"{_READERS}{run_id}"
 
 
 def leg_channel(run_id: UUID | str) -> str:
@@ -48,18 +55,32 @@ def ring(channels: Iterable[str]) -> None:
     client = _client()
     if client is None or time.monotonic() < _away_until:
         return
+    now = time.monotonic()
+    names = [channel for channel in channels if _unheard.get(channel, 0.0) <= now]
+    if not names:
+        return
     try:
-        names = list(channels)
         if len(names) == 1:
-            client.publish(names[0], b"")
-            return
-        with client.pipeline(transaction=False) as pipeline:
-            for channel in names:
-                pipeline.publish(channel, b"")
-            pipeline.execute()
+            heard = [client.publish(names[0], b"")]
+        else:
+            with client.pipeline(transaction=False) as pipeline:
+                for channel in names:
+                    pipeline.publish(channel, b"")
+                heard = pipeline.execute()
+        _remember(names, heard, now)
     except (RedisError, OSError) as error:
         _away_until = time.monotonic() + _PAUSE_SECONDS
         logger.warning("The bell does not ring, readers look once a second: %s", type(error).__name__)
+
+
+def _remember(channels: list[str], heard: list[Any], now: float) -> None:
+    if len(_unheard) > _MOST_UNHEARD:
+        _unheard.clear()
+    for channel, listeners in zip(channels, heard, strict=True):
+        if listeners:
+            _unheard.pop(channel, None)
+        elif channel.startswith(_READERS):  # a leg listens from its begin, so its bell is never spared
+            _unheard[channel] = now + _PAUSE_SECONDS
 
 
 def _pubsub(client: redis.Redis) -> Any:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import Any
 from uuid import uuid4
 
+import orjson
 from amqp.exceptions import AMQPError
 from celery import signals
 from celery.utils.nodenames import anon_nodename
@@ -61,10 +62,11 @@ def send(
     }
     with app.producer_pool.acquire(block=True) as producer:
         producer.publish(
-            (args, {}, _EMBED),
+            orjson.dumps((args, {}, _EMBED)).decode(),
             exchange="",
             routing_key=queue,
-            serializer="json",
+            content_type="application/json",
+            content_encoding="utf-8",
             declare=[app.amqp.queues[queue]],
             retry=False,
             headers=headers,

@@ -77,7 +77,8 @@ def test_the_tries_are_limited(scripted_model: ScriptedModel, settings: Any) -> 
 
 
 def test_a_failure_after_usage_was_reported_is_paid_for(scripted_model: ScriptedModel) -> None:
-    stream, failed = scripted_model.stream, []
+    stream = scripted_model.stream
+    failed: list[bool] = []
 
     def breaks(request: Any) -> Any:
         for event in stream(request):

@@ -7,7 +7,6 @@ a hint: it is published after the commit, and the sweep publishes again what sta
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from functools import partial
@@ -28,7 +27,7 @@ from runs.exceptions import (
 )
 from runs.models import OCCUPYING, Run, Status, StopReason
 from threads import clock, database, transcript
-from threads.content import Part, parts_of
+from threads.content import Part, clean, parts_of
 from threads.models import Message, MessageStatus, Role, Thread
 
 SAVE_MODES = ("prompt_and_output", "all", "none")
@@ -81,15 +80,10 @@ def start(
         raise BadInput(f"busy must be one of {', '.join(BUSY)}; it is {busy!r}.")
     if isinstance(priority, bool) or not isinstance(priority, int) or not -32768 <= priority <= 32767:
         raise BadInput("priority must be a whole number from -32768 to 32767.")
-    if len(client_id) > 200 or len(idempotency_key or "") > 200:
-        raise BadInput("client_id and idempotency_key have at most 200 characters.")
-    if metadata is not None and not isinstance(metadata, Mapping):
-        raise BadInput("metadata must be a dict.")
-    for name, given in (("metadata", metadata), ("options", options)):
-        try:
-            json.dumps(given, allow_nan=False)
-        except (TypeError, ValueError) as error:
-            raise BadInput(f"{name} must be JSON: {error}") from error
+    client_id = transcript.name_of(client_id, "client_id")
+    if idempotency_key is not None and not (idempotency_key := transcript.name_of(idempotency_key, "idempotency_key")):
+        raise BadInput("idempotency_key is empty. Give a key, or leave it out.")
+    metadata = transcript.metadata_of(metadata)
     parts = _input_parts(input)
     overrides = agents.check_overrides(
         {
@@ -107,9 +101,10 @@ def start(
     agents.check_named_model(definition.model)
     if message is not None and idempotency_key is None:
         idempotency_key = f"message:{message.pk}"
-    fingerprint = _fingerprint(
-        agent.name, parts, thread, message, list(messages), save, overrides, dict(metadata or {}), client_id
-    )
+    drafts = transcript.drafts(thread, messages)
+    for extra in drafts:
+        _refuse_size("A message", extra.content)
+    fingerprint = _fingerprint(agent.name, parts, thread, message, list(messages), save, overrides, metadata, client_id)
     run = Run(
         owner_id=owner_id,
         agent=agent.name,
@@ -119,11 +114,10 @@ def start(
         priority=priority,
         overrides=overrides,
         save_mode=save,
-        metadata=dict(metadata or {}),
+        metadata=metadata,
         idempotency_key=idempotency_key,
         fingerprint=fingerprint,
     )
-    drafts = [transcript.draft(thread, extra) for extra in messages]
     for extra in drafts:
         extra.shown = save == "all"
     if parts is not None:
@@ -133,8 +127,8 @@ def start(
             if idempotency_key is not None and (known := _known(owner_id, idempotency_key, fingerprint)):
                 return known
             _insert(run, thread, drafts, message, has_input=parts is not None, definition=definition)
-    except IntegrityError:
-        # Somebody used the key between our look and our insert; anything else is a fault and goes on.
+    except (IntegrityError, ThreadBusy, NothingToDo):
+        # Somebody used the key between our look and our lock or insert; anything else goes on.
         if idempotency_key is not None and (known := _known(owner_id, idempotency_key, fingerprint)):
             return known
         raise
@@ -185,6 +179,8 @@ def _insert(
     run.save(force_insert=True)
     Message.objects.bulk_create(drafts)
     if message is not None:
+        if not Message.objects.select_for_update(no_key=True).filter(pk=message.pk).exists():
+            raise BadInput(f"There is no message {message.pk} any more. Save it again, or give an input.")
         Message.objects.filter(pk=message.pk, run_id=None).update(run_id=run.pk)
     if occupied:
         lifecycle.record(run.pk, "run.held", {})
@@ -223,9 +219,13 @@ def _something_to_do(thread: Thread) -> None:
 
 def _thread_of(agent: agents.Agent, thread: Thread | None, message: Message | None, owner: Any) -> tuple[Thread, Any]:
     owner_id = None if owner is None else owner.pk
+    if not isinstance(message, Message | None) or not isinstance(thread, Thread | None):
+        raise BadInput("thread and message are rows: a Thread and a Message.")
     if message is not None:
         if thread is not None and thread.pk != message.thread_id:
             raise BadInput("The message is not of this thread.")
+        if message._state.adding or message.role not in (Role.USER, Role.SYSTEM):
+            raise BadInput("message must be one of the user (or the system) that is saved in its thread.")
         thread = message.thread
     if thread is None:
         return Thread(owner=owner, agent=agent.name), owner_id
@@ -240,15 +240,19 @@ def _input_parts(input: str | Sequence[Mapping[str, Any]] | None) -> list[Part] 
     if input is None:
         return None
     parts = parts_of(input)
-    size = sum(len(part.get("text", "")) for part in parts)
     if not any(part["type"] != "text" or part["text"].strip() for part in parts):
         raise BadInput("The input is empty. Give a text, or leave input out to go on from the thread's last state.")
+    _refuse_size("The input", parts)
+    return parts
+
+
+def _refuse_size(what: str, parts: Sequence[Part]) -> None:
+    """Raises InputTooLarge. A part that is no text counts as the JSON that is stored of it."""
+    size = sum(len(part["text"] if part["type"] == "text" else database.dumps(part)) for part in parts)
     if size > settings().max_input_chars:
         raise InputTooLarge(
-            f"The input has {size:,} characters, {settings().max_input_chars:,} are allowed"
-            " (LONGHAUL['MAX_INPUT_CHARS'])."
+            f"{what} has {size:,} characters, {settings().max_input_chars:,} are allowed (LONGHAUL['MAX_INPUT_CHARS'])."
         )
-    return parts
 
 
 def _fingerprint(*request: Any) -> str:
@@ -288,7 +292,7 @@ def resume(run: Run, input: str | None = None) -> Run:
 
 def cancel(run: Run, reason: str = "") -> Run:
     """Cancel a live run, at once and for good; a finished one is left as it is. Returns the run as it is now."""
-    error = {"code": "cancelled", "message": reason, "retryable": False} if reason else None
+    error = {"code": "cancelled", "message": clean(reason), "retryable": False} if reason else None
     with transaction.atomic():
         answer = lifecycle.cancel(run.pk, error=error)
         if answer is not None:

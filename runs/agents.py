@@ -23,6 +23,7 @@ from django.utils.module_loading import module_has_submodule
 from runs.conf import settings
 from runs.exceptions import AgentsError, BadInput, UnknownAgent
 from runs.providers.port import ToolSpec, UnknownProvider, check_model
+from threads.content import clean, plain
 from tools.registry import Tool, tools_by_name
 
 if TYPE_CHECKING:
@@ -32,18 +33,19 @@ logger = logging.getLogger("longhaul.agents")
 
 Instructions: TypeAlias = "str | Callable[[Run], str]"
 
-# limit -> (type in words, what it must be)
-LIMITS: Mapping[str, str] = MappingProxyType(
+# limit -> what it must be, and the most that it may be: what its column, or a date, can hold
+LIMITS: Mapping[str, tuple[str, int]] = MappingProxyType(
     {
-        "max_steps": "a whole number from 1",
-        "max_total_tokens": "a whole number from 1",
-        "max_cost": "a number above 0",
-        "deadline_seconds": "a number above 0",
-        "leg_budget_seconds": "a number above 0",
+        "max_steps": ("a whole number from 1", 1_000_000),
+        "max_total_tokens": ("a whole number from 1", 10**12),
+        "max_cost": ("a number above 0", 10**9),
+        "deadline_seconds": ("a number above 0", 10 * 365 * 86_400),
+        "leg_budget_seconds": ("a number above 0", 10 * 365 * 86_400),
     }
 )
 OVERRIDES = ("model", "instructions", "tools", "limits", "context", "tool_choice", "options")
 CONTEXT_OPTIONS = ("last_messages", "sources")
+TOOL_CHOICES = ("auto", "none", "required")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -145,7 +147,7 @@ def define(agent: Agent, *overrides: Mapping[str, Any]) -> Definition:
     limits: dict[str, Any] = dict(agent.limits)
     context: dict[str, Any] = dict(agent.context)
     options: dict[str, Any] = dict(agent.options)
-    for layer in overrides:
+    for layer in map(check_overrides, overrides):  # a thread's are a column that anybody may have written
         said.update({key: value for key, value in layer.items() if key in said and value is not None})
         limits.update(layer.get("limits") or {})
         context.update(layer.get("context") or {})
@@ -158,6 +160,9 @@ def define(agent: Agent, *overrides: Mapping[str, Any]) -> Definition:
         if unknown:
             raise BadInput(f"Agent {agent.name!r} has no tool {unknown[0]!r}; it has: {', '.join(tools) or 'none'}.")
         tools = {name: tools[name] for name in said["tools"]}
+    choice = said["tool_choice"]
+    if choice not in TOOL_CHOICES and choice not in tools:
+        raise BadInput(f"tool_choice must be {', '.join(TOOL_CHOICES)} or one of the run's tools; it is {choice!r}.")
     seconds = limits.get("deadline_seconds")
     budget = limits.get("leg_budget_seconds")
     cost = limits.get("max_cost")
@@ -174,7 +179,7 @@ def define(agent: Agent, *overrides: Mapping[str, Any]) -> Definition:
             leg_budget=settings().leg_budget if budget is None else timedelta(seconds=budget),
         ),
         last_messages=context.get("last_messages") or settings().context_messages,
-        tool_choice=said["tool_choice"],
+        tool_choice=choice,
         options=options,
     )
 
@@ -185,12 +190,16 @@ def check_overrides(given: Mapping[str, Any]) -> dict[str, Any]:
     if unknown := set(said) - set(OVERRIDES):
         raise BadInput(f"{', '.join(sorted(unknown))} cannot be overridden; {', '.join(OVERRIDES)} can.")
     for key in ("model", "instructions", "tool_choice"):
-        if key in said and not isinstance(said[key], str):
-            raise BadInput(f"{key} must be a string.")
+        if key in said:
+            if not isinstance(said[key], str):
+                raise BadInput(f"{key} must be a string.")
+            said[key] = clean(said[key])
     if "model" in said:
         check_named_model(said["model"])
-    if "options" in said and not isinstance(said["options"], Mapping):
-        raise BadInput("options must be a dict of fields of the model request, like {'temperature': 0}.")
+    if "options" in said:
+        if not isinstance(said["options"], Mapping):
+            raise BadInput("options must be a dict of fields of the model request, like {'temperature': 0}.")
+        said["options"] = plain(dict(said["options"]), "options")
     if "tools" in said:
         if isinstance(said["tools"], str) or not isinstance(said["tools"], Sequence):
             raise BadInput("tools must be a list of names of the agent's tools.")
@@ -225,8 +234,9 @@ def check_limits(limits: Mapping[str, Any]) -> dict[str, Any]:
             continue
         whole = name in ("max_steps", "max_total_tokens")
         kinds = (int,) if whole else (int, float, Decimal)
-        if isinstance(value, bool) or not isinstance(value, kinds) or not 0 < value < 10**12:
-            raise BadInput(f"{name} must be {LIMITS[name]}; it is {value!r}.")
+        must, most = LIMITS[name]
+        if isinstance(value, bool) or not isinstance(value, kinds) or not 0 < value <= most:
+            raise BadInput(f"{name} must be {must} to {most:,}; it is {value!r}.")
         checked[name] = float(value) if isinstance(value, Decimal) else value
     return checked
 

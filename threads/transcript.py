@@ -13,11 +13,12 @@ from uuid import UUID
 from django.db import transaction
 from django.db.models import Max
 
-from threads.content import parts_of
+from threads.content import clean, parts_of, plain
 from threads.exceptions import BadInput
 from threads.models import Message, MessageStatus, Role, Thread
 
 ROLES = {Role.USER, Role.SYSTEM, Role.ASSISTANT}
+LONGEST_NAME = 200
 FIELDS = {"role", "content", "metadata", "client_id"}
 
 # Says whether a run occupies a thread, and locks it (for the rest of the transaction) when asked to. `runs` sets it.
@@ -32,30 +33,57 @@ def save_messages(thread: Thread, messages: Sequence[Mapping[str, Any]]) -> list
     While a run occupies the thread they wait, and are appended at its next step boundary or its end, never between a
     call and its result. Raises BadInput.
     """
-    drafts = [draft(thread, message) for message in messages]
+    saved = drafts(thread, messages)
     with transaction.atomic():
         if lock_occupant(thread.pk):
-            for message in drafts:
+            for message in saved:
                 message.status = MessageStatus.WAITING
         else:
-            place(thread.pk, drafts)
-        return Message.objects.bulk_create(drafts)
+            place(thread.pk, saved)
+        return Message.objects.bulk_create(saved)
+
+
+def drafts(thread: Thread, messages: Sequence[Mapping[str, Any]]) -> list[Message]:
+    """Return unsaved, placeless messages. Raises BadInput."""
+    if isinstance(messages, str | Mapping) or not isinstance(messages, Sequence):
+        raise BadInput("messages must be a list of dicts like {'role': 'user', 'content': '...'}.")
+    return [draft(thread, message) for message in messages]
 
 
 def draft(thread: Thread, message: Mapping[str, Any]) -> Message:
     """Return an unsaved, placeless message. Raises BadInput."""
+    if not isinstance(message, Mapping):
+        raise BadInput("A message must be a dict like {'role': 'user', 'content': '...'}.")
     if unknown := set(message) - FIELDS:
-        raise BadInput(f"A message has no {', '.join(sorted(unknown))}; it has {', '.join(sorted(FIELDS))}.")
+        raise BadInput(f"A message has no {', '.join(sorted(map(str, unknown)))}; it has {', '.join(sorted(FIELDS))}.")
     role = message.get("role", Role.USER)
-    if role not in ROLES:
+    if not isinstance(role, str) or role not in ROLES:
         raise BadInput(f"role must be one of {', '.join(sorted(ROLES))}; it is {role!r}.")
     return Message(
         thread=thread,
         role=role,
         content=parts_of(message.get("content")),
-        metadata=dict(message.get("metadata") or {}),
-        client_id=message.get("client_id") or "",
+        metadata=metadata_of(message.get("metadata")),
+        client_id=name_of(message.get("client_id"), "client_id"),
     )
+
+
+def metadata_of(given: object) -> dict[str, Any]:
+    """Return metadata as it is stored. Raises BadInput."""
+    if given is not None and not isinstance(given, Mapping):
+        raise BadInput("metadata must be a dict.")
+    metadata: dict[str, Any] = plain(dict(given or {}), "metadata")
+    return metadata
+
+
+def name_of(given: object, field: str) -> str:
+    """Return a name that a client gave, "" for none. Raises BadInput."""
+    if given is not None and not isinstance(given, str):
+        raise BadInput(f"{field} must be a string.")
+    name = clean(given or "")
+    if len(name) > LONGEST_NAME:
+        raise BadInput(f"{field} has at most {LONGEST_NAME} characters.")
+    return name
 
 
 def place(thread_id: UUID, messages: Sequence[Message]) -> None:

@@ -139,7 +139,9 @@ def arrive_in_child(**_: Any) -> None:
     if parent is None:
         return
     parent.forget()
-    child = Presence(name=parent.name, kind=parent.kind, holdings=parent.holdings, parent=parent.id, beats=False)
+    child = Presence(
+        name=parent.name, kind=parent.kind, holdings=parent.holdings, parent=parent.first_life, beats=False
+    )
     presence.current = child
     child.start()
     if settings().agents_queue in _queues:

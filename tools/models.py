@@ -159,7 +159,10 @@ class Worker(models.Model):
     kind = models.CharField(max_length=16)
     host = models.CharField(max_length=200)
     pid = models.IntegerField()
-    parent = models.ForeignKey("self", on_delete=models.CASCADE, null=True, related_name="children")
+    # The first life of the parent's process. No constraint: a parent that begins anew leaves its children where they are.
+    parent = models.ForeignKey(
+        "self", on_delete=models.CASCADE, null=True, related_name="children", db_constraint=False
+    )
     lock_key = models.BigIntegerField(unique=True)
     started_at = models.DateTimeField(db_default=Now())
     beat_at = models.DateTimeField(db_default=Now())

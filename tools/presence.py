@@ -155,6 +155,7 @@ class Presence:
         self.parent = parent
         self.beats = beats
         self.life = Life()
+        self._lives = [self.life.id]  # all that this process has had: its children name the first of them
         self.register = Register()
         self.draining = False
         self._connection: NativeConnection | None = None
@@ -166,6 +167,11 @@ class Presence:
     @property
     def id(self) -> UUID:
         return self.life.id
+
+    @property
+    def first_life(self) -> UUID:
+        """What the children of this process name as their parent, whenever they were forked."""
+        return self._lives[0]
 
     # -- the thread --
 
@@ -191,7 +197,7 @@ class Presence:
                 self._connection = connect(f"longhaul presence {self.name}"[:63])
                 self._live(self._connection)
             elif not self._beat(self._connection):
-                self.life = Life()  # found dead meanwhile: what it held was taken, so it begins a new life
+                self._begin_anew()  # found dead meanwhile: what it held was taken
                 self._connection.execute("SELECT pg_advisory_unlock_all()")
                 self._live(self._connection)
             self._give_back(self._connection)
@@ -205,7 +211,7 @@ class Presence:
         life = self.life = Life(id=self.life.id)
         known = to.execute("SELECT gone_at IS NULL FROM longhaul_tools_worker WHERE id = %s", (life.id,)).fetchone()
         if known == (False,):
-            life = self.life = Life()
+            life = self._begin_anew()
         to.execute("SELECT pg_advisory_lock(%s)", (life.lock_key,))
         to.execute(
             "INSERT INTO longhaul_tools_worker"
@@ -214,6 +220,11 @@ class Presence:
             " ON CONFLICT (id) DO UPDATE SET beat_at = excluded.beat_at, lock_key = excluded.lock_key",
             (life.id, self.name, self.kind, self._host, self._pid, self.parent, life.lock_key),
         )
+
+    def _begin_anew(self) -> Life:
+        self.life = Life()
+        self._lives.append(self.life.id)
+        return self.life
 
     def _beat(self, to: NativeConnection) -> bool:
         """Beat every second tick, for the children too. False when this life was found dead."""
@@ -231,7 +242,7 @@ class Presence:
             == 0
         )
         children = to.execute(
-            "SELECT id, pid FROM longhaul_tools_worker WHERE parent_id = %s AND gone_at IS NULL", (self.life.id,)
+            "SELECT id, pid FROM longhaul_tools_worker WHERE parent_id = ANY (%s) AND gone_at IS NULL", (self._lives,)
         ).fetchall()
         present = [id for id, pid in children if _runs(pid)]
         if present:
@@ -269,7 +280,8 @@ class Presence:
         with contextlib.suppress(psycopg.Error, OSError):
             to = connect("longhaul leaves")
             to.execute(
-                "DELETE FROM longhaul_tools_worker WHERE id = %(id)s OR parent_id = %(id)s", {"id": self.life.id}
+                "DELETE FROM longhaul_tools_worker WHERE id = ANY (%(lives)s) OR parent_id = ANY (%(lives)s)",
+                {"lives": self._lives},
             )
             to.close()
         self._drop()

@@ -95,7 +95,7 @@ class Migration(migrations.Migration):
                 ('beat_at', models.DateTimeField(db_default=threads.clock.Now())),
                 ('draining', models.BooleanField(default=False)),
                 ('gone_at', models.DateTimeField(null=True)),
-                ('parent', models.ForeignKey(null=True, on_delete=django.db.models.deletion.CASCADE, related_name='children', to='longhaul_tools.worker')),
+                ('parent', models.ForeignKey(db_constraint=False, null=True, on_delete=django.db.models.deletion.CASCADE, related_name='children', to='longhaul_tools.worker')),
             ],
         ),
         migrations.AddIndex(

@@ -1,0 +1,50 @@
+"""An agent whose tools leave a trace of each start, one tool a declaration of what may run again."""
+
+import time
+from typing import Any
+
+import redis
+from django.conf import settings
+
+from agents_project.demo.models import Ledger
+from runs import Agent
+from tools import ToolContext, tool
+
+
+def _begin(ctx: ToolContext, seconds: float) -> None:
+    """Count a start outside of any transaction, then work."""
+    redis.Redis.from_url(settings.REDIS_URL).rpush(f"started:{ctx.tool_call.id}", ctx.attempt)
+    time.sleep(seconds if ctx.attempt == 1 else 0)
+
+
+@tool(atomic=True)
+def atomic(seconds: float, ctx: ToolContext) -> str:
+    """Work, with an effect in the transaction that settles the call."""
+    Ledger.objects.create(call_id=ctx.tool_call.id, number=ctx.attempt)
+    _begin(ctx, seconds)
+    return "done"
+
+
+@tool(idempotent=True)
+def idempotent(seconds: float, ctx: ToolContext) -> str:
+    """Work that may run again."""
+    _begin(ctx, seconds)
+    return "done"
+
+
+@tool
+def plain(seconds: float, ctx: ToolContext) -> str:
+    """Work that may run again only when its worker is surely gone."""
+    _begin(ctx, seconds)
+    return "done"
+
+
+@tool(idempotent=False)
+def once(seconds: float, ctx: ToolContext) -> str:
+    """Work that must not start twice."""
+    _begin(ctx, seconds)
+    return "done"
+
+
+TOOLS: list[Any] = [atomic, idempotent, plain, once]
+worker_test = Agent(name="worker_test", model="openai:test", instructions="Do as told.", tools=TOOLS)

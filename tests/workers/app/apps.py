@@ -1,0 +1,6 @@
+from django.apps import AppConfig
+
+
+class WorkersTestConfig(AppConfig):
+    name = "tests.workers.app"
+    label = "longhaul_workers_test"

@@ -1,0 +1,171 @@
+"""Real workers, a real model server, and the database of this test session between them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit, urlunsplit
+
+import psycopg
+import pytest
+from django.db import connection
+
+from agents_project.demo.model_server import Cut, ModelCall, ModelServer, Pause, Reply, Silence, Status, Text, ToolCall
+from runs import Run, invariants
+from runs.agents import registry
+from tests.workers.app.agents import worker_test
+from tools.models import Worker
+
+POOLS = {
+    "agents": ["-P", "gevent", "-c", "100"],
+    "tools": ["-P", "prefork", "-c", "2"],
+    "control": ["-P", "threads", "-c", "2"],
+}
+PATIENCE = 40.0  # seconds: a loaded machine takes several for each Python it starts
+
+
+def eventually(what: Callable[[], Any], *, within: float = PATIENCE, why: str = "") -> Any:
+    """Return the first true answer."""
+    until = time.monotonic() + within
+    while True:
+        answer = what()
+        if answer:
+            return answer
+        if time.monotonic() > until:
+            raise AssertionError(f"not within {within} s: {why or what}")
+        time.sleep(0.02)  # between looks at a condition
+
+
+def script(call: ModelCall) -> Reply:
+    """Say what the user asks for: `tell ...`, `silence`, `call TOOL SECONDS`, `fail KIND ...` (by the tries so far)."""
+    last = next(place for place in range(len(call.messages) - 1, -1, -1) if call.messages[place]["role"] == "user")
+    word, *rest = str(call.messages[last]["content"]).split()
+    if any(message["role"] == "tool" for message in call.messages[last:]):
+        return [Text("It is done.")]
+    match word:
+        case "call":
+            return [ToolCall(rest[0], {"seconds": float(rest[1])})]
+        case "silence":
+            return [Text("So far so "), Silence()]
+        case "fail":
+            name = " ".join(rest)
+            tries[name] = tries.get(name, 0) + 1
+            if tries[name] > int(rest[1]):
+                return [Text("At last.")]
+            return {
+                "500": [Status(500, "out of order")],
+                "429": [Status(429, "slow down", {"retry-after": "1"})],
+                "cut": [Text("Half a sen"), Cut()],
+            }[rest[0]]
+        case _:
+            return [Text(" ".join(f"w{n}" for n in range(40)), chunk_chars=4, delay=0.03), Pause(0.0)]
+
+
+tries: dict[str, int] = {}
+
+
+@dataclass
+class Kit:
+    """The workers of this session. A test may kill any of them: the next one gets what it asks for by `up`."""
+
+    environment: dict[str, str]
+    folder: Path
+    model: ModelServer
+    processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
+    started: int = 0
+
+    def up(self, **kinds: int) -> None:
+        """Have at least so many workers of each kind, present by their rows."""
+        for kind, count in kinds.items():
+            for _ in range(count - len(self.names(kind))):
+                self._start(kind)
+        eventually(
+            lambda: all(len(self._present(kind)) >= count for kind, count in kinds.items()), why=f"{kinds} present"
+        )
+
+    def names(self, kind: str) -> list[str]:
+        return [name for name, process in self.processes.items() if name.startswith(kind) and process.poll() is None]
+
+    def _present(self, kind: str) -> list[str]:
+        rows = Worker.objects.filter(kind=kind, gone_at=None, parent=None).values_list("name", flat=True)
+        return [name for name in self.names(kind) if f"{name}@test" in set(rows)]
+
+    def _start(self, kind: str) -> None:
+        self.started += 1
+        name = f"{kind}-{self.started}"
+        command = [
+            sys.executable,
+            "-m",
+            "celery",
+            "-A",
+            "agents_project",
+            "worker",
+            "-Q",
+            f"longhaul.{kind}",
+            "-n",
+            f"{name}@test",
+        ]
+        quiet = ["--without-gossip", "--without-mingle", "--without-heartbeat"]
+        environment = {**self.environment, **({"LONGHAUL_DB_POOL": "1"} if kind == "agents" else {})}
+        with (self.folder / f"{name}.log").open("wb") as log:
+            self.processes[name] = subprocess.Popen(
+                [*command, *POOLS[kind], *quiet], env=environment, stdout=log, stderr=log, start_new_session=True
+            )
+
+    def of(self, life: Any) -> subprocess.Popen[bytes]:
+        """Return the process that holds a claim under this life."""
+        name = Worker.objects.get(pk=life).name.partition("@")[0]
+        return self.processes[name]
+
+    def kill(self, process: subprocess.Popen[bytes], number: int = signal.SIGKILL) -> None:
+        """Send a signal to the whole worker: a prefork parent takes its children along."""
+        os.killpg(process.pid, number)
+        if number == signal.SIGKILL:
+            process.wait()
+
+
+@pytest.fixture(scope="session")
+def kit(django_db_setup: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kit]:
+    parts = urlsplit(os.environ["DATABASE_URL"])
+    database = urlunsplit(parts._replace(path=f"/{connection.settings_dict['NAME']}"))
+    with ModelServer(script) as model:
+        environment = {
+            **os.environ,
+            "DATABASE_URL": database,
+            "DJANGO_SETTINGS_MODULE": "tests.workers.settings",
+            "OPENAI_BASE_URL": model.url,
+            "OPENAI_API_KEY": "sk-test",
+            "LOG_LEVEL": "INFO",
+        }
+        kit = Kit(environment, tmp_path_factory.mktemp("workers"), model)
+        try:
+            yield kit
+        finally:
+            for process in kit.processes.values():
+                if process.poll() is None:
+                    kit.kill(process)
+            # They were connected to the test database, which goes now: wait until the server has noticed.
+            with psycopg.connect(os.environ["DATABASE_URL"], autocommit=True) as admin:
+                query = "SELECT count(*) FROM pg_stat_activity WHERE datname = %s AND pid <> pg_backend_pid()"
+                name = connection.settings_dict["NAME"]
+                connection.close()
+                eventually(lambda: admin.execute(query, (name,)).fetchone() == (0,), why="the workers' connections end")
+
+
+@pytest.fixture
+def workers(kit: Kit, transactional_db: None) -> Iterator[Kit]:
+    """Workers of every kind; afterwards nothing runs on, and no invariant is violated."""
+    registry.add(worker_test)
+    kit.up(agents=2, tools=1, control=1)
+    yield kit
+    for run in Run.objects.exclude(status__in=["completed", "failed", "cancelled"]):
+        run.cancel()
+    report = invariants.check()
+    assert not any(report.violations.values()), str(report)

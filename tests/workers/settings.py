@@ -1,0 +1,7 @@
+"""What the workers of these tests run with: the project, their agents, and short times."""
+
+from agents_project.settings import *  # noqa: F403
+from agents_project.settings import INSTALLED_APPS
+
+INSTALLED_APPS = [*INSTALLED_APPS, "tests.workers.app"]
+LONGHAUL = {"DRAIN_GRACE_SECONDS": 1, "MODEL_SILENCE_SECONDS": 60}

@@ -12,6 +12,7 @@ from django.conf import settings
 from django.db import models, transaction
 
 from threads.clock import Now
+from threads.exceptions import BadInput
 from threads.ids import new_id
 
 
@@ -59,6 +60,11 @@ class Thread(models.Model):
         from threads import transcript
 
         with transaction.atomic():
+            try:
+                # The run that occupies the thread, or the thread itself: none starts between here and the end.
+                transcript.lock_occupant(self.pk)
+            except BadInput:
+                pass  # it is gone already
             transcript.vacate(self.pk)
             return super().delete(*args, **options)
 

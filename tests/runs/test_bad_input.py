@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from uuid import uuid4
 
 import pytest
+from django.apps import apps
 from django.db import connection
 
 from runs import agents, engine
@@ -51,7 +53,7 @@ def test_an_unknown_agent(agent: Agent) -> None:
 
 def test_an_unknown_thread_or_message(agent: Agent) -> None:
     with refused(BadInput, "Thread", "Message"):
-        agent.start("hello", thread=uuid4())  # type: ignore[arg-type]
+        agent.start("hello", thread=uuid4())
     gone = Thread(id=uuid4())
     gone._state.adding = False
     with refused(BadInput, f"There is no thread {gone.pk}"):
@@ -158,6 +160,7 @@ def test_a_thread_whose_overrides_do_not_fit(
     Thread.objects.filter(pk=run.thread_id).update(overrides=overrides)
     run_to_end(run)
     assert (run.status, run.stop_reason) == ("failed", "configuration")
+    assert run.error is not None
     assert all(word in run.error["message"] for word in words)
     assert scripted_model.requests == []
     assert_invariants(run)
@@ -214,7 +217,7 @@ def test_a_thread_deleted_under_running_calls(cast: Cast, scripted_model: Script
 def test_a_thread_deleted_while_a_run_starts_on_it(agent: Agent) -> None:
     for _ in range(5):
         thread = Thread.objects.create()
-        started, deleted = Together(lambda: agent.start("hello", thread=thread), lambda: _delete(thread.pk)).join()
+        started, deleted = Together(partial(agent.start, "hello", thread=thread), partial(_delete, thread.pk)).join()
         assert isinstance(started, Run | BadInput), started
         assert not isinstance(deleted, BaseException), deleted
         assert not any(rows().values())
@@ -241,7 +244,7 @@ def apps_on_disk(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[An
             (tmp_path / name / "agents.py").write_text(text)
             made.append(name)
             configs.append(SimpleNamespace(name=name, module=__import__(name)))
-        monkeypatch.setattr(agents.apps, "get_app_configs", lambda: configs)
+        monkeypatch.setattr(apps, "get_app_configs", lambda: configs)
         return Registry()
 
     yield make

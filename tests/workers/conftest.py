@@ -59,11 +59,12 @@ def script(call: ModelCall) -> Reply:
             tries[name] = tries.get(name, 0) + 1
             if tries[name] > int(rest[1]):
                 return [Text("At last.")]
-            return {
+            failures: dict[str, Reply] = {
                 "500": [Status(500, "out of order")],
                 "429": [Status(429, "slow down", {"retry-after": "1"})],
                 "cut": [Text("Half a sen"), Cut()],
-            }[rest[0]]
+            }
+            return failures[rest[0]]
         case _:
             return [Text(" ".join(f"w{n}" for n in range(40)), chunk_chars=4, delay=0.03), Pause(0.0)]
 

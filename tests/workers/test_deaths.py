@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from uuid import UUID
 
 import psycopg
 import pytest
@@ -96,6 +97,7 @@ def test_a_call_that_must_not_start_twice_is_unknown_when_its_worker_dies(worker
 def test_a_killed_prefork_child_costs_its_call_and_no_other(workers: Kit) -> None:
     run = worker_test.start("call idempotent 30")
     call = working(run)
+    assert call.holder is not None
     child = Worker.objects.get(pk=call.holder)
     assert child.parent_id is not None
     os.kill(child.pid, signal.SIGKILL)
@@ -139,7 +141,8 @@ def test_the_late_result_of_a_cancelled_call_changes_nothing(workers: Kit) -> No
     assert (call.outcome, Run.objects.get(pk=run.pk).last_seq) == ("cancelled", last)
 
 
-def workers_name(life: object) -> str:
+def workers_name(life: UUID | None) -> str:
+    assert life is not None
     return Worker.objects.get(pk=life).name.partition("@")[0]
 
 

@@ -692,7 +692,7 @@ def test_a_hundred_answers_stream_at_once(service: Service) -> None:
         thread.join()
 
     assert heard == ["Hello."] * 100
-    assert service.server.open_streams == 0
+    wait_until(lambda: service.server.open_streams == 0)
 
 
 # --- secrets --------------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from django.db import models
 
 from threads.clock import Now
 from threads.ids import new_id
-from threads.models import Thread
+from threads.models import Message, Thread
 
 if TYPE_CHECKING:
     from runs.events import RunEvent
@@ -247,8 +247,9 @@ class Leg(models.Model):
 class Step(models.Model):
     """One committed model turn, with enough to rebuild the exact request that was sent.
 
-    `context` is `{"first": position, "last": position, "pinned": [ids], "skipped": [ids]}`: the messages of the thread from first to last
-    without the skipped ones, after the pinned ones.
+    `context` says by their places which messages of the thread the model was shown: `{"pinned": [place, ...], "first": place,
+    "last": place, "skipped": [[place, place], ...]}` is the pinned ones, and from first to last all but the skipped stretches,
+    whose ends belong to them. `shown()` reads them. `options` holds the `tool_choice` too.
     """
 
     id = models.UUIDField(primary_key=True, default=new_id, editable=False)
@@ -270,6 +271,14 @@ class Step(models.Model):
 
     def __str__(self) -> str:
         return f"step {self.number} of {self.run_id}"
+
+    def shown(self) -> models.QuerySet[Message]:
+        """Return the messages that the model was shown in this step, in their order, whatever became of them since."""
+        within = models.Q(position__range=(self.context["first"], self.context["last"]))
+        for stretch in self.context["skipped"]:
+            within &= ~models.Q(position__range=stretch)
+        pinned = models.Q(position__in=self.context["pinned"])
+        return Message.objects.filter(within | pinned, thread=self.run.thread_id).order_by("position")
 
 
 class Event(models.Model):

@@ -6,8 +6,9 @@ A leg reads the thread once and afterwards only what is new, so a step costs wha
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 
@@ -71,10 +72,16 @@ class Window:
         return [message.rendered for message in (*self._pinned, *self._shown) if message.rendered]
 
     def described(self) -> dict[str, Any]:
-        """Return what a Step keeps, enough to rebuild the request: the places from first to last, and the pinned ids."""
+        """Return what a Step keeps, enough to rebuild the request: see `runs.models.Step`."""
+        first, last = (self._shown[0].position, self._shown[-1].position) if self._shown else (0, 0)
         return {
-            "first": self._shown[0].position if self._shown else 0,
-            "last": self._shown[-1].position if self._shown else 0,
-            "count": len(self._shown),
-            "pinned": [message.id for message in self._pinned],
+            "pinned": [message.position for message in self._pinned],
+            "first": first,
+            "last": last,
+            "skipped": list(self._skipped()) if last - first >= len(self._shown) else [],
         }
+
+    def _skipped(self) -> Iterator[tuple[int, int]]:
+        for before, after in pairwise(message.position for message in self._shown):
+            if after - before > 1:
+                yield before + 1, after - 1

@@ -189,7 +189,7 @@ BEGIN
     IF p_after = 0 THEN  -- the run's own input is shown even when it is further back
         SELECT jsonb_agg(jsonb_build_array(id, position, role, content, run_id) ORDER BY position) INTO v_pinned
         FROM longhaul_threads_message
-        WHERE run_id = p_run.id AND step IS NULL AND status IN ('completed', 'partial')
+        WHERE run_id = p_run.id AND step IS NULL AND role IN ('user', 'system') AND status IN ('completed', 'partial')
           AND position < coalesce((v_context->0->>1)::bigint, 0);
     END IF;
     SELECT coalesce(max(position), 0) + 1 INTO v_place FROM longhaul_threads_message WHERE thread_id = p_run.thread_id;

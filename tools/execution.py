@@ -22,7 +22,7 @@ from django.db import DatabaseError, InterfaceError, OperationalError, connectio
 from threads import database
 from tools import lifecycle, run_log
 from tools.context import ToolContext
-from tools.exceptions import InvalidArguments, ToolError, ToolFailed
+from tools.exceptions import InvalidArguments, InvalidResult, ToolError, ToolFailed
 from tools.models import Outcome, ToolCall
 from tools.presence import Presence
 from tools.registry import Tool
@@ -154,6 +154,8 @@ def _after_error(claimed: Claimed, tool: Tool, error: Exception) -> None:
             claimed, Outcome.FAILED, error={"code": "timed_out", "message": "The tool did not finish in time."}
         )
     if isinstance(error, ToolError):
+        if isinstance(error, InvalidResult):  # only here stands what a serializer of the user's raised
+            logger.warning("The result of call %s cannot be JSON", claimed.call_id, exc_info=error)
         return _settle(claimed, Outcome.FAILED, error=_described(error))
     logger.warning(
         "Tool %s, call %s, attempt %s failed", claimed.name, claimed.call_id, claimed.attempt, exc_info=error

@@ -134,28 +134,53 @@ def compile_arguments(
 def jsonable(value: Any) -> Any:
     """Return the value as JSON knows it, and as Postgres can store it. Raises TypeError when that cannot be.
 
-    Models and dataclasses become objects, dates and Decimals strings. NaN and the infinities become strings and a NUL
-    character becomes U+FFFD, for neither exists in `jsonb`, and a result that was paid for must not be lost to it.
+    Models and dataclasses become objects, dates and Decimals strings. So do NaN, the infinities and integers beyond 64
+    bits, and a NUL character becomes U+FFFD: neither `jsonb` nor orjson knows all of them, and a result that was paid
+    for must not be lost to it. The model reads the text of the TypeError, so that carries nothing of a foreign exception.
     """
     try:
         text = to_json(value, inf_nan_mode="strings")
     except (PydanticSerializationError, ValueError) as error:
-        reason = str(error).removeprefix("Error serializing to JSON: ")
-        raise TypeError(
-            f"{type(value).__name__} cannot be written as JSON: {reason}."
-            " Return plain values (str, int, dict, list), a dataclass or a pydantic model."
-        ) from error
-    result = from_json(text)
-    return _without_nul(result) if b"\\u0000" in text else result
+        raise _unwritable(value, _own_words(error)) from error
+    try:
+        result = from_json(text)
+    except ValueError as error:  # nested too deep, or a number of thousands of digits
+        raise _unwritable(value, str(error)) from error
+    return _storable(result) if b"\\u0000" in text or _MANY_DIGITS.search(text) else result
 
 
-def _without_nul(value: Any) -> Any:
+_MANY_DIGITS = re.compile(rb"[0-9]{19}")  # as many as the smallest integer beyond 64 bits has
+
+# What pydantic-core says by itself. All else is the text of an exception that a serializer of the user's raised.
+_OF_PYDANTIC = re.compile(
+    r"(?:Error serializing to JSON: )?(?:\w+: )?"
+    r"(Unable to serialize unknown type: <class '[\w.<>]+'>|Circular reference detected \(id repeated\)"
+    r"|Maximum serialization depth exceeded|in(?:valid|complete) utf-8 (?:byte )?sequence[ \w]*"
+    r"|'utf-8' codec can't encode characters? [\\'\w ]*in position [\d-]+: surrogates not allowed)"
+)
+
+
+def _own_words(error: Exception) -> str:
+    known = _OF_PYDANTIC.fullmatch(str(error))
+    return known[1] if known else "a serializer or computed field of its own failed"
+
+
+def _unwritable(value: Any, reason: str) -> TypeError:
+    return TypeError(
+        f"{type(value).__name__} cannot be written as JSON: {reason}."
+        " Return plain values (str, int, dict, list), a dataclass or a pydantic model."
+    )
+
+
+def _storable(value: Any) -> Any:
     if isinstance(value, str):
         return value.replace("\0", "\ufffd")
+    if isinstance(value, int):
+        return value if -(2**63) <= value < 2**64 else str(value)
     if isinstance(value, list):
-        return [_without_nul(each) for each in value]
+        return [_storable(each) for each in value]
     if isinstance(value, dict):
-        return {_without_nul(key): _without_nul(each) for key, each in value.items()}
+        return {_storable(key): _storable(each) for key, each in value.items()}
     return value
 
 

@@ -507,7 +507,8 @@ def test_whatever_a_model_sends_is_taken_or_refused(text: str | bytes) -> None:
         (Point(1.0), {"x": 1.0, "y": 0.0}),
         ((1, 2), [1, 2]),
         ({1: "one"}, {"1": "one"}),
-        (10**40, 10**40),
+        (2**64 - 1, 2**64 - 1),
+        ([10**40, {"wei": -(10**40)}], [str(10**40), {"wei": str(-(10**40))}]),
         (b"bytes", "bytes"),
         ([float("nan"), float("-inf")], ["NaN", "-Infinity"]),
         ({"a\0": ["b\0c", "\\u0000"]}, {"a\ufffd": ["b\ufffdc", "\\u0000"]}),
@@ -516,6 +517,13 @@ def test_whatever_a_model_sends_is_taken_or_refused(text: str | bytes) -> None:
 def test_results_become_json_that_postgres_can_store(value: Any, expected: Any) -> None:
     assert jsonable(value) == expected
     json.dumps(jsonable(value), allow_nan=False)
+
+
+def nested(depth: int) -> list[Any]:
+    value: list[Any] = []
+    for _ in range(depth):
+        value = [value]
+    return value
 
 
 def test_what_cannot_be_json_is_named() -> None:
@@ -527,6 +535,9 @@ def test_what_cannot_be_json_is_named() -> None:
         (circle, "Circular reference"),
         (b"\xff", "utf-8"),
         ("\ud800", "surrogates"),
+        (10**5000, "number out of range"),
+        (nested(250), "recursion limit"),
+        (nested(300), "Maximum serialization depth"),
     ):
         with pytest.raises(TypeError, match=reason) as caught:
             jsonable(value)
@@ -535,7 +546,8 @@ def test_what_cannot_be_json_is_named() -> None:
 
 TEXT = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]))
 JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | TEXT, lambda some: st.lists(some) | st.dictionaries(TEXT, some)
+    st.none() | st.booleans() | st.integers(-(2**63), 2**64 - 1) | TEXT,
+    lambda some: st.lists(some) | st.dictionaries(TEXT, some),
 )
 
 

@@ -40,7 +40,7 @@ class CallTool:
     arguments: Mapping[str, Any] | str
 
 
-def call(name: str, **arguments: Any) -> CallTool:
+def call(name: str, /, **arguments: Any) -> CallTool:
     """Let the model call a tool."""
     return CallTool(name, arguments)
 

@@ -7,7 +7,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
-from datetime import datetime
+from datetime import datetime, timedelta
 from functools import partial
 from typing import Any
 
@@ -19,11 +19,12 @@ from django.db import connection
 from runs import admission, bells, engine, events
 from runs.agents import Agent
 from runs.events import RunEvent
-from runs.models import Run
+from runs.models import Event, Run
 from runs.providers.port import ModelEvent, ModelRequest, ProviderError, TextDelta
 from runs.pytest_longhaul import ScriptedModel, assert_invariants, call, run_to_end
 from tests.protocol.rows import wait_until
 from tests.runs.scenes import Cast, Together, agents_process, speaking
+from threads import clock
 from threads.models import Thread
 from tools import tool
 
@@ -179,6 +180,13 @@ def test_an_event_is_flat_for_its_readers_and_its_time_is_in_utc(agent: Agent) -
     assert shown == {"seq": 2, "type": "run.queued", "run": str(run.pk), "reason": "start"}
     assert at.endswith("Z")
     assert datetime.fromisoformat(at) == queued.at
+
+
+@pytest.mark.django_db
+def test_a_clock_that_went_back_does_not_change_the_order(agent: Agent) -> None:
+    run = agent.start("hello").cancel()
+    Event.objects.filter(run=run, seq=1).update(at=clock.now() + timedelta(hours=1))
+    assert [event.seq for event in run.events()] == [1, 2, 3]
 
 
 @live

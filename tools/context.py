@@ -7,7 +7,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
-from tools.schema import jsonable
+from tools.schema import jsonable, storable_text
 
 if TYPE_CHECKING:
     from django.contrib.auth.base_user import AbstractBaseUser
@@ -134,7 +134,7 @@ class ToolContext:
         if fraction is not None:
             fraction = float(fraction)
             fraction = None if math.isnan(fraction) else min(max(fraction, 0.0), 1.0)
-        self._report_progress(fraction, str(note))
+        self._report_progress(fraction, storable_text(str(note)))
 
     def emit(self, data: Any) -> None:
         """Put data into the run's event log, for its readers; the model does not see it.

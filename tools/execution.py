@@ -8,12 +8,13 @@ lock taken last. The settlement is repeated until it is answered; a crash betwee
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 from uuid import UUID
 
 from celery.exceptions import SoftTimeLimitExceeded
@@ -26,8 +27,12 @@ from tools.exceptions import InvalidArguments, InvalidResult, ToolError, ToolFai
 from tools.models import Outcome, ToolCall
 from tools.presence import Presence
 from tools.registry import Tool
+from tools.schema import storable_text
 
 logger = logging.getLogger("longhaul.tools")
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 PROGRESS_SECONDS = 1.0
 
@@ -109,7 +114,10 @@ def _claim(call_id: UUID, attempt: int, *, presence: Presence, task_id: str, alo
 def _execute(claimed: Claimed, tool: Tool, arguments: dict[str, Any]) -> None:
     try:
         result = tool.serialize(_call(claimed, tool, arguments))
-    except Exception as error:
+    except (
+        Exception,
+        asyncio.CancelledError,
+    ) as error:  # a cancel inside an async tool's own loop: an error like others
         _after_error(claimed, tool, error)
     else:
         _settle(claimed, Outcome.SUCCESS, result=result)
@@ -147,7 +155,7 @@ def _call(claimed: Claimed, tool: Tool, arguments: dict[str, Any]) -> Any:
     return tool.function(**arguments)
 
 
-def _after_error(claimed: Claimed, tool: Tool, error: Exception) -> None:
+def _after_error(claimed: Claimed, tool: Tool, error: BaseException) -> None:
     """Settle as failed, or ask for another attempt, as the error's class and the tool's policy say."""
     if isinstance(error, SoftTimeLimitExceeded):
         return _settle(
@@ -172,7 +180,7 @@ def _after_error(claimed: Claimed, tool: Tool, error: Exception) -> None:
 
 
 def _described(error: ToolError) -> dict[str, str]:
-    return {"code": error.code, "message": str(error)}
+    return {"code": error.code, "message": storable_text(str(error))}
 
 
 def _settle(claimed: Claimed, outcome: Outcome, *, result: Any = None, error: Mapping[str, Any] | None = None) -> None:
@@ -265,10 +273,29 @@ def context_of(claimed: Claimed) -> ToolContext:
         run_id=claimed.run_id,
         thread_id=thread_id,
         owner_id=answer["owner"],
-        load_run=lambda: log.run(claimed.run_id),
-        load_thread=lambda: log.thread(thread_id),
-        load_owner=owner,
-        report_progress=report,
-        emit_data=emit,
-        check_cancelled=cancelled,
+        load_run=_beside_a_loop(lambda: log.run(claimed.run_id)),
+        load_thread=_beside_a_loop(lambda: log.thread(thread_id)),
+        load_owner=_beside_a_loop(owner),
+        report_progress=_beside_a_loop(report),
+        emit_data=_beside_a_loop(emit),
+        check_cancelled=_beside_a_loop(cancelled),
     )
+
+
+def _beside_a_loop(work: Callable[P, R]) -> Callable[P, R]:
+    """Let an async tool call this too, on its worker's own connection.
+
+    Django refuses database work wherever a loop runs, for it would block what else the loop serves. The loop of an
+    async tool serves its call alone.
+    """
+
+    @functools.wraps(work)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        loop = asyncio._get_running_loop()
+        asyncio._set_running_loop(None)
+        try:
+            return work(*args, **kwargs)
+        finally:
+            asyncio._set_running_loop(loop)
+
+    return call

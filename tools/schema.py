@@ -160,6 +160,11 @@ _OF_PYDANTIC = re.compile(
 )
 
 
+def storable_text(text: str) -> str:
+    """Return the text without what neither UTF-8 nor `jsonb` can hold: a file's name may have it, and must not fail a call."""
+    return text.encode("utf-8", "replace").decode().replace("\0", "\ufffd")
+
+
 def _own_words(error: Exception) -> str:
     known = _OF_PYDANTIC.fullmatch(str(error))
     return known[1] if known else "a serializer or computed field of its own failed"

@@ -66,6 +66,23 @@ def test_the_text_of_any_other_exception_is_kept_from_model_and_log(
     assert_invariants(run)
 
 
+@pytest.mark.parametrize("atomic", [False, True])
+@pytest.mark.parametrize(
+    ("text", "kept"), [("no file a\udcff", "no file a?"), ("a\0b", "a\ufffdb")], ids=["surrogate", "nul"]
+)
+def test_what_a_tool_says_is_told_though_it_is_no_clean_text(
+    scripted_model: ScriptedModel, atomic: bool, text: str, kept: str
+) -> None:
+    @tool(atomic=atomic)
+    def refuse() -> None:
+        """Refuse."""
+        raise ToolFailed(text)
+
+    run = took(scripted_model, refuse)
+    assert only_call(run).error == {"code": "tool_failed", "message": kept}
+    assert_invariants(run)
+
+
 # --- retries
 
 
@@ -228,6 +245,18 @@ def test_an_async_tool_is_awaited_and_fails_like_any_other(scripted_model: Scrip
     fetched, refused = calls_of(run)
     assert (fetched.result, attempts(fetched)) == ("fetched", ["retrying", "success"])
     assert (refused.error, attempts(refused)) == ({"code": "model_retry", "message": "not so"}, ["failed"])
+    assert_invariants(run)
+
+
+def test_an_async_tool_that_was_cancelled_from_within_has_failed(scripted_model: ScriptedModel) -> None:
+    @tool(retry=AT_ONCE)
+    async def fetch() -> None:
+        """Fetch."""
+        raise asyncio.CancelledError(SECRET)
+
+    run = took(scripted_model, fetch)
+    made = only_call(run)
+    assert made.error == {"code": "error", "message": "The tool failed with CancelledError."}
     assert_invariants(run)
 
 

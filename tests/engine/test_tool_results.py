@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest import mock
 
 import pytest
 from django.contrib.auth.models import Group
@@ -10,7 +11,7 @@ from pydantic import BaseModel, computed_field, field_serializer
 
 from runs.pytest_longhaul import ScriptedModel, assert_invariants
 from tests.engine.tool_runs import SECRET, attempts, only_call, secret_got_out, told, took
-from tools import RetryPolicy, tool
+from tools import RetryPolicy, registry, tool
 
 pytestmark = pytest.mark.django_db
 
@@ -106,4 +107,29 @@ def test_the_text_of_an_exception_of_a_result_is_kept_from_model_and_log(
     assert made.error is not None
     assert made.error["code"] == "invalid_result"
     assert not secret_got_out(scripted_model, run)
+    assert_invariants(run)
+
+
+@pytest.mark.django_db(transaction=True)
+@pytest.mark.parametrize("atomic", [False, True])
+def test_a_result_that_postgres_refuses_fails_the_call_all_the_same(
+    scripted_model: ScriptedModel, monkeypatch: pytest.MonkeyPatch, atomic: bool
+) -> None:
+    """What nobody has foreseen: the settlement itself is what fails."""
+    ran = []
+
+    @tool(atomic=atomic, retry=AT_ONCE)
+    def answer() -> str:
+        """Answer."""
+        ran.append(1)
+        return "refused"
+
+    monkeypatch.setattr(registry, "jsonable", lambda result: "\0" + result)
+    with mock.patch("runs.tasks.publish"):
+        run = took(scripted_model, answer)
+    made = only_call(run)
+    assert made.error is not None
+    assert (made.outcome, made.result) == ("failed", None)
+    assert made.error["code"] == ("error" if atomic else "tool_failed")
+    assert len(ran) == (3 if atomic else 1)  # what an atomic attempt did is rolled back with it
     assert_invariants(run)

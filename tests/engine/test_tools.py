@@ -5,14 +5,17 @@ from __future__ import annotations
 import asyncio
 from datetime import timedelta
 from typing import Any
+from unittest import mock
 
 import pytest
 from celery.exceptions import SoftTimeLimitExceeded
 from django.contrib.auth.models import Group
 
-from runs.pytest_longhaul import ScriptedModel, assert_invariants, call
+from runs import agents
+from runs.models import Run
+from runs.pytest_longhaul import ScriptedModel, assert_invariants, call, run_to_end
 from tests.engine.tool_runs import SECRET, attempts, calls_of, only_call, secret_got_out, told, took
-from tests.runs.scenes import payloads
+from tests.runs.scenes import Together, payloads
 from threads import clock
 from tools import ApprovalRequired, ModelRetry, RetryPolicy, ToolContext, ToolFailed, tool
 
@@ -222,6 +225,30 @@ def test_a_plain_tool_keeps_what_it_wrote_before_it_failed(scripted_model: Scrip
         "attempt 2",
         "attempt 3",
     ]
+
+
+@pytest.mark.django_db(transaction=True)
+def test_the_effect_of_an_atomic_tool_is_gone_when_its_run_was_cancelled_meanwhile(
+    scripted_model: ScriptedModel,
+) -> None:
+    @tool(atomic=True, retry=AT_ONCE)
+    def write(ctx: ToolContext) -> str:
+        """Write a row, while somebody else cancels the run."""
+        Group.objects.create(name="too late")
+        run_id = ctx.run_id
+        [cancelled] = Together(lambda: Run.objects.get(pk=str(run_id)).cancel()).join()
+        assert cancelled.status == "cancelled"
+        return "too late"
+
+    agent = agents.registry.add(agents.Agent(name="clerk", model="scripted:x", tools=[write]))
+    scripted_model.say(call("write"))
+    with mock.patch("runs.tasks.publish"):
+        run = run_to_end(agent.start("hello"))
+    made = only_call(run)
+    assert (run.status, made.outcome, made.result, attempts(made)) == ("cancelled", "cancelled", None, ["cancelled"])
+    assert [part["outcome"] for part in told(run)] == ["cancelled"]
+    assert not Group.objects.exists()
+    assert_invariants(run)
 
 
 # --- several calls, and other loops

@@ -12,11 +12,12 @@ from typing import Any
 from uuid import uuid4
 
 import orjson
-from amqp.exceptions import AMQPError
+from amqp.exceptions import AMQPError, ChannelError
 from celery import signals
 from celery.utils.nodenames import anon_nodename
 from kombu.exceptions import OperationalError as BrokerError
 
+_NO_QUEUE = 404  # of Redis, which keeps no empty list, this is the answer for an empty queue
 _EMBED = {"callbacks": None, "errbacks": None, "chain": None, "chord": None}
 
 
@@ -24,9 +25,21 @@ def depth(app: Any, queue: str) -> int | None:
     """Return how many messages wait in the broker's queue; None when the broker does not say."""
     try:
         with app.pool.acquire(block=True) as connection:
+            _reach(connection)
             return int(connection.default_channel.queue_declare(queue, passive=True).message_count)
+    except ChannelError as error:
+        return 0 if int(error.reply_code or 0) == _NO_QUEUE else None
     except (BrokerError, OSError, AMQPError):
         return None
+
+
+def _reach(connection: Any) -> None:
+    """Be connected, or raise OperationalError at once.
+
+    Left alone, kombu tries for 6 s (measured): the sweep, which must survive the broker, would stand still behind every
+    message, and so would the request that starts a run.
+    """
+    connection.ensure_connection(max_retries=1, interval_start=0, interval_step=0)
 
 
 def send(
@@ -35,8 +48,14 @@ def send(
     """Send a message for `task` to the queue. Raises kombu's OperationalError, or OSError, when the broker is away."""
     app = task.app
     watched = signals.before_task_publish.receivers or signals.after_task_publish.receivers
-    if watched or app.conf.task_always_eager or app.conf.task_send_sent_event:
-        task.apply_async(args, queue=queue, soft_time_limit=soft_time_limit, time_limit=time_limit, retry=False)
+    by_celery = {"queue": queue, "soft_time_limit": soft_time_limit, "time_limit": time_limit, "retry": False}
+    if app.conf.task_always_eager:
+        task.apply_async(args, **by_celery)
+        return
+    if watched or app.conf.task_send_sent_event:
+        with app.producer_pool.acquire(block=True) as producer:
+            _reach(producer.connection)
+            task.apply_async(args, producer=producer, **by_celery)
         return
     task_id = str(uuid4())
     headers = {
@@ -61,6 +80,7 @@ def send(
         "stamps": {},
     }
     with app.producer_pool.acquire(block=True) as producer:
+        _reach(producer.connection)
         producer.publish(
             orjson.dumps((args, {}, _EMBED)).decode(),
             exchange="",

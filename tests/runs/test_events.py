@@ -7,7 +7,8 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
-from datetime import datetime, timedelta
+from dataclasses import replace
+from datetime import datetime, timedelta, timezone
 from functools import partial
 from typing import Any
 
@@ -180,6 +181,8 @@ def test_an_event_is_flat_for_its_readers_and_its_time_is_in_utc(agent: Agent) -
     assert shown == {"seq": 2, "type": "run.queued", "run": str(run.pk), "reason": "start"}
     assert at.endswith("Z")
     assert datetime.fromisoformat(at) == queued.at
+    elsewhere = replace(queued, at=datetime(2026, 11, 21, 1, 30, tzinfo=timezone(timedelta(hours=2))))
+    assert elsewhere.as_dict()["at"] == "2026-11-20T23:30:00Z"
 
 
 @pytest.mark.django_db

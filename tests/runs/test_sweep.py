@@ -1,0 +1,597 @@
+"""The sweep finds what is overdue and moves it on: lost messages, dead and lost holders, what passed its time.
+
+What one SQL function does with one row is held in `tests/protocol`; here it is the passes over real locks and a real broker.
+"""
+
+from __future__ import annotations
+
+import io
+import itertools
+import json
+import socket
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from datetime import timedelta
+from types import SimpleNamespace
+from typing import Any
+from uuid import UUID
+
+import pytest
+from celery import Celery, current_app
+from celery._state import get_current_app
+from django.core.management import call_command
+from django.db import connection
+
+from runs import engine, sweep, tasks, worker
+from runs.sweep import Sweep, SweepThread, Watcher
+from tests.protocol.rows import SECOND, Call, Claim, Database, World, a_call, wait_until
+from threads.ids import new_id
+from tools import messages, presence
+from tools import tasks as tool_tasks
+from tools.presence import Presence
+
+pytestmark = pytest.mark.django_db(transaction=True)
+
+LEASE = timedelta(seconds=61)  # longer than a leg may prepare its turn
+
+
+@pytest.fixture
+def world(transactional_db: None) -> Iterator[World]:
+    connection.ensure_connection()
+    db = Database(connection.connection.info.dsn)
+    yield World(db)
+    db.connection.close()
+
+
+@dataclass
+class Sent:
+    runs: list[tuple[UUID, int]] = field(default_factory=list)
+    calls: list[tuple[UUID, int, timedelta, str]] = field(default_factory=list)
+
+    def taken(self) -> list[Any]:
+        """What was sent since the last look."""
+        seen = [*self.runs, *self.calls]
+        self.runs.clear()
+        self.calls.clear()
+        return seen
+
+
+@pytest.fixture
+def sent(monkeypatch: pytest.MonkeyPatch) -> Sent:
+    """What is sent to the broker, in its place."""
+    sent = Sent()
+    monkeypatch.setattr(tasks, "publish", lambda *message: sent.runs.append(message))
+    monkeypatch.setattr(tool_tasks, "publish", lambda *message: sent.calls.append(message))
+    return sent
+
+
+class Watch:
+    """The sweep's own clock, which counts only for how long it has watched. `meanwhile` happens between two looks."""
+
+    def __init__(self) -> None:
+        self.ahead = 0.0
+        self.meanwhile: Callable[[], Any] = lambda: None
+
+    def monotonic(self) -> float:
+        return time.monotonic() + self.ahead
+
+    def sleep(self, seconds: float) -> None:
+        self.meanwhile()
+
+
+@pytest.fixture
+def watch(monkeypatch: pytest.MonkeyPatch) -> Watch:
+    watch = Watch()
+    monkeypatch.setattr(sweep, "time", SimpleNamespace(monotonic=watch.monotonic, sleep=watch.sleep))
+    return watch
+
+
+@pytest.fixture
+def passes(watch: Watch) -> Iterator[Sweep]:
+    """The sweep of one control process."""
+    passes = Sweep()
+    yield passes
+    passes.watcher.drop()
+
+
+class Process:
+    """A worker's process, as the database sees it: a row that beats, and a session that holds its lock."""
+
+    def __init__(self, world: World, name: str = "agents@a") -> None:
+        self.world = world
+        self.id = world.worker(name)
+        [row] = world.db.rows("SELECT lock_key FROM longhaul_tools_worker WHERE id = %s", self.id)
+        self.key = row["lock_key"]
+        self.lock()
+
+    def lock(self) -> None:
+        self.session = Database(connection.connection.info.dsn)
+        self.session.execute("SELECT pg_advisory_lock(%s)", self.key)
+
+    def die(self) -> None:
+        """Its socket closes, as the kernel does it for a killed process."""
+        ours = socket.socket(fileno=self.session.connection.pgconn.socket)
+        ours.shutdown(socket.SHUT_RDWR)
+        ours.detach()
+        self.session.connection.close()
+        wait_until(lambda: not self.locked())
+
+    def locked(self) -> bool:
+        return bool(self.world.db.one("SELECT longhaul_worker_locked(%s)", self.id))
+
+    def closed(self) -> bool:
+        [row] = self.world.db.rows("SELECT gone_at FROM longhaul_tools_worker WHERE id = %s", self.id)
+        return row["gone_at"] is not None
+
+    def speaks(self) -> Claim:
+        return self.world.turn(self.world.claim(self.world.start(), self.id))
+
+    def calls(self, **options: Any) -> Call:
+        """Claim the only call of a run that waits for it."""
+        waiting = self.world.waiting(a_call(**options))
+        [call] = self.world.calls(waiting.run)
+        return self.world.call_claim(call, self.id)
+
+
+@pytest.fixture
+def process(world: World) -> Iterator[Process]:
+    process = Process(world)
+    yield process
+    process.session.connection.close()
+
+
+def reclaimed(world: World, claim: Claim) -> bool:
+    run = world.run(claim.run)
+    return (run["status"], run["epoch"]) == ("queued", claim.epoch + 1)
+
+
+# --- lost messages
+
+
+def test_lost_messages_are_sent_again_after_a_second_and_then_less_and_less_often(
+    world: World, passes: Sweep, sent: Sent
+) -> None:
+    run = world.start()
+    waiting = world.waiting(a_call(timeout_seconds=30, queue="slow"))
+    [call] = world.calls(waiting.run)
+    moments: list[int] = []
+    for second in range(50):
+        world.ahead(second * SECOND + timedelta(milliseconds=50))
+        done = passes.look()
+        seen = sent.taken()
+        assert (done.published_runs, done.published_calls) == ((1, 1) if seen else (0, 0))
+        if seen:
+            assert seen == [(run, 1), (call, 1, timedelta(seconds=30), "slow")]
+            moments.append(second)
+    assert [after - before for before, after in itertools.pairwise([0, *moments])] == [1, 2, 4, 8, 15, 15]
+
+
+def test_a_pass_is_bounded_and_the_next_goes_on(
+    world: World, passes: Sweep, sent: Sent, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sweep, "BATCH", 2)
+    runs = {world.start() for _ in range(5)}
+    world.ahead(2 * SECOND)
+    assert [passes.look().published_runs for _ in range(4)] == [2, 2, 1, 0]
+    assert {run for run, _ in sent.runs} == runs
+
+
+def test_a_message_that_was_not_lost_after_all_does_nothing_when_it_comes_twice(
+    world: World, passes: Sweep, sent: Sent
+) -> None:
+    run = world.start()
+    world.ahead(2 * SECOND)
+    passes.look()
+    [(_, again)] = sent.runs
+    claim = world.claim(run, dispatch=1)
+    assert world.try_claim(run, world.worker(), again) is None
+    assert world.run(run)["holder"] == claim.worker
+
+
+# --- backed off, though the broker has lost everything
+
+
+@pytest.fixture
+def queue(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], None]]:
+    """A queue of the real broker that is this test's alone: give it so many messages."""
+    name = f"test.{new_id()}"
+    monkeypatch.setattr(sweep, "settings", lambda: SimpleNamespace(agents_queue=name, tools_queue=name))
+
+    def fill(count: int) -> None:
+        for _ in range(count):
+            messages.send(tasks.advance_run, [str(new_id()), 1], queue=name)
+
+    yield fill
+    with current_app.pool.acquire(block=True) as broker:
+        broker.default_channel.queue_delete(name)  # type: ignore[attr-defined]
+
+
+def backed_off(world: World) -> tuple[UUID, UUID]:
+    """A run and a call of which several messages were sent."""
+    run, waiting = world.start(), world.waiting()
+    [call] = world.calls(waiting.run)
+    for table, row in (("runs_run", run), ("tools_toolcall", call)):
+        world.db.execute(
+            f"UPDATE longhaul_{table} SET publishes = 5, next_publish_at = longhaul_now() + interval '15 s' WHERE id = %s",
+            row,
+        )
+    return run, call
+
+
+def due_in(world: World) -> list[float]:
+    """In how many seconds the next messages go out."""
+    query = """
+        SELECT extract(epoch FROM next_publish_at - longhaul_now())::float AS due FROM longhaul_runs_run
+        WHERE next_publish_at IS NOT NULL UNION ALL
+        SELECT extract(epoch FROM next_publish_at - longhaul_now())::float FROM longhaul_tools_toolcall"""
+    return [row["due"] for row in world.db.rows(query)]
+
+
+def test_when_the_broker_has_lost_its_messages_all_are_due_in_a_second(
+    world: World, passes: Sweep, queue: Callable[[int], None]
+) -> None:
+    backed_off(world)
+    passes.sweep()
+    assert all(0 < due <= 1 for due in due_in(world))
+
+
+def test_when_the_broker_has_fewer_messages_than_rows_wait_all_are_due_in_a_second(
+    world: World, passes: Sweep, queue: Callable[[int], None]
+) -> None:
+    for _ in range(2):
+        backed_off(world)
+    queue(1)
+    passes.sweep()
+    assert all(0 < due <= 1 for due in due_in(world))
+
+
+def test_while_the_messages_are_there_the_rows_wait_out_their_backoff(
+    world: World, passes: Sweep, queue: Callable[[int], None]
+) -> None:
+    backed_off(world)
+    queue(2)
+    passes.sweep()
+    assert all(due > 10 for due in due_in(world))
+
+
+@pytest.fixture
+def no_broker(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A broker that refuses connections, as one that was stopped does."""
+    present = get_current_app()
+    monkeypatch.setenv("CELERY_BROKER_URL", "redis://127.0.0.1:1/0")  # wins over what an app is told
+    Celery("away").set_current()
+    yield
+    present.set_current()
+
+
+def test_a_broker_that_is_away_says_nothing_of_its_messages(world: World, passes: Sweep, no_broker: None) -> None:
+    backed_off(world)
+    passes.sweep()
+    assert all(due > 10 for due in due_in(world))
+
+
+def test_a_broker_that_is_away_does_not_hold_the_sweep_up(
+    world: World, passes: Sweep, process: Process, no_broker: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    for _ in range(5):
+        backed_off(world)
+    claim = process.speaks()
+    passes.look()
+    world.ahead(16 * SECOND)
+    world.beat(process.id)
+    process.die()
+    began = time.monotonic()
+    done = passes.look()
+    passes.sweep()
+    assert (done.reclaimed_runs, done.published_runs, done.published_calls) == ([claim.run], 5, 5)
+    assert time.monotonic() - began < 3  # kombu by itself waits 6 s for each message
+    assert "waits for the broker to come back" in caplog.text
+
+
+# --- dead by the lock
+
+
+def test_a_run_is_taken_from_a_killed_process_at_once(
+    world: World, passes: Sweep, sent: Sent, process: Process
+) -> None:
+    claim, beside = process.speaks(), world.running()
+    assert not passes.look()
+    process.die()
+    done = passes.look()
+    assert (done.reclaimed_runs, done.dead_workers) == ([claim.run], [process.id])
+    assert reclaimed(world, claim)
+    assert process.closed()
+    assert sent.runs == [(claim.run, 2)]
+    assert world.run(beside.run)["status"] == "running"  # of a worker whose lock was never seen
+    assert not passes.look()
+
+
+def test_a_lock_that_was_free_for_a_moment_is_no_death(
+    world: World, passes: Sweep, sent: Sent, process: Process, watch: Watch
+) -> None:
+    claim = process.speaks()
+    passes.look()
+    process.die()
+    watch.meanwhile = process.lock
+    assert not passes.look()
+    assert world.run(claim.run)["status"] == "running"
+
+
+@pytest.mark.parametrize("options", [{"idempotent": True}, {"atomic": True}], ids=str)
+def test_a_call_that_may_run_again_is_taken_with_the_lock(
+    world: World, passes: Sweep, sent: Sent, process: Process, options: dict[str, bool]
+) -> None:
+    call = process.calls(max_attempts=2, timeout_seconds=9, **options)
+    passes.look()
+    process.die()
+    assert passes.look().reclaimed_calls == [call.id]
+    assert process.closed()
+    assert sent.calls == [(call.id, 2, timedelta(seconds=9), "")]
+
+
+@pytest.mark.parametrize(("options", "then"), [({}, "retrying"), ({"idempotent": False}, "unknown")], ids=str)
+def test_any_other_call_is_taken_when_a_beat_is_missed_too(
+    world: World, passes: Sweep, sent: Sent, process: Process, options: dict[str, bool], then: str
+) -> None:
+    call = process.calls(max_attempts=2, **options)
+    run = process.speaks()
+    passes.look()
+    process.die()
+    # The run is taken, the call is not: its code may still be at work behind a cut connection.
+    done = passes.look()
+    assert (done.reclaimed_runs, done.reclaimed_calls, done.dead_workers) == ([run.run], [], [])
+    assert world.tool_call(call.id)["status"] == "running"
+    world.ahead(4 * SECOND)
+    done = passes.look()
+    assert (done.reclaimed_calls, done.dead_workers) == ([call.id], [process.id])
+    assert world.tool_call(call.id)["status"] == then
+    assert [sent_call for sent_call, *_ in sent.calls] == ([call.id] if then == "retrying" else [])
+
+
+# --- lost holders, and what passed its time
+
+
+@pytest.mark.parametrize("gone", ["closed", "deleted"])
+def test_what_names_a_life_that_is_over_is_taken(
+    world: World, passes: Sweep, sent: Sent, process: Process, gone: str
+) -> None:
+    claim, call, alive = process.speaks(), process.calls(max_attempts=2), world.running()
+    if gone == "closed":
+        world.db.execute("UPDATE longhaul_tools_worker SET gone_at = longhaul_now() WHERE id = %s", process.id)
+    else:
+        world.db.execute("DELETE FROM longhaul_tools_worker WHERE id = %s", process.id)
+    assert not passes.look()  # the watcher judges only lives that are there
+    done = passes.sweep()
+    assert (done.reclaimed_runs, done.reclaimed_calls) == ([claim.run], [call.id])
+    assert sent.runs == [(claim.run, 2)]
+    assert [call for call, *_ in sent.calls] == [call.id]
+    assert world.run(alive.run)["status"] == "running"
+    assert not passes.sweep()
+
+
+def test_a_leg_past_its_deadline_is_taken_from_a_process_that_is_present(
+    world: World, passes: Sweep, sent: Sent, process: Process
+) -> None:
+    preparing = world.claim(world.start(), process.id)
+    speaking = process.speaks()
+    assert not passes.sweep()
+    world.ahead(LEASE)
+    world.beat(process.id)
+    assert passes.sweep().reclaimed_runs == [preparing.run]
+    assert not process.closed()
+    assert world.run(speaking.run)["status"] == "running"  # a model may take longer
+
+
+def test_a_call_past_its_time_gets_its_process_a_grace_and_then_has_timed_out(
+    world: World, passes: Sweep, sent: Sent, process: Process
+) -> None:
+    call = process.calls(timeout_seconds=20, max_attempts=3)
+    world.ahead(24 * SECOND)
+    assert not passes.sweep()
+    world.ahead(26 * SECOND)
+    assert passes.sweep().reclaimed_calls == [call.id]
+    settled = world.tool_call(call.id)
+    assert (settled["status"], settled["outcome"], settled["error"]["code"]) == ("settled", "failed", "timed_out")
+    assert [seq for _, seq in sent.runs] == [2]  # its run goes on
+
+
+@pytest.mark.parametrize("status", ["held", "queued", "running", "waiting", "requires_action"])
+def test_a_run_past_its_deadline_fails_once_the_sweep_has_watched_for_a_while(
+    world: World, passes: Sweep, sent: Sent, watch: Watch, status: str
+) -> None:
+    run, another = world.in_status(status), world.in_status("running")
+    world.db.execute(
+        "UPDATE longhaul_runs_run SET deadline = longhaul_now() + CASE WHEN id = %s THEN interval '1 s' ELSE '1 h' END",
+        run,
+    )
+    passes.watcher.session()
+    watch.ahead = 4
+    world.ahead(2 * SECOND)
+    assert not passes.sweep()  # it may have ended while nobody could write it
+    watch.ahead = 6
+    assert passes.sweep().expired_runs == [run]
+    ended = world.run(run)
+    assert (ended["status"], ended["stop_reason"], ended["error"]["code"]) == ("failed", "deadline", "deadline")
+    assert world.run(another)["status"] == "running"
+    assert not passes.sweep()
+
+
+def test_a_run_that_expires_makes_room_for_the_next_of_its_thread(
+    world: World, sent: Sent, watch: Watch, passes: Sweep
+) -> None:
+    first = world.start()
+    next_one = world.start(world.run(first)["thread_id"], status="held")
+    world.db.execute("UPDATE longhaul_runs_run SET deadline = longhaul_now() WHERE id = %s", first)
+    passes.watcher.session()
+    watch.ahead = 6
+    passes.sweep()
+    assert sent.runs == [(next_one, 1)]
+
+
+# --- a message that the broker delivers again
+
+
+@pytest.fixture
+def receiver(monkeypatch: pytest.MonkeyPatch) -> Iterator[Presence]:
+    """The worker that gets it."""
+    present = Presence(name="agents@b", kind="agents")
+    present.tick()
+    monkeypatch.setattr(worker, "process", lambda: engine.Process(present))
+    monkeypatch.setattr(presence, "current", present)
+    yield present
+    present.end()
+
+
+def deliver(task: Any, *args: Any, again: bool) -> None:
+    task.push_request(id="t", delivery_info={"redelivered": again})
+    try:
+        task.run(*args)
+    finally:
+        task.pop_request()
+
+
+def test_a_redelivered_message_takes_its_run_from_a_holder_that_is_gone(
+    world: World, sent: Sent, process: Process, receiver: Presence
+) -> None:
+    claim = process.speaks()
+    deliver(tasks.advance_run, str(claim.run), 1, again=True)
+    assert world.run(claim.run)["holder"] == process.id  # it is there
+    process.die()
+    deliver(tasks.advance_run, str(claim.run), 1, again=False)
+    assert world.run(claim.run)["holder"] == process.id  # the broker's word is missing
+    deliver(tasks.advance_run, str(claim.run), 1, again=True)
+    assert reclaimed(world, claim)
+    assert sent.runs == [(claim.run, 2)]
+
+
+@pytest.mark.parametrize(
+    ("options", "taken"),
+    [({"idempotent": True}, True), ({"atomic": True}, True), ({}, False), ({"idempotent": False}, False)],
+    ids=str,
+)
+def test_a_redelivered_message_takes_its_call_if_that_may_run_again(
+    world: World, sent: Sent, process: Process, receiver: Presence, options: dict[str, bool], taken: bool
+) -> None:
+    call = process.calls(max_attempts=2, **options)
+    deliver(tool_tasks.execute_call, str(call.id), 1, again=True)
+    assert world.tool_call(call.id)["holder"] == process.id  # it is there
+    process.die()
+    deliver(tool_tasks.execute_call, str(call.id), 1, again=False)
+    assert world.tool_call(call.id)["holder"] == process.id
+    deliver(tool_tasks.execute_call, str(call.id), 1, again=True)
+    assert world.tool_call(call.id)["status"] == ("retrying" if taken else "running")
+    assert [(id, attempt) for id, attempt, *_ in sent.calls] == ([(call.id, 2)] if taken else [])
+
+
+# --- one at a time, and through outages
+
+
+def test_one_process_sweeps_and_when_it_goes_another_does() -> None:
+    first, second = Watcher(), Watcher()
+    try:
+        assert (first.elected(), second.elected()) == (True, False)
+        assert (first.elected(), second.elected()) == (True, False)
+        first.drop()
+        wait_until(second.elected)
+        assert not first.elected()
+    finally:
+        first.drop()
+        second.drop()
+
+
+@pytest.fixture
+def thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[SweepThread]:
+    monkeypatch.setattr(sweep, "LOOK_SECONDS", 0.01)
+    thread = SweepThread()
+    thread.start()
+    yield thread
+    thread.end()
+    assert not thread._thread.is_alive()
+
+
+def test_the_thread_goes_on_after_its_connections_were_cut(world: World, sent: Sent, thread: SweepThread) -> None:
+    run = world.start()
+    world.ahead(2 * SECOND)
+    wait_until(lambda: (run, 1) in sent.runs)
+    cut = world.db.one(
+        "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity"
+        " WHERE application_name = 'longhaul watcher' AND datname = current_database()"
+    )
+    assert cut == 1
+    world.ahead(10 * SECOND)
+    wait_until(lambda: len(sent.runs) > 1)
+
+
+def test_the_thread_goes_on_after_an_error(
+    world: World, sent: Sent, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    look = Sweep.look
+    failed: list[bool] = []
+
+    def fails_once(self: Sweep) -> Any:
+        if not failed:
+            failed.append(True)
+            raise ZeroDivisionError
+        return look(self)
+
+    monkeypatch.setattr(Sweep, "look", fails_once)
+    run = world.start()
+    world.ahead(2 * SECOND)
+    thread = SweepThread()
+    thread.start()
+    wait_until(lambda: (run, 1) in sent.runs)
+    thread.end()
+    assert "The sweep goes on after an error" in caplog.text
+
+
+def test_a_thread_that_is_not_elected_does_nothing(world: World, sent: Sent, monkeypatch: pytest.MonkeyPatch) -> None:
+    looks: list[bool] = []
+    elected = Watcher.elected
+    monkeypatch.setattr(sweep, "LOOK_SECONDS", 0.01)
+
+    def look(self: Watcher) -> bool:
+        looks.append(elected(self))
+        return looks[-1]
+
+    monkeypatch.setattr(Watcher, "elected", look)
+    world.db.execute("SELECT pg_advisory_lock(%s)", sweep.SWEEP_LOCK)
+    world.start()
+    world.ahead(2 * SECOND)
+    thread = SweepThread()
+    thread.start()
+    wait_until(lambda: len(looks) > 3)
+    assert (sent.runs, set(looks)) == ([], {False})
+    world.db.execute("SELECT pg_advisory_unlock(%s)", sweep.SWEEP_LOCK)
+    wait_until(lambda: sent.runs)
+    thread.end()
+
+
+# --- by hand
+
+
+def test_by_hand_a_rehearsal_says_what_the_pass_then_moves(world: World, sent: Sent, process: Process) -> None:
+    silent, present = world.worker(), process.speaks()
+    lost = world.turn(world.claim(world.start(), silent))
+    queued = world.start()
+    world.ahead(20 * SECOND)
+    world.beat(process.id)
+    before = world.dump()
+    said = io.StringIO()
+    call_command("sweep_runs", "--dry-run", stdout=said)
+    assert world.dump() == before
+    assert sent.taken() == []
+    assert "would move: published runs: 1, reclaimed runs: 1, dead workers: 1" in said.getvalue()
+
+    shown = io.StringIO()
+    call_command("sweep_runs", "--json", stdout=shown)
+    moved = json.loads(shown.getvalue())
+    assert (moved["published_runs"], moved["reclaimed_runs"], moved["dead_workers"]) == (
+        1,
+        [str(lost.run)],
+        [str(silent)],
+    )
+    assert sorted(sent.runs) == sorted([(lost.run, 2), (queued, 1)])
+    assert world.run(present.run)["status"] == "running"
+    call_command("sweep_runs", stdout=said)
+    assert "Nothing is overdue." in said.getvalue()

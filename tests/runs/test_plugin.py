@@ -238,17 +238,32 @@ def test_a_retry_of_a_tool_is_waited_out_by_the_clock(scripted_model: ScriptedMo
 def test_who_moves_the_clock_by_hand_sees_what_is_not_due(
     scripted_model: ScriptedModel, monkeypatch: pytest.MonkeyPatch, waits_for: str
 ) -> None:
-    monkeypatch.setattr(pytest_longhaul, "MAX_TURNS", 4)
+    monkeypatch.setattr(pytest_longhaul, "MAX_TURNS", 8)
     if waits_for == "model":
         scripted_model.say(ProviderError("overloaded", "no", retry_after=timedelta(minutes=4)), "done")
     else:
         scripted_model.say(call("flaky", fails=1), "done")
     run = clerk.start("hello")
-    with pytest.raises(AssertionError, match="did not end in 4"):
+    with pytest.raises(AssertionError, match="did not end in 8"):
         run_to_end(run, moves_clock=False)
     assert not run.finished
     move_clock(timedelta(minutes=6))
     assert run_to_end(run, moves_clock=False).output == "done"
+    assert_invariants(run)
+
+
+@pytest.mark.django_db
+def test_a_tool_may_move_the_clock_itself(scripted_model: ScriptedModel, cast: Cast) -> None:
+    @tool(timeout_seconds=7200)
+    def work() -> str:
+        """Work for an hour."""
+        move_clock(timedelta(hours=1))
+        return "worked"
+
+    scripted_model.say([call("work"), call("work")], "done")
+    run = run_to_end(cast(tools=[work]).start("hello"))
+    assert run.output == "done"
+    assert clock.now() - run.created_at >= timedelta(hours=2)
     assert_invariants(run)
 
 

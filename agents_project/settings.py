@@ -140,9 +140,16 @@ if DB_POOL:
     DATABASES["default"]["OPTIONS"]["pool"] = {"min_size": 1, "max_size": 10, "timeout": 10}
 
 CELERY_BROKER_URL = os.environ.get("CELERY_BROKER_URL") or broker_from_redis(REDIS_URL)
-# Without a socket timeout a publish to a hung Redis blocks for ever.
+# Without a socket timeout a publish to a hung Redis blocks for ever. A gevent worker acknowledges many messages at once,
+# each on a connection; one that gets none keeps its place in the worker until the worker ends.
 CELERY_BROKER_TRANSPORT_OPTIONS = (
-    {"socket_timeout": 10, "socket_connect_timeout": 10, "socket_keepalive": True, "visibility_timeout": 3600}
+    {
+        "socket_timeout": 10,
+        "socket_connect_timeout": 10,
+        "socket_keepalive": True,
+        "visibility_timeout": 3600,
+        "max_connections": 1000,
+    }
     if CELERY_BROKER_URL.startswith(("redis", "unix", "valkey", "sentinel"))
     else {"confirm_publish": True}
 )

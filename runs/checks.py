@@ -32,6 +32,7 @@ from runs.conf import KEYS, settings
 SECTION = "longhaul"
 REDIS = ("redis", "rediss", "sentinel", "valkey", "valkeys")
 AMQP = ("amqp", "amqps", "pyamqp", "librabbitmq")
+ACKNOWLEDGED_AT_ONCE = 100  # the least that is worth running a gevent worker for
 VISIBILITY_TIMEOUT = timedelta(hours=1)  # of kombu's Redis transport, when nothing is said
 CONSUMER_TIMEOUT = timedelta(minutes=30)  # of RabbitMQ, when nothing is said
 
@@ -153,6 +154,16 @@ def check_broker(app_configs: Configs, **_: Any) -> list[CheckMessage]:
                 "The connection to Redis has no time limit.",
                 hint="Without one a publish to a Redis that hangs blocks for ever: set CELERY_BROKER_TRANSPORT_OPTIONS ="
                 ' {"socket_timeout": 10, "socket_connect_timeout": 10, "socket_keepalive": True, ...}.',
+                id="longhaul.W004",
+            )
+        )
+    if transport in REDIS and (options.get("max_connections") or 10) < ACKNOWLEDGED_AT_ONCE:
+        found.append(
+            Warning(
+                f"Celery has {options.get('max_connections') or 10} connections to Redis for a worker's acknowledgements.",
+                hint="A gevent worker acknowledges many messages at once, each on a connection of its own; a message that"
+                " gets none keeps its place in the worker until the worker ends: set CELERY_BROKER_TRANSPORT_OPTIONS ="
+                ' {"max_connections": 1000, ...}. They are opened when they are needed.',
                 id="longhaul.W004",
             )
         )

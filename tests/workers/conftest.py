@@ -113,7 +113,7 @@ class Kit:
             "-n",
             f"{name}@test",
         ]
-        quiet = ["--without-gossip", "--without-mingle", "--without-heartbeat"]
+        quiet = ["--without-gossip", "--without-mingle", "--without-heartbeat", "--loglevel", "INFO"]
         environment = {**self.environment, **({"LONGHAUL_DB_POOL": "1"} if kind == "agents" else {})}
         with (self.folder / f"{name}.log").open("wb") as log:
             self.processes[name] = subprocess.Popen(
@@ -143,7 +143,6 @@ def kit(django_db_setup: None, tmp_path_factory: pytest.TempPathFactory) -> Iter
             "DJANGO_SETTINGS_MODULE": "tests.workers.settings",
             "OPENAI_BASE_URL": model.url,
             "OPENAI_API_KEY": "sk-test",
-            "LOG_LEVEL": "INFO",
         }
         kit = Kit(environment, tmp_path_factory.mktemp("workers"), model)
         try:

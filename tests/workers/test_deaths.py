@@ -15,6 +15,7 @@ from django.db import connection, transaction
 
 from agents_project.demo.models import Ledger
 from runs import Run
+from runs import tasks as run_tasks
 from runs.models import Event
 from tests.workers.app.agents import worker_test
 from tests.workers.conftest import Kit, eventually
@@ -206,6 +207,21 @@ def test_cutting_every_connection_of_the_workers_costs_no_run(workers: Kit) -> N
     assert Ledger.objects.filter(call_id=call.pk).count() == 1
 
 
+def test_the_late_messages_that_a_worker_finds_when_it_starts_do_nothing_and_are_acknowledged(workers: Kit) -> None:
+    """All at the same time, each on a connection of its own."""
+    run = ended(worker_test.start("call idempotent 0"))
+    for name in workers.names("agents"):
+        workers.kill(workers.processes[name])
+    for _ in range(80):
+        run_tasks.publish(run.pk, 1)
+    workers.up(agents=1)
+    valkey = redis.Redis.from_url(settings.REDIS_URL)
+    eventually(lambda: valkey.llen("longhaul.agents") == valkey.hlen("unacked") == 0, why="all are acknowledged")
+    assert Run.objects.get(pk=run.pk).legs == 1
+    for name in workers.names("agents"):
+        assert "Couldn't ack" not in (workers.folder / f"{name}.log").read_text()
+
+
 def test_when_the_sweeping_control_worker_dies_another_goes_on(workers: Kit) -> None:
     workers.up(control=2)
     first, *_ = workers.names("control")
@@ -214,3 +230,58 @@ def test_when_the_sweeping_control_worker_dies_another_goes_on(workers: Kit) -> 
     assert run.holder is not None
     workers.kill(workers.of(run.holder))
     assert ended(run).output == SENTENCE
+
+
+def test_a_worker_that_was_stopped_is_taken_for_dead_and_writes_nothing_when_it_wakes(workers: Kit) -> None:
+    """SIGSTOP: the process and its connections stay, only its beat ends, as on a machine that is suspended."""
+    run = streaming(worker_test.start("tell me"))
+    assert run.holder is not None
+    life, stopped = run.holder, workers.of(run.holder)
+    name = Worker.objects.get(pk=life).name
+    workers.kill(stopped, signal.SIGSTOP)
+    try:
+        ended(run)
+        assert (run.status, run.output) == ("completed", SENTENCE)
+        assert [leg.reason for leg in run.leg_set.order_by("number")] == ["lost", "finished"]
+        last = run.last_seq
+    finally:
+        workers.kill(stopped, signal.SIGCONT)
+    log = workers.folder / f"{name.partition('@')[0]}.log"
+    eventually(lambda: f"Run {run.pk} epoch 1 was lost" in log.read_text(), why="the woken leg sees that it was lost")
+    eventually(lambda: Worker.objects.filter(name=name, gone_at=None).exclude(pk=life).exists(), why="a new life")
+    run.refresh_from_db()
+    assert (run.last_seq, run.event_set.count()) == (last, last)
+    for other in workers.names("agents"):  # what was woken works: it is the only one
+        if workers.processes[other] is not stopped:
+            workers.kill(workers.processes[other])
+    assert ended(worker_test.start("tell me")).output == SENTENCE
+
+
+def test_a_run_whose_every_worker_dies_is_poison(workers: Kit) -> None:
+    run = worker_test.start("silence")
+    for times in range(1, 4):  # POISON_LIMIT
+        eventually(lambda n=times: Run.objects.get(pk=run.pk).legs == n, within=20, why=f"leg {times}")  # type: ignore[misc]
+        run.refresh_from_db()
+        assert run.holder is not None, run.why()
+        workers.kill(workers.of(run.holder))
+        workers.up(agents=1)
+    ended(run)
+    assert (run.status, run.stop_reason) == ("failed", "poison")
+    assert run.error is not None
+    assert run.error["code"] == "poison"
+
+
+def test_a_deadline_ends_a_run_whose_model_is_silent(workers: Kit) -> None:
+    run = worker_test.start("silence", limits={"deadline_seconds": 1.5})
+    eventually(lambda: workers.model.open_streams == 1, why="the model is asked")
+    ended(run, 10)
+    assert (run.status, run.stop_reason) == ("failed", "deadline")
+    eventually(lambda: workers.model.open_streams == 0, within=3, why="the stream is torn down")
+
+
+def test_a_deadline_ends_a_run_whose_tool_is_slow(workers: Kit) -> None:
+    run = worker_test.start("call idempotent 6", limits={"deadline_seconds": 2})
+    call = working(run)
+    ended(run, 10)
+    call.refresh_from_db()
+    assert (run.status, run.stop_reason, call.outcome) == ("failed", "deadline", "cancelled")

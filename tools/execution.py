@@ -114,10 +114,8 @@ def _claim(call_id: UUID, attempt: int, *, presence: Presence, task_id: str, alo
 def _execute(claimed: Claimed, tool: Tool, arguments: dict[str, Any]) -> None:
     try:
         result = tool.serialize(_call(claimed, tool, arguments))
-    except (
-        Exception,
-        asyncio.CancelledError,
-    ) as error:  # a cancel inside an async tool's own loop: an error like others
+    # An async tool has its loop for itself, so what cancels it comes from within: an error like others.
+    except (Exception, asyncio.CancelledError) as error:
         _after_error(claimed, tool, error)
     else:
         _settle(claimed, Outcome.SUCCESS, result=result)

@@ -16,7 +16,7 @@ from datetime import timedelta
 from typing import Any
 from uuid import UUID
 
-from django.db import DatabaseError, InterfaceError, OperationalError, connection
+from django.db import InterfaceError, OperationalError, connection
 
 from runs import bells
 from runs.claims import Claim
@@ -173,7 +173,7 @@ class Flusher:
                 buffer.settle(again=True)
             self._work.set()
             return
-        except DatabaseError:
+        except Exception:  # Postgres refuses a value, or it is no JSON
             if len(batch) > 1:  # one bad delta must not fail the others: run by run
                 for buffer in batch:
                     self._write([buffer])

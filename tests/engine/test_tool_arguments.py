@@ -11,7 +11,7 @@ from runs import agents
 from runs.pytest_longhaul import CallTool, ScriptedModel, assert_invariants, call
 from tests.engine.tool_runs import SECRET, attempts, calls_of, only_call, secret_got_out, told, took
 from tests.runs.scenes import payloads
-from tools import tool
+from tools import RetryPolicy, tool
 from tools.registry import Tool
 
 pytestmark = pytest.mark.django_db
@@ -63,6 +63,20 @@ def test_a_call_whose_tool_changed_before_it_ran_is_answered_to_the_model(
     assert (made.outcome, made.error["code"], attempts(made), ran) == ("failed", code, ["failed"], [])
     assert words in made.error["message"]
     assert told(run)[1]["error"] == made.error
+    assert_invariants(run)
+
+
+def test_new_code_does_not_raise_the_attempts_of_a_call_that_was_made(scripted_model: ScriptedModel) -> None:
+    def failing(attempts: int) -> Tool:
+        @tool(retry=RetryPolicy(attempts=attempts, initial_seconds=0))
+        def fail() -> None:
+            """Fail."""
+            raise OSError
+
+        return fail
+
+    run = took(scripted_model, deploying(failing(5)), failing(2))
+    assert attempts(calls_of(run)[1]) == ["retrying", "failed"]
     assert_invariants(run)
 
 

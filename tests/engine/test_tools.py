@@ -118,7 +118,7 @@ def test_the_attempts_are_limited(scripted_model: ScriptedModel) -> None:
         raise OSError
 
     run = took(scripted_model, broken)
-    assert attempts(only_call(run)) == ["retrying", "failed"]
+    assert (only_call(run).max_attempts, attempts(only_call(run))) == (2, ["retrying", "failed"])
     assert [each["attempt"] for each in payloads(run, "tool_call.started")] == [1, 2]
     assert_invariants(run)
 

@@ -375,6 +375,7 @@ def test_a_commit_takes_what_is_not_written_after_the_batch_in_flight_was_answer
         wait_until(lambda: waiting(speaker.buffer))
         assert not taking.is_done()
     batch.end()
+    assert speaker.buffer.answered.is_set()  # nobody waits longer than for the answer
     [rest] = taking.result()
     assert (speaker.written(), rest.payload["text"], rest.ordinal) == (["one "], "two three", 3)
     assert speaker.buffer.take() == []

@@ -353,19 +353,22 @@ def test_any_other_call_is_taken_when_a_beat_is_missed_too(
 
 
 @pytest.mark.parametrize("gone", ["closed", "deleted"])
-def test_what_names_a_life_that_is_over_is_taken(
-    world: World, passes: Sweep, sent: Sent, process: Process, gone: str
-) -> None:
-    claim, call, alive = process.speaks(), process.calls(max_attempts=2), world.running()
-    if gone == "closed":
-        world.db.execute("UPDATE longhaul_tools_worker SET gone_at = longhaul_now() WHERE id = %s", process.id)
-    else:
-        world.db.execute("DELETE FROM longhaul_tools_worker WHERE id = %s", process.id)
+def test_what_names_a_life_that_is_over_is_taken(world: World, passes: Sweep, sent: Sent, gone: str) -> None:
+    agents, tools, alive = world.worker(), world.worker("tools@a"), world.running()
+    claim = world.turn(world.claim(world.start(), agents))
+    waiting = world.waiting(a_call(max_attempts=2))
+    [call] = world.calls(waiting.run)
+    world.call_claim(call, tools)
+    over = {
+        "closed": "UPDATE longhaul_tools_worker SET gone_at = longhaul_now()",
+        "deleted": "DELETE FROM longhaul_tools_worker",
+    }
+    world.db.execute(f"{over[gone]} WHERE id IN (%s, %s)", agents, tools)
     assert not passes.look()  # the watcher judges only lives that are there
     done = passes.sweep()
-    assert (done.reclaimed_runs, done.reclaimed_calls) == ([claim.run], [call.id])
+    assert (done.reclaimed_runs, done.reclaimed_calls) == ([claim.run], [call])
     assert sent.runs == [(claim.run, 2)]
-    assert [call for call, *_ in sent.calls] == [call.id]
+    assert [(id, attempt) for id, attempt, *_ in sent.calls] == [(call, 2)]
     assert world.run(alive.run)["status"] == "running"
     assert not passes.sweep()
 

@@ -1,0 +1,190 @@
+"""Each check of Longhaul's own fires on the setting that it is for, says what to change, and is silent without it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import pytest
+from celery import current_app
+from django.core.checks import run_checks
+from django.db import connections
+
+from agents_project.settings import CELERY_BROKER_TRANSPORT_OPTIONS
+from runs import agents, checks
+from runs.agents import Agent
+from tests.runs.scenes import Cast
+from threads.clock import Now
+from tools.models import Worker
+
+
+def found(*, databases: list[str] | None = None) -> dict[str, str]:
+    """What the checks say, by id: the message and its hint in one text."""
+    messages = [each for each in run_checks(databases=databases) if str(each.id).startswith("longhaul.")]
+    assert all(each.hint for each in messages), messages
+    return {str(each.id).removeprefix("longhaul."): f"{each.msg} {each.hint}" for each in messages}
+
+
+@contextmanager
+def celery(**settings: Any) -> Iterator[None]:
+    before = {name: current_app.conf[name] for name in settings}
+    current_app.conf.update(settings)
+    with mock.patch.dict(os.environ):
+        os.environ.pop("CELERY_BROKER_URL", None)  # to Celery it counts more than what is set
+        try:
+            yield
+        finally:
+            current_app.conf.update(before)
+
+
+def test_the_project_as_it_is_has_nothing_to_say() -> None:
+    assert found() == {}
+
+
+@pytest.mark.parametrize(
+    ("value", "id", "words"),
+    [
+        ("fast", "E003", ["str", "not a dict", "DEFAULT_MODEL"]),
+        ({"LEG_BUDGET": 3}, "E001", ["'LEG_BUDGET'", "Did you mean LEG_BUDGET_SECONDS?"]),
+        ({"SPEED": 3}, "E001", ["'SPEED'", "The keys are", "LEG_BUDGET_SECONDS"]),
+        ({"LEG_BUDGET_SECONDS": "4"}, "E002", ["LEG_BUDGET_SECONDS", "a number of seconds", "'4'", "240"]),
+        ({"LEG_BUDGET_SECONDS": 0}, "E002", ["LEG_BUDGET_SECONDS", "at least 0.1"]),
+        ({"FLUSH_MILLISECONDS": True}, "E002", ["FLUSH_MILLISECONDS", "a number of milliseconds"]),
+        ({"MAX_STEPS": 1.5}, "E002", ["MAX_STEPS", "a whole number"]),
+        ({"PRESENCE_TTL_SECONDS": 2}, "E002", ["PRESENCE_TTL_SECONDS", "at least 6"]),
+        ({"TOOLS_QUEUE": ""}, "E002", ["TOOLS_QUEUE", "empty"]),
+        ({"PRICES": {"gpt": {"in": 1}}}, "E006", ["'gpt'", "million tokens"]),
+        ({"PRICES": {"gpt": {"input": -1}}}, "E006", ["'gpt'"]),
+        ({"ACCESS": "runs.no.Such"}, "E007", ["'runs.no.Such'", "policy class"]),
+        ({"ACCESS": "runs.conf.settings"}, "E007", ["no class"]),
+        ({"MODEL_SILENCE_SECONDS": 700}, "E004", ["MODEL_SILENCE_SECONDS (700)", "MODEL_TIMEOUT_SECONDS (600)"]),
+        ({"TOOLS_QUEUE": "q", "AGENTS_QUEUE": "q"}, "E004", ["AGENTS_QUEUE and TOOLS_QUEUE", "'q'"]),
+    ],
+    ids=str,
+)
+def test_a_wrong_value_of_the_settings(settings: Any, value: Any, id: str, words: list[str]) -> None:
+    settings.LONGHAUL = value
+    said = found()
+    assert list(said) == [id]
+    for word in words:
+        assert word in said[id]
+
+
+def test_a_leg_that_outlasts_the_brokers_patience(settings: Any) -> None:
+    settings.LONGHAUL = {"LEG_BUDGET_SECONDS": 1201}  # and 600 of the model; half of visibility_timeout is 1800
+    said = found()
+    assert list(said) == ["W001"]
+    for word in ("1801 s", "LEG_BUDGET_SECONDS + MODEL_TIMEOUT_SECONDS", "3600 s", "visibility_timeout", "3602"):
+        assert word in said["W001"]
+    settings.LONGHAUL = {"LEG_BUDGET_SECONDS": 1200}
+    assert found() == {}
+
+
+def test_an_agent_with_a_budget_of_its_own_counts_too(cast: Cast) -> None:
+    cast(name="patient", leg_budget_seconds=1201)
+    said = found()
+    assert list(said) == ["W001"]
+    assert "leg_budget_seconds of agent 'patient'" in said["W001"]
+
+
+@pytest.mark.parametrize(
+    ("conf", "id", "words"),
+    [
+        (
+            {"broker_url": "amqp://", "broker_transport_options": {}},
+            "W004",
+            ["RabbitMQ", "confirm_publish", "CELERY_BROKER_TRANSPORT_OPTIONS"],
+        ),
+        (
+            {"broker_transport_options": {**CELERY_BROKER_TRANSPORT_OPTIONS, "socket_timeout": None}},
+            "W004",
+            ["no time limit", "socket_timeout"],
+        ),
+        (
+            {"broker_transport_options": {**CELERY_BROKER_TRANSPORT_OPTIONS, "max_connections": None}},
+            "W004",
+            ["has 10 connections", '"max_connections": 1000'],
+        ),
+        (
+            {"broker_transport_options": {**CELERY_BROKER_TRANSPORT_OPTIONS, "visibility_timeout": 60}},
+            "W001",
+            ["60 s", "visibility_timeout"],
+        ),
+        ({"result_backend": "redis://"}, "W003", ["result backend", "CELERY_RESULT_BACKEND = None"]),
+        ({"task_acks_late": True}, "W005", ["task_acks_late", "leave it out"]),
+    ],
+    ids=["confirm", "timeout", "connections", "visibility", "backend", "acks_late"],
+)
+def test_a_setting_of_celery_that_does_harm(conf: dict[str, Any], id: str, words: list[str]) -> None:
+    with celery(**conf):
+        said = found()
+    assert list(said) == [id]
+    for word in words:
+        assert word in said[id]
+    assert found() == {}
+
+
+def test_rabbitmq_waits_for_half_an_hour(settings: Any) -> None:
+    confirmed = {"broker_url": "amqp://", "broker_transport_options": {"confirm_publish": True}}
+    with celery(**confirmed):
+        assert found() == {}
+        settings.LONGHAUL = {"LEG_BUDGET_SECONDS": 301}
+        assert "RabbitMQ's consumer_timeout" in found()["W001"]
+
+
+def test_a_database_that_is_not_postgres(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connections["default"], "vendor", "sqlite")
+    said = found()
+    assert list(said) == ["E005"]
+    assert "'default', which is sqlite" in said["E005"]
+
+
+def test_rows_in_another_database(monkeypatch: pytest.MonkeyPatch) -> None:
+    where = lambda model: "other" if model is Worker else "default"  # noqa: E731
+    monkeypatch.setattr(checks, "router", SimpleNamespace(db_for_write=where))
+    monkeypatch.setattr(checks, "connections", {"default": connections["default"], "other": connections["default"]})
+    said = found()
+    assert list(said) == ["W002"]
+    for word in ("1 of Longhaul's", "longhaul_tools.Worker in 'other'", "DATABASE_ROUTERS"):
+        assert word in said["W002"]
+
+
+def test_times_without_a_zone(settings: Any) -> None:
+    settings.USE_TZ = False
+    assert "USE_TZ = True" in found()["W007"]
+
+
+def test_an_agents_module_that_cannot_be_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = {"shop.agents": ImportError("No module named 'shap'")}
+    monkeypatch.setattr(agents.registry, "broken", lambda: broken)
+    said = found()
+    assert list(said) == ["E008"]
+    for word in ("shop.agents", "ImportError", "'shap'"):
+        assert word in said["E008"]
+
+
+def test_an_agent_without_a_model(cast: Cast, settings: Any) -> None:
+    agents.registry.add(Agent(name="mute"))
+    assert "'mute'" in found()["E009"]
+    settings.LONGHAUL = {"DEFAULT_MODEL": "openai:gpt-5-mini"}
+    assert found() == {}
+
+
+@pytest.mark.django_db
+def test_agents_workers_without_a_control_worker() -> None:
+    """A gevent worker restores nothing that Redis redelivers, and takes nothing over: without a control worker, nobody does."""
+    assert found(databases=["default"]) == {}
+    agent = Worker.objects.create(name="a@host", kind="agents", host="host", pid=1, lock_key=1, beat_at=Now())
+    assert found() == {}, "it looks into the database only when it is asked to"
+    said = found(databases=["default"])
+    assert list(said) == ["W006"]
+    assert "worker -Q longhaul.control" in said["W006"]
+    control = Worker.objects.create(name="c@host", kind="control", host="host", pid=2, lock_key=2, beat_at=Now())
+    assert found(databases=["default"]) == {}
+    control.delete()
+    Worker.objects.filter(pk=agent.pk).update(gone_at=Now())
+    assert found(databases=["default"]) == {}

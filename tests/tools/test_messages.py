@@ -1,0 +1,121 @@
+"""Our tasks' messages on the real broker: the one that Celery would send, counted where it waits, refused at once."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from celery import Celery, current_app, signals
+from celery._state import get_current_app
+from kombu.exceptions import OperationalError
+
+from runs.tasks import advance_run
+from threads.ids import new_id
+from tools import messages
+
+
+@pytest.fixture
+def queue() -> Iterator[str]:
+    """A queue of this test alone."""
+    name = f"test.{new_id()}"
+    yield name
+    with Channel() as open_channel:
+        open_channel.queue_delete(name)
+
+
+class Channel:
+    """The broker itself."""
+
+    def __enter__(self) -> Any:
+        pool: Any = current_app.pool
+        self._connection = pool.acquire(block=True)
+        return self._connection.default_channel
+
+    def __exit__(self, *_: object) -> None:
+        self._connection.release()
+
+
+@pytest.fixture
+def published() -> Iterator[list[str]]:
+    """The tasks whose publishing somebody listens to, as tracing does."""
+    seen: list[str] = []
+
+    def listen(sender: str, **_: Any) -> None:
+        seen.append(sender)
+
+    signals.before_task_publish.connect(listen)
+    yield seen
+    signals.before_task_publish.disconnect(listen)
+
+
+@pytest.fixture
+def no_broker(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A broker that refuses connections, as one that was stopped does."""
+    present = get_current_app()
+    monkeypatch.setenv("CELERY_BROKER_URL", "redis://127.0.0.1:1/0")  # wins over what an app is told
+    Celery("away").set_current()
+    yield
+    present.set_current()
+
+
+def taken(queue: str) -> tuple[dict[str, Any], list[Any], dict[str, Any]]:
+    """Take a message: its headers, its body, and its properties."""
+    with Channel() as open_channel:
+        message = open_channel.basic_get(queue, no_ack=True)
+        return message.headers, json.loads(message.body), message.properties
+
+
+def test_the_message_is_the_one_that_celery_would_send(queue: str) -> None:
+    limits: dict[str, Any] = {"soft_time_limit": 30, "time_limit": 35}
+    messages.send(advance_run, ["a", 1], queue=queue, **limits)
+    ours, our_body, our_properties = taken(queue)
+    advance_run.apply_async(("a", 1), queue=queue, **limits)
+    theirs, their_body, their_properties = taken(queue)
+    assert our_body == their_body
+    for headers, properties in ((ours, our_properties), (theirs, their_properties)):
+        assert headers.pop("id") == headers.pop("root_id") == properties["correlation_id"]
+    assert (ours.pop("argsrepr"), theirs.pop("argsrepr")) == ("['a', 1]", "('a', 1)")  # for people's eyes
+    assert ours == {key: theirs.get(key) for key in ours}
+    assert {key: value for key, value in theirs.items() if key not in ours and value} == {}
+    assert our_properties["delivery_mode"] == their_properties["delivery_mode"] == 2
+
+
+def test_the_messages_that_wait_are_counted_and_none_are_none(queue: str) -> None:
+    assert messages.depth(current_app, queue) == 0
+    for count in (1, 2):
+        messages.send(advance_run, ["a", count], queue=queue)
+        assert messages.depth(current_app, queue) == count
+    taken(queue)
+    taken(queue)
+    assert messages.depth(current_app, queue) == 0
+
+
+def test_where_somebody_listens_celery_sends_it(queue: str, published: list[str]) -> None:
+    messages.send(advance_run, ["a", 1], queue=queue)
+    assert published == ["longhaul.advance_run"]
+    headers, body, _ = taken(queue)
+    assert (headers["task"], body[0]) == ("longhaul.advance_run", ["a", 1])
+
+
+@pytest.mark.parametrize("listens", [False, True])
+def test_a_broker_that_refuses_is_given_up_at_once(
+    no_broker: None, request: pytest.FixtureRequest, listens: bool
+) -> None:
+    if listens:
+        request.getfixturevalue("published")
+    began = time.monotonic()
+    with pytest.raises(OperationalError):
+        messages.send(advance_run, ["a", 1], queue="q")
+    assert messages.depth(current_app, "q") is None
+    assert time.monotonic() - began < 3  # kombu by itself tries for 6 s
+
+
+def test_run_eagerly_a_task_needs_no_broker(no_broker: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    get_current_app().conf.task_always_eager = True  # of the app without a broker, which ends with the test
+    ran: list[Any] = []
+    monkeypatch.setattr("runs.worker.process", lambda: ran.append("here"))
+    messages.send(advance_run, ["a", 1], queue="q")
+    assert ran == ["here"]

@@ -1,0 +1,346 @@
+"""Why a run stands still: every state that a run can stand in is named, with the command that mends it where one does."""
+
+from __future__ import annotations
+
+import io
+import json
+from datetime import timedelta
+from typing import Any
+
+import pytest
+from django.core.management import CommandError, call_command
+
+from runs import engine, explain, lifecycle
+from runs.agents import Agent
+from runs.models import Run
+from runs.providers.port import ProviderError
+from runs.pytest_longhaul import ScriptedModel, _worker, call, move_clock, run_to_end
+from tests.runs.scenes import Cast
+from threads import clock
+from threads.clock import Now
+from threads.ids import new_id
+from tools import tool
+from tools.lifecycle import claim as claim_call
+from tools.models import ToolCall, Worker
+
+pytestmark = pytest.mark.django_db
+
+
+@tool
+def look_up(number: int) -> str:
+    """Look up."""
+    return f"found {number}"
+
+
+@tool(idempotent=False)
+def refund(number: int) -> str:
+    """Pay back."""
+    return "paid"
+
+
+@pytest.fixture
+def agent(cast: Cast) -> Agent:
+    return cast(tools=[look_up, refund])
+
+
+def worker(kind: str) -> Worker:
+    return Worker.objects.create(
+        name=f"{kind}@host", kind=kind, host="host", pid=1, lock_key=new_id().int >> 70, beat_at=Now()
+    )
+
+
+def claimed(run: Run, by: Worker) -> Run:
+    """Let a worker claim the run, as the first thing that its leg does."""
+    answer = lifecycle.claim(run.pk, run.dispatch_seq, worker=by.pk, worker_name=by.name, task_id="t", leg=new_id())
+    assert answer is not None, run.why()
+    run.refresh_from_db()
+    return run
+
+
+def says(run: Run, *words: str, mend: str | None, stuck: bool) -> None:
+    run.refresh_from_db()
+    told = explain.explain(run)
+    for word in words:
+        assert word in told.why, told
+    assert told.stuck == stuck, told
+    if mend is None:
+        assert told.mend is None
+    else:
+        assert told.mend is not None, told
+        assert mend in told.mend
+
+
+# --- queued
+
+
+def test_a_new_run_waits_for_a_moment_without_complaint(agent: Agent) -> None:
+    says(agent.start("hello"), "queued for", "(new)", "published once", mend=None, stuck=False)
+
+
+def test_a_run_without_an_agents_worker(agent: Agent) -> None:
+    run = agent.start("hello")
+    move_clock(timedelta(seconds=20))
+    says(run, "no agents worker is present", mend="worker -Q longhaul.agents", stuck=True)
+    Worker.objects.filter(pk=worker("agents").pk).update(gone_at=Now())  # found dead
+    says(run, "no agents worker is present", mend="worker -Q longhaul.agents", stuck=True)
+
+
+def test_a_run_that_nobody_publishes_again(agent: Agent) -> None:
+    run = agent.start("hello")
+    move_clock(timedelta(seconds=20))
+    worker("agents")
+    says(run, "no control worker is present", mend="worker -Q longhaul.control", stuck=True)
+    worker("control")
+    says(run, "again since", mend=None, stuck=False)
+
+
+def test_a_worker_that_is_silent_is_not_present(agent: Agent) -> None:
+    worker("agents")
+    worker("control")
+    run = agent.start("hello")
+    move_clock(timedelta(seconds=20))
+    says(run, "no agents worker is present", mend="longhaul.agents", stuck=True)
+
+
+def test_a_model_that_failed_is_asked_again_at_a_time(agent: Agent, scripted_model: ScriptedModel) -> None:
+    scripted_model.say(ProviderError("rate_limited", "slow down", retry_after=timedelta(seconds=90)))
+    run = agent.start("hello")
+    with pytest.raises(AssertionError):
+        run_to_end(run, moves_clock=False)  # it is not due
+    says(run, "to be claimed in", "s", "try 2 of 8", "rate_limited: slow down", mend=None, stuck=False)
+
+
+# --- held
+
+
+def test_a_held_run_names_the_run_before_it_and_what_that_one_lacks(agent: Agent) -> None:
+    first = agent.start("one")
+    second = agent.start("two", thread=first.thread)
+    third = agent.start("three", thread=first.thread)
+    says(second, "held for", f"behind run {first.pk} of clerk (queued)", mend=None, stuck=False)
+    says(third, f"behind run {first.pk}", "and 1 more", mend=None, stuck=False)
+    move_clock(timedelta(seconds=20))
+    says(third, f"behind run {first.pk}", mend="longhaul.agents", stuck=True)
+
+
+# --- running
+
+
+def test_a_running_run_names_its_worker_its_leg_and_what_it_does(agent: Agent) -> None:
+    by = worker("agents")
+    run = claimed(agent.start("hello"), by)
+    says(run, "running on agents@host in leg 1", "prepares step 1", mend=None, stuck=False)
+    with_model = lifecycle.open_turn(
+        run.pk, run.epoch, by.pk, (new_id(), timedelta(seconds=600), 0, 100, 50, 2**40, "1e9")
+    )
+    assert with_model is not None
+    says(run, "the model speaks step 1 since", "nothing heard yet", mend=None, stuck=False)
+
+
+def test_a_run_whose_worker_is_gone_or_silent_is_taken_over_by_who_sweeps(agent: Agent) -> None:
+    by = worker("agents")
+    run = claimed(agent.start("hello"), by)
+    move_clock(timedelta(seconds=20))
+    says(run, "its worker is silent", "no control worker", mend="longhaul.control", stuck=True)
+    worker("control")
+    says(run, "its worker is silent", "the sweep takes it over", mend=None, stuck=False)
+    Worker.objects.filter(pk=by.pk).update(gone_at=Now())
+    says(run, "its worker is gone", mend=None, stuck=False)
+    move_clock(timedelta(seconds=60))
+    worker("control")
+    says(run, "its time was up", mend=None, stuck=False)
+
+
+# --- waiting
+
+
+def waiting(agent: Agent, scripted_model: ScriptedModel, *calls: Any) -> Run:
+    """A run that waits for its calls, which nobody runs."""
+    scripted_model.say(list(calls))
+    run = agent.start("hello")
+    by = worker("agents")
+    with _worker() as present:
+        engine.advance(run.pk, 1, engine.Process(present))
+    by.delete()
+    run.refresh_from_db()
+    assert run.status == "waiting", run.why()
+    return run
+
+
+def test_a_waiting_run_names_its_calls_and_what_each_waits_for(agent: Agent, scripted_model: ScriptedModel) -> None:
+    run = waiting(agent, scripted_model, call("look_up", number=1), call("look_up", number=2))
+    says(
+        run, "waiting for 2 of 2 tool calls", "look_up (requested, published once, attempt 1 of", mend=None, stuck=False
+    )
+    first = ToolCall.objects.get(run_id=run.pk, index=0)
+    by = worker("tools")
+    assert claim_call(first.pk, 1, worker=by.pk, worker_name=by.name, task_id="t", alone=True)
+    says(run, "look_up (running on tools@host", mend=None, stuck=False)
+    move_clock(timedelta(seconds=20))
+    says(run, "which is silent", "no tools worker is present", mend="longhaul.tools", stuck=True)
+    worker("tools")
+    says(run, "no control worker is present", mend="longhaul.control", stuck=True)
+    worker("control")
+    says(run, "which is silent", mend=None, stuck=False)
+
+
+def test_a_call_whose_worker_is_gone_needs_somebody_who_sweeps(agent: Agent, scripted_model: ScriptedModel) -> None:
+    run = waiting(agent, scripted_model, call("look_up", number=1))
+    by, _other = worker("tools"), worker("tools")
+    assert claim_call(ToolCall.objects.get().pk, 1, worker=by.pk, worker_name=by.name, task_id="t", alone=True)
+    Worker.objects.filter(pk=by.pk).update(gone_at=Now())
+    says(run, "running on a worker that is gone", "no control worker", mend="longhaul.control", stuck=True)
+
+
+def test_many_calls_are_told_in_short(agent: Agent, scripted_model: ScriptedModel) -> None:
+    run = waiting(agent, scripted_model, *(call("look_up", number=n) for n in range(8)))
+    says(run, "waiting for 8 of 8 tool calls", "and 3 more", mend=None, stuck=False)
+
+
+def test_a_call_that_is_tried_again_later_says_when_and_after_what(agent: Agent, scripted_model: ScriptedModel) -> None:
+    run = waiting(agent, scripted_model, call("look_up", number=1))
+    later = clock.now() + timedelta(minutes=5)
+    ToolCall.objects.filter(run_id=run.pk).update(
+        status="retrying", attempt=2, not_before=later, next_publish_at=later, error={"code": "timed_out"}
+    )
+    says(run, "look_up (again in", "after timed_out, attempt 2 of", mend=None, stuck=False)
+
+
+def test_a_call_of_which_nobody_knows_whether_it_took_effect(agent: Agent, scripted_model: ScriptedModel) -> None:
+    run = waiting(agent, scripted_model, call("refund", number=1))
+    ToolCall.objects.filter(run_id=run.pk).update(status="unknown", next_publish_at=None)
+    Run.objects.filter(pk=run.pk).update(status="requires_action")
+    says(run, "waiting for people at 1 of 1 tool call", "its worker died", mend="cancel()", stuck=False)
+
+
+# --- ended
+
+
+def test_a_finished_run_says_how_it_ended(agent: Agent, scripted_model: ScriptedModel) -> None:
+    scripted_model.say("done")
+    says(run_to_end(agent.start("hello")), "completed (end_turn) after 1 step", mend=None, stuck=False)
+
+
+def test_a_failed_run_says_why_and_how_to_go_on(agent: Agent, scripted_model: ScriptedModel) -> None:
+    scripted_model.say(ProviderError("auth", "bad key"))
+    run = run_to_end(agent.start("hello"))
+    says(run, "failed (model_error) after 0 steps: auth: bad key", mend="resume()", stuck=False)
+    cancelled = agent.start("hello")
+    cancelled.cancel()
+    says(cancelled, "cancelled (cancelled)", mend="go on with a new run", stuck=False)
+
+
+def test_rows_that_cannot_be_are_said_to_break_an_invariant(agent: Agent) -> None:
+    run = agent.start("hello")
+    Run.objects.filter(pk=run.pk).update(next_publish_at=None)
+    says(run, "never again", mend=f"check_runs --run {run.pk}", stuck=True)
+    Run.objects.filter(pk=run.pk).update(status="held")
+    says(run, "though its thread is free", mend="check_runs", stuck=True)
+    Run.objects.filter(pk=run.pk).update(status="waiting")
+    says(run, "though every call is settled", mend="check_runs", stuck=True)
+
+
+# --- the commands
+
+
+def told(*arguments: str) -> str:
+    out = io.StringIO()
+    call_command(*arguments, stdout=out)
+    return out.getvalue()
+
+
+def test_explain_run_tells_the_run_the_reason_and_the_command(agent: Agent) -> None:
+    run = agent.start("hello")
+    move_clock(timedelta(seconds=20))
+    said = told("explain_run", str(run.pk))
+    for word in (
+        f"Run {run.pk} of clerk",
+        "queued after 0 steps in 0 legs",
+        "Why: queued for",
+        "To mend it: celery -A",
+    ):
+        assert word in said
+    as_json = json.loads(told("explain_run", str(run.pk)[-12:], "--json"))  # the end of an id is enough
+    assert (as_json["run"], as_json["status"], as_json["agent"]) == (str(run.pk), "queued", "clerk")
+    assert "no agents worker" in as_json["why"]
+    assert "longhaul.agents" in as_json["mend"]
+
+
+def test_explain_run_of_no_run_or_of_more_than_one(agent: Agent) -> None:
+    runs = [agent.start("hello") for _ in range(2)]
+    with pytest.raises(CommandError, match="There is no run"):
+        told("explain_run", str(new_id()))
+    with pytest.raises(CommandError, match="More than one run"):
+        told("explain_run", str(runs[0].pk)[:8])
+
+
+def test_list_runs_tells_all_the_active_or_the_stuck(agent: Agent, scripted_model: ScriptedModel) -> None:
+    assert told("list_runs") == "There are no runs.\n"
+    scripted_model.say("done")
+    done = run_to_end(agent.start("hello"))
+    assert "No run is active." in told("list_runs", "--active")
+    run = agent.start("hello")
+    assert "No run is stuck." in told("list_runs", "--stuck")
+    move_clock(timedelta(seconds=20))
+    lines = [json.loads(line) for line in told("list_runs", "--json").splitlines()]
+    assert [line["run"] for line in lines] == [str(run.pk), str(done.pk)]  # the latest first
+    for option in ("--active", "--stuck"):
+        said = told("list_runs", option)
+        assert str(run.pk) in said
+        assert str(done.pk) not in said
+    assert "There are more: --limit 2" in told("list_runs", "--limit", "1")
+    with pytest.raises(CommandError, match="at least 1"):
+        told("list_runs", "--limit", "0")
+
+
+def test_check_runs_counts_names_and_exits(agent: Agent, capsys: Any) -> None:
+    run, other = agent.start("hello"), agent.start("hello")
+    assert told("check_runs") == "2 runs, no invariant violated.\n"
+    Run.objects.filter(pk=run.pk).update(last_seq=40)
+    out = io.StringIO()
+    with pytest.raises(SystemExit) as exit:
+        call_command("check_runs", stdout=out)
+    assert exit.value.code == 1
+    assert "Invariant 2: " in out.getvalue()
+    assert f"  run {run.pk}: " in out.getvalue()
+    assert told("check_runs", "--run", str(other.pk)) == "1 run, no invariant violated.\n"
+    out = io.StringIO()
+    with pytest.raises(SystemExit):
+        call_command("check_runs", "--json", stdout=out)
+    report = json.loads(out.getvalue())
+    assert report["runs"] == 2
+    assert report["violations"]["2"] >= 1
+    assert set(report["violations"]) == set("12345678")
+
+
+def test_follow_run_shows_what_comes_after_a_cursor(agent: Agent, scripted_model: ScriptedModel) -> None:
+    scripted_model.say("well done")
+    run = run_to_end(agent.start("hello"))
+    assert "well done" in told("follow_run", str(run.pk))
+    lines = [json.loads(line) for line in told("follow_run", str(run.pk), "--after", "2", "--json").splitlines()]
+    assert [line["seq"] for line in lines] == list(range(3, run.last_seq + 1))
+    assert lines[-1]["type"] == "run.completed"
+    with pytest.raises(CommandError, match="nothing comes after"):
+        told("follow_run", str(run.pk), "--after", str(run.last_seq))
+
+
+def test_follow_run_of_a_run_that_failed_exits_with_1(agent: Agent, scripted_model: ScriptedModel) -> None:
+    scripted_model.say(ProviderError("auth", "bad key"))
+    run = run_to_end(agent.start("hello"))
+    with pytest.raises(SystemExit) as exit:
+        told("follow_run", str(run.pk))
+    assert exit.value.code == 1
+
+
+@pytest.mark.django_db(transaction=True)
+def test_sweep_runs_moves_what_is_overdue_or_only_says_so(agent: Agent) -> None:
+    assert told("sweep_runs") == "Nothing is overdue.\n"
+    run = agent.start("hello", limits={"deadline_seconds": 5})
+    move_clock(timedelta(seconds=200))
+    assert "The sweep would move: " in told("sweep_runs", "--dry-run")
+    run.refresh_from_db()
+    assert run.status == "queued"
+    done = json.loads(told("sweep_runs", "--json"))
+    run.refresh_from_db()
+    assert (run.status, run.stop_reason) == ("failed", "deadline"), done
+    assert told("sweep_runs") == "Nothing is overdue.\n"

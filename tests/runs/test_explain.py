@@ -195,6 +195,7 @@ def test_a_call_whose_worker_is_gone_needs_somebody_who_sweeps(agent: Agent, scr
 def test_many_calls_are_told_in_short(agent: Agent, scripted_model: ScriptedModel) -> None:
     run = waiting(agent, scripted_model, *(call("look_up", number=n) for n in range(8)))
     says(run, "waiting for 8 of 8 tool calls", "and 3 more", mend=None, stuck=False)
+    assert run.why().count("look_up") == 5
 
 
 def test_a_call_that_is_tried_again_later_says_when_and_after_what(agent: Agent, scripted_model: ScriptedModel) -> None:

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
-from django.apps import apps
 
 from runs import agents
-from runs.agents import Agent, Registry
+from runs.agents import Agent
 from runs.exceptions import BadInput, IdempotencyConflict, InputTooLarge, UnknownAgent
 from runs.models import Event, Run
 from runs.pytest_longhaul import ScriptedModel, assert_invariants, run_to_end
 from threads.models import Message, Thread
 from tools import tool
-from tools.exceptions import ToolSchemaError
 
 pytestmark = pytest.mark.django_db
 
@@ -165,36 +161,3 @@ def test_the_same_key_and_another_request_is_a_conflict(agent: Agent, other: dic
     run = agent.start("hello", idempotency_key="k")
     with refused(IdempotencyConflict, "'k'", str(run.pk), "new key"):
         agent.start(**{"input": "hello", "idempotency_key": "k", **other})
-
-
-def test_an_agents_module_that_fails_to_import_leaves_the_others_working(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Any
-) -> None:
-    for name, text in {
-        "good_app": "from runs import Agent\nfine = Agent(name='fine', model='scripted:x')\n",
-        "broken_app": "import no_such_library\n",
-    }.items():
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "__init__.py").write_text("")
-        (tmp_path / name / "agents.py").write_text(text)
-    monkeypatch.syspath_prepend(tmp_path)
-    configs = []
-    for name in ("broken_app", "good_app"):
-        module: ModuleType = __import__(name)
-        monkeypatch.setitem(sys.modules, name, module)
-        configs.append(SimpleNamespace(name=name, module=module))
-    monkeypatch.setattr(apps, "get_app_configs", lambda: configs)
-    registry = Registry()
-    with refused(UnknownAgent, "broken_app.agents", "no_such_library", "fine"):
-        registry.get("missing")
-    assert registry.get("fine").name == "fine"
-    assert list(registry.broken()) == ["broken_app.agents"]
-
-
-def test_a_tool_without_annotations_names_its_parameter() -> None:
-    def refund(number: int, amount) -> str:
-        """Pay back."""
-        return ""
-
-    with refused(ToolSchemaError, "'refund'", "'amount'"):
-        tool(refund)

@@ -35,4 +35,8 @@ class Command(BaseCommand):
             raise CommandError(
                 f"The run has {found.status}, and its last event is {found.last_seq}: nothing comes after."
             )
+        if after > found.last_seq:
+            raise CommandError(
+                f"The run's last event so far is {found.last_seq}: --after is the seq of the last event you have seen."
+            )
         show(self, found, after=after, json_lines=json)

@@ -153,7 +153,9 @@ def show(command: BaseCommand, run: Run, *, after: int, json_lines: bool) -> Non
         goes_on = f"manage.py follow_run {run.pk} --after {view.seq}"
         command.stderr.write(f"\nThe run goes on without you. Watch it again: {goes_on}")
         sys.exit(130)
-    if view.finished and view.status != "completed":
+    if not view.finished:  # its events ended without an end
+        command.stderr.write(f"The run {run.pk} was deleted.")
+    if view.status != "completed":
         sys.exit(1)
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json as jsonlib
 from typing import Any
 
-from django.core.management.base import BaseCommand, CommandParser
-from django.db import transaction
+import psycopg
+from django.core.management.base import BaseCommand, CommandError, CommandParser
+from django.db import ProgrammingError, transaction
 
 from runs import sweep
 
@@ -22,7 +23,10 @@ class Command(BaseCommand):
         parser.add_argument("--json", action="store_true", help="print one line of JSON")
 
     def handle(self, *args: Any, dry_run: bool, json: bool, **options: Any) -> None:
-        done = self._rehearse() if dry_run else self._sweep()
+        try:
+            done = self._rehearse() if dry_run else self._sweep()
+        except (ProgrammingError, psycopg.ProgrammingError) as error:  # the watcher's session is psycopg's own
+            raise CommandError(f"The database has no tables of Longhaul yet: manage.py migrate. ({error})") from error
         if json:
             self.stdout.write(jsonlib.dumps(done))
             return
@@ -32,16 +36,19 @@ class Command(BaseCommand):
 
     def _sweep(self) -> dict[str, Any]:
         passing = sweep.Sweep(patient=False)
-        done = sweep.total(passing.look(), passing.sweep())
-        passing.watcher.drop()
-        return dict(sweep.report(done))
+        try:
+            return dict(sweep.report(sweep.total(passing.look(), passing.sweep())))
+        finally:
+            passing.watcher.drop()
 
     def _rehearse(self) -> dict[str, Any]:
         passing = sweep.Sweep(patient=False, publishes=False)
-        with transaction.atomic():
-            done = sweep.total(passing.look(), passing.sweep())
-            transaction.set_rollback(True)
-        passing.watcher.drop()
+        try:
+            with transaction.atomic():
+                done = sweep.total(passing.look(), passing.sweep())
+                transaction.set_rollback(True)
+        finally:
+            passing.watcher.drop()
         return dict(sweep.report(done))
 
 

@@ -150,19 +150,21 @@ def _waiting(run: Run, now: datetime) -> Explanation:
     more = f", and {len(still) - SHOWN} more" if len(still) > SHOWN else ""
     verb = "waiting for" if run.status == Status.WAITING else "waiting for people at"
     said = f"{verb} {len(still)} of {len(calls)} tool call{'' if len(calls) == 1 else 's'}: {', '.join(told)}{more}"
+    ready = [call for call in still if call.status in (CallStatus.REQUESTED, CallStatus.RETRYING)]
+    unheard = [call for call in ready if _due_since(call, now) > UNHEARD or call.publishes > 2]
+    if unheard and not present("tools", now):
+        own = sorted({call.queue for call in unheard if call.queue})
+        return Explanation(f"{said}; no tools worker is present", start("tools", *own), True)
+    lost = any(call.status == CallStatus.RUNNING and not workers.get(call.holder, ("", False))[1] for call in still)
+    if (unheard or lost) and not swept(now):
+        return Explanation(said + _unswept(True), start("control"), True)
+    # Last, for a person's answer helps nothing while the calls beside it stand still.
     if any(call.status == CallStatus.UNKNOWN for call in still):
         return Explanation(
             said,
             "see whether the effect is there; its worker's late result would still settle the call. To give up: "
             + in_shell(run, "cancel()"),
         )
-    ready = [call for call in still if call.status in (CallStatus.REQUESTED, CallStatus.RETRYING)]
-    unheard = [call for call in ready if _due_since(call, now) > UNHEARD or call.publishes > 2]
-    if unheard and not present("tools", now):
-        return Explanation(f"{said}; no tools worker is present", start("tools"), True)
-    lost = any(call.status == CallStatus.RUNNING and not workers.get(call.holder, ("", False))[1] for call in still)
-    if (unheard or lost) and not swept(now):
-        return Explanation(said + _unswept(True), start("control"), True)
     return Explanation(said)
 
 
@@ -253,10 +255,10 @@ def _workers(ids: Iterable[UUID | None], now: datetime) -> dict[UUID | None, tup
 # --- commands -------------------------------------------------------------------------------------------------------
 
 
-def start(kind: str) -> str:
-    """Return the command that starts a worker of this kind."""
+def start(kind: str, *queues_of_tools: str) -> str:
+    """Return the command that starts a worker of this kind, which consumes the queues of single tools too."""
     queues = {"agents": settings().agents_queue, "tools": settings().tools_queue, "control": settings().control_queue}
-    return f"celery -A {current_app.main or 'PROJECT'} worker -Q {queues[kind]} {POOLS[kind]}"
+    return f"celery -A {current_app.main or 'PROJECT'} worker -Q {','.join([queues[kind], *queues_of_tools])} {POOLS[kind]}"
 
 
 def in_shell(run: Run, method: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 from uuid import UUID
@@ -17,6 +17,16 @@ pytestmark = pytest.mark.django_db
 
 SHORT, LONG = 30, 250  # steps; by the first one the context of 20 messages is full
 GROWING = ("event", "message", "toolcall", "toolattempt", "step", "leg")
+
+
+@pytest.fixture(autouse=True)
+def planned_by_index(world: World) -> Iterator[None]:
+    """Plans are made anew, and not for the empty tables that other tests left: a scan means that no index serves."""
+    world.db.execute("DISCARD PLANS")
+    world.db.execute("SET enable_seqscan = off")
+    yield
+    world.db.execute("RESET enable_seqscan")
+    world.db.execute("DISCARD PLANS")
 
 
 def read(db: Database) -> Counter[str]:

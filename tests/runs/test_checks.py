@@ -17,8 +17,11 @@ from django.db import connections
 from agents_project.settings import CELERY_BROKER_TRANSPORT_OPTIONS
 from runs import agents, checks
 from runs.agents import Agent
+from runs.sweep import SWEEP_LOCK
+from tests.protocol.rows import wait_until
 from tests.runs.scenes import Cast
 from threads.clock import Now
+from tools import presence
 from tools.models import Worker
 
 
@@ -59,9 +62,14 @@ def test_the_project_as_it_is_has_nothing_to_say() -> None:
         ({"TOOLS_QUEUE": ""}, "E002", ["TOOLS_QUEUE", "empty"]),
         ({"PRICES": {"gpt": {"in": 1}}}, "E006", ["'gpt'", "million tokens"]),
         ({"PRICES": {"gpt": {"input": -1}}}, "E006", ["'gpt'"]),
+        ({"PRICES": {"gpt": {"input": float("inf")}}}, "E006", ["'gpt'"]),
+        ({"PRICES": {"gpt": {"input": True}}}, "E006", ["'gpt'"]),
+        ({"PRICES": {"gpt": {}}}, "E006", ["'gpt'"]),
+        ({"PRICES": {"gpt": 3}}, "E006", ["'gpt'"]),
         ({"ACCESS": "runs.no.Such"}, "E007", ["'runs.no.Such'", "policy class"]),
         ({"ACCESS": "runs.conf.settings"}, "E007", ["no class"]),
         ({"MODEL_SILENCE_SECONDS": 700}, "E004", ["MODEL_SILENCE_SECONDS (700)", "MODEL_TIMEOUT_SECONDS (600)"]),
+        ({"CONTROL_QUEUE": "q", "TOOLS_QUEUE": "q"}, "E004", ["CONTROL_QUEUE and TOOLS_QUEUE", "'q'"]),
         ({"TOOLS_QUEUE": "q", "AGENTS_QUEUE": "q"}, "E004", ["AGENTS_QUEUE and TOOLS_QUEUE", "'q'"]),
     ],
     ids=str,
@@ -72,6 +80,28 @@ def test_a_wrong_value_of_the_settings(settings: Any, value: Any, id: str, words
     assert list(said) == [id]
     for word in words:
         assert word in said[id]
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        {},
+        {"LEG_BUDGET_SECONDS": 60.5, "MAX_STEPS": 3, "FLUSH_MILLISECONDS": 20},
+        {"PRICES": {"gpt": {"input": 0.25, "output": 2}, "free": {"output": 0}}},
+        {"ACCESS": "runs.models.Run"},
+        {"MODEL_SILENCE_SECONDS": 600},
+        {"AGENTS_QUEUE": "a", "TOOLS_QUEUE": "b", "CONTROL_QUEUE": "c"},
+    ],
+    ids=str,
+)
+def test_a_right_value_of_the_settings(settings: Any, value: Any) -> None:
+    settings.LONGHAUL = value
+    assert found() == {}
+
+
+def test_several_wrong_values_are_each_told(settings: Any) -> None:
+    settings.LONGHAUL = {"SPEED": 3, "MAX_STEPS": 1.5, "ACCESS": "runs.no.Such"}
+    assert sorted(found()) == ["E001", "E002", "E007"]
 
 
 def test_a_leg_that_outlasts_the_brokers_patience(settings: Any) -> None:
@@ -126,6 +156,44 @@ def test_a_setting_of_celery_that_does_harm(conf: dict[str, Any], id: str, words
     for word in words:
         assert word in said[id]
     assert found() == {}
+
+
+REDIS = ["redis", "rediss", "redis+socket", "sentinel", "valkey", "valkeys"]
+AMQP = ["amqp", "amqps", "pyamqp", "librabbitmq"]
+
+
+@pytest.mark.parametrize("scheme", REDIS)
+def test_every_name_of_redis_is_known(scheme: str) -> None:
+    with celery(broker_url=f"{scheme}://here", broker_transport_options={}):
+        said = found()
+    assert list(said) == ["W004"]
+    with celery(broker_url=f"{scheme}://here", broker_transport_options={"socket_timeout": 9, "max_connections": 100}):
+        assert found() == {}
+
+
+@pytest.mark.parametrize("scheme", AMQP)
+def test_every_name_of_rabbitmq_is_known(scheme: str) -> None:
+    with celery(broker_url=f"{scheme}://here", broker_transport_options={}):
+        assert "RabbitMQ" in found()["W004"]
+
+
+def test_a_broker_of_another_kind_is_left_alone(settings: Any) -> None:
+    settings.LONGHAUL = {"LEG_BUDGET_SECONDS": 3000}
+    with celery(broker_url="memory://", broker_transport_options={}):
+        assert found() == {}
+
+
+def test_of_several_brokers_the_one_that_is_written_to_counts() -> None:
+    with celery(broker_url="memory://", broker_write_url="amqp://", broker_transport_options={}):
+        assert "RabbitMQ" in found()["W004"]
+    with celery(broker_url=["amqp://here", "amqp://there"], broker_transport_options={}):
+        assert "RabbitMQ" in found()["W004"]
+
+
+@pytest.mark.parametrize("backend", [None, "disabled", "disabled://"])
+def test_no_result_backend_is_a_right_one(backend: str | None) -> None:
+    with celery(result_backend=backend):
+        assert found() == {}
 
 
 def test_rabbitmq_waits_for_half_an_hour(settings: Any) -> None:
@@ -186,5 +254,24 @@ def test_agents_workers_without_a_control_worker() -> None:
     control = Worker.objects.create(name="c@host", kind="control", host="host", pid=2, lock_key=2, beat_at=Now())
     assert found(databases=["default"]) == {}
     control.delete()
+    # A worker of all queues sweeps, too: whoever does holds a lock
+    session = presence.connect("sweeps")
+    session.execute("SELECT pg_advisory_lock(%s)", (SWEEP_LOCK,))
+    assert found(databases=["default"]) == {}
+    session.close()
+    wait_until(lambda: "W006" in found(databases=["default"]))
     Worker.objects.filter(pk=agent.pk).update(gone_at=Now())
     assert found(databases=["default"]) == {}
+
+
+@pytest.mark.django_db(transaction=True)
+def test_a_database_that_is_not_migrated_yet_is_no_reason_to_warn() -> None:
+    """`migrate` itself runs these checks."""
+    options = connections["default"].settings_dict["OPTIONS"]
+    connections["default"].close()
+    connections["default"].settings_dict["OPTIONS"] = {**options, "options": "-c search_path=pg_temp"}
+    try:
+        assert found(databases=["default"]) == {}
+    finally:
+        connections["default"].close()
+        connections["default"].settings_dict["OPTIONS"] = options

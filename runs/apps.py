@@ -25,9 +25,15 @@ class RunsConfig(AppConfig):
 
 
 def delete_what_hangs_on_a_run(instance: Any, **_: Any) -> None:
-    """Messages and calls name their run by a plain id, so they are deleted with it here."""
+    """Messages and calls name their run by a plain id, so they are deleted with it here.
+
+    A live run is cancelled first: its leg stops, and its thread is free for the run that waits behind it.
+    """
+    from runs.models import LIVE
     from threads.models import Message
     from tools.models import ToolCall
 
+    if type(instance).objects.filter(pk=instance.pk, status__in=LIVE).exists():
+        instance.cancel()
     ToolCall.objects.filter(run_id=instance.pk).delete()
     Message.objects.filter(run_id=instance.pk).delete()

@@ -24,7 +24,7 @@ from runs import admission, agents, bells, lifecycle
 from runs.claims import Claim, Interrupted
 from runs.conf import settings
 from runs.context import Window
-from runs.exceptions import FenceLost, LonghaulError
+from runs.exceptions import AgentsError, FenceLost, LonghaulError
 from runs.flusher import Buffer, Chunk, Flusher
 from runs.models import Run, Status, StopReason
 from runs.providers.port import (
@@ -47,6 +47,7 @@ from tools.presence import Presence
 
 logger = logging.getLogger("longhaul.engine")
 
+LONGEST_NAME = 200  # of a call, as a column holds it; the model may say anything
 MARGIN = timedelta(seconds=30)  # after model_timeout: what a commit may take
 LOOK_SECONDS = 1.0  # how often a lingering leg looks though no bell rang
 
@@ -175,6 +176,7 @@ class Leg:
         self.began = time.monotonic()
         self.tries = int(claimed["model_tries"])
         self.usage: dict[str, Any] | None = None
+        self.committed = False  # a step, in this leg
 
     # -- the course of a leg --
 
@@ -184,9 +186,11 @@ class Leg:
         except (LonghaulError, UnknownProvider, ToolError) as error:
             self._fail(StopReason.CONFIGURATION, getattr(error, "code", "configuration"), str(error))
             return
-        except Exception as error:  # the user's instructions
-            logger.exception("Run %s: its agent's instructions failed", self.claim.run_id)
-            self._fail(StopReason.CONFIGURATION, "configuration", f"The agent's instructions failed: {error!r}")
+        except (DatabaseError, InterfaceError):
+            raise  # no fault of the agent's: the run is taken back, and tried again
+        except Exception as error:
+            logger.exception("Run %s: its agent cannot be set up", self.claim.run_id)
+            self._fail(StopReason.CONFIGURATION, "configuration", f"The run's agent cannot be set up: {error!r}")
             return
         self.definition = definition
         if self.process.draining:
@@ -214,7 +218,14 @@ class Leg:
         if isinstance(definition.instructions, str):
             return definition.instructions
         began = time.monotonic()
-        said = definition.instructions(Run.objects.get(pk=self.claim.run_id))
+        run = Run.objects.get(pk=self.claim.run_id)
+        try:
+            said = definition.instructions(run)
+        except (DatabaseError, InterfaceError):
+            raise
+        except Exception as error:  # it is the user's code
+            logger.exception("Run %s: its agent's instructions failed", run.pk)
+            raise AgentsError(f"The agent's instructions failed: {error!r}") from error
         if time.monotonic() - began > 1:
             logger.warning("The instructions of agent %s took over 1 s; other runs waited", definition.agent)
         if not isinstance(said, str):
@@ -288,8 +299,9 @@ class Leg:
         if self.process.draining:
             self._requeue("drained")
             return True
-        # Measured from the leg's begin; a model call that is longer is cut at model_timeout, never here.
-        if time.monotonic() - self.began >= self.definition.limits.leg_budget.total_seconds():
+        # Measured from the leg's begin; a model call that is longer is cut at model_timeout, never here. Before its first
+        # step a leg has used no more than its preparation took: one that handed over then would never get further.
+        if self.committed and time.monotonic() - self.began >= self.definition.limits.leg_budget.total_seconds():
             self._requeue("budget")
             return True
         return False
@@ -329,7 +341,7 @@ class Leg:
             case ToolCallDelta(index, _, name, text):
                 call = answer.calls.get(index)
                 if call is None:
-                    call = answer.calls[index] = Call(new_id(), name)
+                    call = answer.calls[index] = Call(new_id(), name[:LONGEST_NAME])
                 call.text.append(text)
                 buffer.add("tool_call.arguments_delta", text, tool_call=str(call.id), name=call.name)
             case UsageReported():
@@ -369,7 +381,7 @@ class Leg:
     # -- the commit --
 
     def _commit(self, turn: Turn, answer: Answer) -> dict[str, Any]:
-        calls, settled_events = ([], []) if turn.last else self._calls(answer)
+        calls, settled_events = ([], []) if turn.last else self._calls(turn, answer)
         bad = bool(calls) and all("outcome" in call for call in calls)
         content = [part for part in answer.parts if part["text"]]
         content += [
@@ -418,6 +430,7 @@ class Leg:
         finally:
             if flusher is not None:
                 flusher.close(turn.buffer)
+        self.committed = True
         self.tries = 0
         self.usage = None
         if outcome["status"] == "waiting":
@@ -440,7 +453,7 @@ class Leg:
                 tool = self.definition.tools[call["name"]]
                 tasks.publish(UUID(call["id"]), 1, tool.timeout, tool.queue or "")
 
-    def _calls(self, answer: Answer) -> tuple[list[dict[str, Any]], list[list[Any]]]:
+    def _calls(self, turn: Turn, answer: Answer) -> tuple[list[dict[str, Any]], list[list[Any]]]:
         """Return the rows of the calls, the bad ones settled with what the model is told, and the events of those."""
         rows: list[dict[str, Any]] = []
         settled: list[list[Any]] = []
@@ -464,6 +477,7 @@ class Leg:
                 payload = {
                     "tool_call": str(call.id),
                     "name": call.name,
+                    "message": str(turn.message),
                     "outcome": "failed",
                     "result": None,
                     "error": error,
@@ -567,9 +581,13 @@ class Leg:
         """Claim if the join has queued the run. False: not yet."""
         used = time.monotonic() - self.began >= self.definition.limits.leg_budget.total_seconds()
         opening = self._opening()
+        # Whatever epoch the answer brings is known from before it is asked for: until it is here, this worker's presence
+        # would take the new claim for one that nobody holds, and give it back.
+        self.registered(None)
         answer = lifecycle.claim_lingering(self.claim.run_id, self.id, self.claim.worker, opens=not used, turn=opening)
         status = answer["status"]
         if status in ("waiting", "requires_action"):
+            self.registered(self.claim.epoch)
             return False
         if status != "running":
             raise FenceLost

@@ -9,9 +9,10 @@ from uuid import UUID
 from django.db import transaction
 
 from runs import admission, agents, bells, lifecycle
+from runs.exceptions import UnknownAgent
 from runs.models import LIVE, Run
 from threads.models import Thread
-from tools.exceptions import UnknownTool
+from tools.exceptions import ToolNotAvailable, UnknownTool
 from tools.registry import Tool
 
 
@@ -40,7 +41,10 @@ class DatabaseRunLog:
 
     def tool(self, claimed: Mapping[str, Any]) -> Tool:
         # The agent's own tools: what a run overrides only narrows them, and was narrowed when the call was made.
-        tools = agents.get(claimed["agent"]).tools_by_name
+        try:
+            tools = agents.get(claimed["agent"]).tools_by_name
+        except UnknownAgent as error:  # it is not in this worker's code, or its module cannot be imported here
+            raise ToolNotAvailable(f"{claimed['name']} is not available on its worker.") from error
         if claimed["name"] not in tools:
             raise UnknownTool(claimed["name"], tools)
         return tools[claimed["name"]]

@@ -7,6 +7,7 @@
     │   │   └── InvalidResult     it ran, but its result cannot be JSON (said by us)
     │   └── ApprovalRequired      a person must decide first
     ├── said to the model, about a call it asked for
+    │   ├── ToolNotAvailable      no fault of the model's
     │   ├── UnknownTool           (LookupError)
     │   └── InvalidArguments      (ValueError)
     └── said to the programmer, at import
@@ -50,6 +51,12 @@ class ToolFailed(ToolError):
     """
 
     code = "tool_failed"
+
+
+class ToolNotAvailable(ToolError):
+    """The tool cannot be run where it was asked for."""
+
+    code = "not_available"
 
 
 class InvalidResult(ToolFailed):

@@ -122,12 +122,19 @@ def _execute(claimed: Claimed, tool: Tool, arguments: dict[str, Any]) -> None:
 
 
 def _execute_atomic(claimed: Claimed, tool: Tool, arguments: dict[str, Any]) -> None:
-    """Body and settlement in one transaction: the effect is there exactly when the settlement is."""
+    """Body and settlement in one transaction: the effect is there exactly when the settlement is.
+
+    What the body tells the run's readers is written just before the settlement, for it takes the run's lock: held
+    from then to a slow body's end, it would stop whoever wants to change the run.
+    """
+    told: list[tuple[str, dict[str, Any]]] = []
     try:
         with transaction.atomic():
             # By this name a later attempt ends this backend, should it outlive its worker with rows locked.
             database.rows_of("SELECT set_config('application_name', %s, true)", (f"longhaul {claimed.attempt_id}",))
-            result = tool.serialize(_call(claimed, tool, arguments))
+            result = tool.serialize(_call(claimed, tool, arguments, told))
+            for type, payload in told:
+                run_log.current().record(claimed.run_id, type, payload)
             answer = lifecycle.settle(
                 claimed.call_id, claimed.attempt, worker=claimed.worker, outcome=Outcome.SUCCESS, result=result
             )
@@ -145,9 +152,11 @@ def _execute_atomic(claimed: Claimed, tool: Tool, arguments: dict[str, Any]) -> 
         run_log.current().announce(answer)
 
 
-def _call(claimed: Claimed, tool: Tool, arguments: dict[str, Any]) -> Any:
+def _call(
+    claimed: Claimed, tool: Tool, arguments: dict[str, Any], told: list[tuple[str, dict[str, Any]]] | None = None
+) -> Any:
     if tool.context_parameter is not None:
-        arguments[tool.context_parameter] = context_of(claimed)
+        arguments[tool.context_parameter] = context_of(claimed, told)
     if tool.is_async:
         return asyncio.run(tool.function(**arguments))
     return tool.function(**arguments)
@@ -216,10 +225,20 @@ def _until_answered(claimed: Claimed, transition: Callable[[], Any]) -> None:
         run_log.current().announce(answer)
 
 
-def context_of(claimed: Claimed) -> ToolContext:
-    """Build what the tool is handed. Rows are read only when it asks for them."""
+def context_of(claimed: Claimed, told: list[tuple[str, dict[str, Any]]] | None = None) -> ToolContext:
+    """Build what the tool is handed. Rows are read only when it asks for them.
+
+    With a list `told`, what the tool tells the run's readers is put there, to be written later.
+    """
     answer = claimed.answer
     log = run_log.current()
+
+    def tell(type: str, payload: dict[str, Any]) -> None:
+        if told is None:
+            log.record(claimed.run_id, type, payload)
+        else:
+            told.append((type, payload))
+
     thread_id = UUID(answer["thread"])
     last = [0.0]
 
@@ -228,8 +247,7 @@ def context_of(claimed: Claimed) -> ToolContext:
         if fraction != 1.0 and moment - last[0] < PROGRESS_SECONDS:
             return  # at most one a second: each takes the run's lock
         last[0] = moment
-        log.record(
-            claimed.run_id,
+        tell(
             "tool_call.progress",
             {
                 "tool_call": str(claimed.call_id),
@@ -241,7 +259,7 @@ def context_of(claimed: Claimed) -> ToolContext:
         )
 
     def emit(data: Any) -> None:
-        log.record(claimed.run_id, "data", {"data": data})
+        tell("data", {"data": data})
 
     def cancelled() -> bool:
         return not ToolCall.objects.filter(pk=claimed.call_id, attempt=claimed.attempt, status="running").exists()

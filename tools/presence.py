@@ -51,12 +51,15 @@ class Register:
         self._entries: dict[tuple[str, UUID, object], int | None] = {}
 
     @contextlib.contextmanager
-    def entry(self, kind: str, id: UUID) -> Generator[Callable[[int], None]]:
-        """Hold an entry for the block; call what it yields with the epoch (or attempt) whenever a claim is answered."""
+    def entry(self, kind: str, id: UUID) -> Generator[Callable[[int | None], None]]:
+        """Hold an entry for the block; call what it yields with the epoch (or attempt) whenever a claim is answered.
+
+        None, and until the first call: any number is known, for a claim is being asked for.
+        """
         key = (kind, id, object())
         self._entries[key] = None
 
-        def claimed(number: int) -> None:
+        def claimed(number: int | None) -> None:
             self._entries[key] = number
 
         try:

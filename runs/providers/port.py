@@ -23,6 +23,7 @@ ErrorCode: TypeAlias = Literal[
 FinishReason: TypeAlias = Literal["stop", "tool_calls", "length", "content_filter"]
 
 RETRYABLE: frozenset[ErrorCode] = frozenset({"network", "rate_limited", "overloaded", "server"})
+DEEPEST = 200  # nested arguments: what is deeper may be read, and not written
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,9 +227,13 @@ def parse_arguments(text: str) -> dict[str, Any] | str:
     if not isinstance(value, dict):
         return clean(text)
     try:
-        return cast("dict[str, Any]", clean_json(value)) if "\\u0000" in text else value
-    except RecursionError:
+        if "\\u0000" in text:
+            value = clean_json(value)
+        if text.count("[") + text.count("{") > DEEPEST:
+            orjson.dumps(value)  # it reads deeper than it writes
+    except (RecursionError, orjson.JSONEncodeError):
         return clean(text)
+    return cast("dict[str, Any]", value)
 
 
 def clean_json(value: Any) -> Any:

@@ -151,6 +151,22 @@ def test_given_a_dead_attempts_open_transaction_when_reclaimed_then_its_backend_
     assert world.settle(world.call_claim(held.id), result=1)
 
 
+def test_given_a_dead_attempt_that_holds_the_run_when_reclaimed_then_nobody_waits_for_it(
+    world: World, database_url: str
+) -> None:
+    """Between its settlement and its commit an atomic attempt has the run locked; one that was stopped there holds it on."""
+    with attempt_on(world, database_url, None) as (held, body):
+        pid = body.pid()
+        assert world.settle(held, result=1, db=body)
+        world.db.execute("SET lock_timeout = '5s'")
+        try:
+            assert world.call_reclaim(held)
+        finally:
+            world.db.execute("RESET lock_timeout")
+        wait_until(lambda: not is_alive(world, pid))
+    assert world.settle(world.call_claim(held.id), result=1)
+
+
 @pytest.mark.parametrize(("name", "atomic"), [("somebody else", True), (None, False)])
 def test_given_a_backend_that_is_not_the_attempts_any_more_when_reclaimed_then_it_lives(
     world: World, database_url: str, name: str | None, atomic: bool

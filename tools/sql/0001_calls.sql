@@ -155,14 +155,14 @@ END $$;
 -- Takes a running call from a holder that is not present, is past its time, or does not know it holds it. Names holder and
 -- attempt, so that a stale look takes nothing from a new holder. Past its timeout_at: settled failed/timed_out. Else
 -- idempotent=False goes to unknown (unless its user code never began), a call without attempts left is settled
--- failed/worker_lost, any other is requested again. The backend of an atomic attempt is ended first: its open
--- transaction would keep rows of the application locked.
+-- failed/worker_lost, any other is requested again. The backend of an atomic attempt is ended first, before any lock is
+-- waited for: its open transaction keeps rows of the application locked, and from its settlement on the run too. It is
+-- known by its name alone, which lasts as long as the transaction: behind a pool its pid is not that of the claim.
 CREATE OR REPLACE FUNCTION longhaul_call_reclaim(p_call uuid, p_attempt integer, p_holder uuid, p_began boolean)
 RETURNS jsonb LANGUAGE plpgsql AS $$
 DECLARE
     v_run_id uuid;
     v_call longhaul_tools_toolcall;
-    v_attempt longhaul_tools_toolattempt;
     v_now timestamptz;
     v_error jsonb;
     v_code text;
@@ -170,17 +170,18 @@ DECLARE
 BEGIN
     SELECT run_id INTO v_run_id FROM longhaul_tools_toolcall WHERE id = p_call;
     IF NOT FOUND THEN RETURN NULL; END IF;
+    PERFORM pg_terminate_backend(s.pid)
+    FROM longhaul_tools_toolcall c
+    JOIN longhaul_tools_toolattempt a ON a.call_id = c.id AND a.number = c.attempt AND a.ended_at IS NULL
+    JOIN pg_stat_activity s ON s.application_name = 'longhaul ' || a.id::text AND s.pid <> pg_backend_pid()
+    WHERE c.id = p_call AND c.attempt = p_attempt AND c.status = 'running' AND c.holder = p_holder AND c.atomic;
     IF (longhaul_run_lock(v_run_id)).thread_id IS NULL THEN RETURN NULL; END IF;
     v_now := longhaul_now();
     SELECT * INTO v_call FROM longhaul_tools_toolcall
     WHERE id = p_call AND attempt = p_attempt AND status = 'running' AND holder = p_holder FOR NO KEY UPDATE;
     IF NOT FOUND THEN RETURN NULL; END IF;  -- it ended, or somebody else took it
     UPDATE longhaul_tools_toolattempt SET ended_at = v_now, outcome = CASE WHEN p_began THEN 'lost' ELSE 'given_back' END
-    WHERE call_id = p_call AND number = p_attempt AND ended_at IS NULL RETURNING * INTO v_attempt;
-    IF v_call.atomic AND v_attempt.backend_pid IS NOT NULL AND v_attempt.backend_pid <> pg_backend_pid() THEN
-        PERFORM pg_terminate_backend(pid) FROM pg_stat_activity
-        WHERE pid = v_attempt.backend_pid AND application_name = 'longhaul ' || v_attempt.id::text;
-    END IF;
+    WHERE call_id = p_call AND number = p_attempt AND ended_at IS NULL;
     v_code := CASE WHEN v_call.timeout_at <= v_now THEN 'timed_out'
                    WHEN v_call.idempotent IS FALSE AND p_began THEN 'unknown'
                    WHEN v_call.attempt >= v_call.max_attempts AND p_began THEN 'worker_lost'

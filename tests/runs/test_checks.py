@@ -171,6 +171,13 @@ def test_every_name_of_redis_is_known(scheme: str) -> None:
         assert found() == {}
 
 
+def test_redis_waits_for_an_hour_when_nothing_is_said(settings: Any) -> None:
+    with celery(broker_transport_options={"socket_timeout": 9, "max_connections": 100}):
+        assert found() == {}
+        settings.LONGHAUL = {"LEG_BUDGET_SECONDS": 1201}
+        assert "after 3600 s (visibility_timeout)" in found()["W001"]
+
+
 @pytest.mark.parametrize("scheme", AMQP)
 def test_every_name_of_rabbitmq_is_known(scheme: str) -> None:
     with celery(broker_url=f"{scheme}://here", broker_transport_options={}):

@@ -257,6 +257,8 @@ def test_a_call_whose_worker_is_gone_needs_somebody_who_sweeps(agent: Agent, scr
     assert claim_call(ToolCall.objects.get().pk, 1, worker=by.pk, worker_name=by.name, task_id="t", alone=True)
     Worker.objects.filter(pk=by.pk).update(gone_at=Now())
     says(run, "running on a worker that is gone", "no control worker", mend="longhaul.control", stuck=True)
+    worker("control")
+    says(run, "running on a worker that is gone", mend=None, stuck=False)
 
 
 def test_many_calls_are_told_in_short(agent: Agent, scripted_model: ScriptedModel) -> None:
@@ -316,17 +318,6 @@ def test_a_call_with_a_queue_of_its_own_needs_a_worker_of_that_queue(
     says(run, "no tools worker is present", mend="worker -Q longhaul.tools,slow -P prefork", stuck=True)
 
 
-def test_a_call_whose_worker_is_gone_is_taken_by_who_sweeps(agent: Agent, scripted_model: ScriptedModel) -> None:
-    run = waiting(agent, scripted_model, call("look_up", number=1))
-    by = worker("tools")
-    the_call = ToolCall.objects.get(run_id=run.pk)
-    assert claim_call(the_call.pk, 1, worker=by.pk, worker_name=by.name, task_id="t", alone=True)
-    Worker.objects.filter(pk=by.pk).update(gone_at=Now())
-    says(run, "look_up (running on a worker that is gone", mend="worker -Q longhaul.control", stuck=True)
-    worker("control")
-    says(run, "look_up (running on a worker that is gone", mend=None, stuck=False)
-
-
 def test_an_unknown_call_does_not_hide_that_nobody_runs_the_other(scripted_model: ScriptedModel) -> None:
     run = State(scripted_model).unknown()
     ToolCall.objects.filter(run_id=run.pk, index=0).update(status="requested", outcome="", settled_at=None)
@@ -371,6 +362,10 @@ def test_a_run_that_moves_while_it_is_explained_is_explained_as_it_is(
     mend = explain.mend(run)
     assert mend is not None
     assert "resume()" in mend
+    queued = agent.start("hello")
+    Run.objects.get(pk=queued.pk).cancel()
+    assert queued.status == "queued", "as it was read"
+    assert queued.why().startswith("cancelled")
 
 
 # --- ended

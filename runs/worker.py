@@ -59,7 +59,7 @@ def recognise(sender: str, instance: Any, **_: Any) -> None:
     presence.current = Presence(name=str(sender), kind=_kind(), holdings=_holdings())
     if _prefork:
         # The children name it as their parent, so its row comes before them.
-        presence.current.tick()
+        presence.current.try_tick()
 
 
 def _kind() -> str:

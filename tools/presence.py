@@ -15,6 +15,7 @@ no patched lock; all it uses is imported before it starts.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import secrets
 import socket
@@ -30,6 +31,8 @@ from django.db import connection
 from psycopg import waiting
 
 from threads.ids import new_id
+
+logger = logging.getLogger("longhaul.tools")
 
 T = TypeVar("T")
 
@@ -179,10 +182,21 @@ class Presence:
     # -- the thread --
 
     def start(self) -> None:
-        """Be present (in this thread), then keep it so from a native one."""
+        """Be present (in this thread), then keep it so from a native one. Without Postgres, be present when it is there."""
         start_thread, self._sleep = _native()
-        self.tick()
+        self.try_tick()
         start_thread(self._keep, ())
+
+    def try_tick(self) -> None:
+        """Tick; where that cannot be yet, say why in a line. A worker that starts before its database waits for it."""
+        try:
+            self.tick()
+        except psycopg.errors.UndefinedTable:
+            logger.error(
+                "%s waits for Longhaul's tables, which are not in its database: run manage.py migrate", self.name
+            )
+        except (psycopg.Error, OSError) as error:
+            logger.error("%s waits for Postgres: %s", self.name, str(error).partition("\n")[0])
 
     def _keep(self) -> None:
         while not self._ended:

@@ -472,6 +472,7 @@ def test_rows_that_cannot_be_are_said_to_break_an_invariant(agent: Agent) -> Non
     [
         (-3, "0.0 s"),
         (0.26, "0.3 s"),
+        (3.26, "3.3 s"),
         (12.4, "12 s"),
         (119.4, "119 s"),
         (119.6, "2 min"),

@@ -673,7 +673,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 print(f"  {server}: {'down' if process is None else f'pid {process.pid}'}")
         elif not (stop if given.verb == "stop" else remove)(purpose, force=given.force):
             failed = True
-            print(f"The servers for {purpose} are in use; end what uses them first, or give --force.", file=sys.stderr)
+            print(
+                f"The servers for {purpose} are in use. End what uses them first, or end them under it:",
+                file=sys.stderr,
+            )
+            print(
+                f"  {sys.executable} -m agents_project.embedded --purpose {purpose} {given.verb} --force",
+                file=sys.stderr,
+            )
     return 1 if failed else 0
 
 

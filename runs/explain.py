@@ -5,6 +5,8 @@ Reads rows only, and takes the time from the database. A run moves while it is e
 
 from __future__ import annotations
 
+import shutil
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -258,7 +260,13 @@ def _workers(ids: Iterable[UUID | None], now: datetime) -> dict[UUID | None, tup
 def start(kind: str, *queues_of_tools: str) -> str:
     """Return the command that starts a worker of this kind, which consumes the queues of single tools too."""
     queues = {"agents": settings().agents_queue, "tools": settings().tools_queue, "control": settings().control_queue}
-    return f"celery -A {current_app.main or 'PROJECT'} worker -Q {','.join([queues[kind], *queues_of_tools])} {POOLS[kind]}"
+    consumed = ",".join([queues[kind], *queues_of_tools])
+    return f"{celery()} -A {current_app.main or 'PROJECT'} worker -Q {consumed} {POOLS[kind]} -n {kind}@%h"
+
+
+def celery() -> str:
+    """Return how Celery is called here: by its name where the shell finds it, else by this Python."""
+    return "celery" if shutil.which("celery") else f"{sys.executable} -m celery"
 
 
 def in_shell(run: Run, method: str) -> str:

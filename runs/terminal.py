@@ -27,7 +27,7 @@ from rich.text import Text
 WIDTH = 80
 _TEXT_LINES = 3  # of the streaming text that are in sight; a fixed number, so that what stands below does not jump
 _CALLS = 2
-_NOTES = 8
+_NOTES = 10
 _LEGS = 14  # the last ones of the chain
 
 # Why a leg ended, in words. The keys are the reasons of `leg.ended`.

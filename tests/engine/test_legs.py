@@ -9,7 +9,7 @@ from unittest import mock
 import pytest
 from django.db import OperationalError
 
-from runs import agents, engine, lifecycle
+from runs import agents, engine, lifecycle, worker
 from runs.agents import Agent
 from runs.exceptions import UnknownAgent
 from runs.models import Run
@@ -81,6 +81,7 @@ def test_presence_does_not_give_back_what_a_lingering_leg_is_just_claiming(scrip
     ticks = 0
 
     with agents_process() as process:
+        process.presence.holdings = worker._holdings()
 
         def claim(*arguments: Any, **options: Any) -> Any:
             nonlocal ticks

@@ -6,10 +6,13 @@ import asyncio
 from datetime import timedelta
 from typing import Any
 
+import psycopg
 import pytest
 from django.contrib.auth import get_user_model
+from django.db import connection
 
 from runs import agents
+from runs.agents import Agent
 from runs.pytest_longhaul import ScriptedModel, assert_invariants, call, run_to_end
 from tests.engine.tool_runs import attempts, calls_of, only_call, told, took
 from tests.runs.scenes import payloads, types
@@ -203,4 +206,28 @@ def test_a_tool_learns_that_its_run_has_ended_and_can_say_nothing_more(scripted_
     assert [part["outcome"] for part in told(run)] == ["cancelled"]
     assert types(run)[-1] == "run.cancelled"
     assert not {"data", "tool_call.progress"} & set(types(run))
+    assert_invariants(run)
+
+
+@pytest.mark.django_db(transaction=True)
+def test_an_atomic_tool_that_speaks_to_readers_does_not_hold_its_run_meanwhile(scripted_model: ScriptedModel) -> None:
+    """Whoever wants to change the run (a cancel, the sweep) does not wait for the tool's body."""
+    free: list[bool] = []
+
+    @tool(atomic=True)
+    def work(ctx: ToolContext) -> str:
+        """Work."""
+        ctx.emit("half")
+        ctx.progress(0.5)
+        with psycopg.connect(connection.connection.info.dsn, autocommit=True) as other:
+            query = "SELECT 1 FROM longhaul_runs_run WHERE id = %s FOR NO KEY UPDATE SKIP LOCKED"
+            free.append(other.execute(query, (ctx.run_id,)).fetchone() is not None)
+        return "done"
+
+    scripted_model.say(call("work"), "done")
+    agent = agents.registry.add(Agent(name="speaker", model="scripted:x", tools=[work]))
+    run = run_to_end(agent.start("hello"))
+    assert free == [True]
+    told = [event.type for event in run.events() if event.type in ("data", "tool_call.progress", "tool_call.settled")]
+    assert told == ["data", "tool_call.progress", "tool_call.settled"]
     assert_invariants(run)

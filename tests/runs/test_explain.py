@@ -448,10 +448,10 @@ def test_the_command_for_rows_that_cannot_be_names_the_invariant(agent: Agent, c
 
 def test_the_command_for_absent_workers_names_the_queues_of_this_project(agent: Agent, settings: Any) -> None:
     settings.LONGHAUL = {"AGENTS_QUEUE": "our.agents", "TOOLS_QUEUE": "our.tools", "CONTROL_QUEUE": "our.control"}
-    app = "celery -A agents_project worker -Q our"
-    assert explain.start("agents") == f"{app}.agents -P gevent -c 1000"
-    assert explain.start("tools") == f"{app}.tools -P prefork"
-    assert explain.start("control") == f"{app}.control -P threads -c 2"
+    app = f"{explain.celery()} -A agents_project worker -Q our"
+    assert explain.start("agents") == f"{app}.agents -P gevent -c 1000 -n agents@%h"
+    assert explain.start("tools") == f"{app}.tools -P prefork -n tools@%h"
+    assert explain.start("control") == f"{app}.control -P threads -c 2 -n control@%h"
 
 
 def test_rows_that_cannot_be_are_said_to_break_an_invariant(agent: Agent) -> None:
@@ -508,7 +508,7 @@ def test_explain_run_tells_the_run_the_reason_and_the_command(agent: Agent) -> N
         f"Run {run.pk} of clerk",
         "queued after 0 steps in 0 legs",
         "Why: queued for",
-        "To mend it: celery -A",
+        f"To mend it: {explain.celery()} -A",
     ):
         assert word in said
     as_json = json.loads(told("explain_run", str(run.pk)[-12:], "--json"))  # the end of an id is enough

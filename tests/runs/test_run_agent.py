@@ -10,6 +10,7 @@ import pytest
 from django.contrib.auth.models import User
 from django.core.management import CommandError, call_command
 
+from runs import explain
 from runs.models import Run
 from threads.models import Message, Thread
 from tools.models import Worker
@@ -78,7 +79,7 @@ def test_absent_workers_are_named_with_the_command_that_starts_them() -> None:
     _, err = told("run_agent", "tester", "hello")
     assert err.splitlines()[:2] == [
         "No agents worker is present: the run waits. Start one:",
-        "  celery -A agents_project worker -Q longhaul.agents -P gevent -c 1000",
+        f"  {explain.celery()} -A agents_project worker -Q longhaul.agents -P gevent -c 1000 -n agents@%h",
     ]
     assert "No tools worker is present" in err
     assert "No control worker is present" in err

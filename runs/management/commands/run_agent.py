@@ -15,7 +15,7 @@ from django.core.exceptions import ValidationError
 from django.core.management import BaseCommand, CommandError
 from django.db import ProgrammingError
 
-from runs import agents
+from runs import agents, explain
 from runs.conf import settings
 from runs.exceptions import LonghaulError
 from runs.models import Run
@@ -123,7 +123,7 @@ def absent_workers(kinds: Iterable[str]) -> str:
     lines = []
     for kind in absent:
         lines.append(f"No {kind} worker is present: {WITHOUT[kind]}. Start one:")
-        lines.append(f"  celery -A {app} worker -Q {queues[kind]} {POOLS[kind]}")
+        lines.append(f"  {explain.celery()} -A {app} worker -Q {queues[kind]} {POOLS[kind]} -n {kind}@%h")
     return "\n".join(lines) + "\n"
 
 

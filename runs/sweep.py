@@ -144,18 +144,20 @@ class Sweep:
     def look(self) -> Done:
         """Reclaim from the dead, and publish what is due."""
         done = Done()
-        for life, missed in self.watcher.dead().items():
-            self._bury(life, missed, done)
-        self._publish(done)
+        with messages.until_refused():
+            for life, missed in self.watcher.dead().items():
+                self._bury(life, missed, done)
+            self._publish(done)
         return done
 
     def sweep(self) -> Done:
         """End what passed its time, and take what names a life that is no longer there."""
         done = Done()
-        for life in self._gone():
-            self._bury(life, True, done)
-        self._overdue(done)
-        self._hurry()
+        with messages.until_refused():
+            for life in self._gone():
+                self._bury(life, True, done)
+            self._overdue(done)
+            self._hurry()
         return done
 
     # -- the dead --

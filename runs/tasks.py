@@ -42,4 +42,4 @@ def publish(run_id: UUID, dispatch_seq: int) -> None:
     try:
         messages.send(advance_run, [str(run_id), dispatch_seq], queue=settings().agents_queue)
     except (BrokerError, OSError) as error:
-        logger.warning("Run %s waits for the broker to come back: %s", run_id, type(error).__name__)
+        logger.warning("Run %s waits for the broker to come back: %s", run_id, type(error.__cause__ or error).__name__)

@@ -8,6 +8,9 @@ somebody listens to the publishing of tasks (tracing does), or tasks are run eag
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+from contextvars import ContextVar
 from typing import Any
 from uuid import uuid4
 
@@ -17,20 +20,63 @@ from celery import signals
 from celery.utils.nodenames import anon_nodename
 from kombu.exceptions import OperationalError as BrokerError
 
+try:
+    from redis.exceptions import RedisError
+except ImportError:  # the broker is another one
+    _ALSO_AWAY: tuple[type[Exception], ...] = ()
+else:
+    _ALSO_AWAY = (RedisError,)
+
 _NO_QUEUE = 404  # of Redis, which keeps no empty list, this is the answer for an empty queue
 _EMBED = {"callbacks": None, "errbacks": None, "chain": None, "chord": None}
 
 
 def depth(app: Any, queue: str) -> int | None:
     """Return how many messages wait in the broker's queue; None when the broker does not say."""
+    if _refused.get():
+        return None
     try:
-        with app.pool.acquire(block=True) as connection:
+        with app.pool.acquire(block=True) as connection, _or_broker_error(connection):
             _reach(connection)
-            return int(connection.default_channel.queue_declare(queue, passive=True).message_count)
-    except ChannelError as error:
-        return 0 if int(error.reply_code or 0) == _NO_QUEUE else None
+            try:
+                return int(connection.default_channel.queue_declare(queue, passive=True).message_count)
+            except ChannelError as error:
+                if int(error.reply_code or 0) == _NO_QUEUE:
+                    return 0
+                raise
     except (BrokerError, OSError, AMQPError):
         return None
+
+
+@contextlib.contextmanager
+def until_refused() -> Iterator[None]:
+    """Within the block, after one message that could not be sent, refuse all others at once.
+
+    A broker that hangs costs its socket timeout, 10 s, for each message: who sends hundreds in a row would stand still.
+    """
+    before = _refused.set([])
+    try:
+        yield
+    finally:
+        _refused.reset(before)
+
+
+_refused: ContextVar[list[BaseException] | None] = ContextVar("refused", default=None)
+
+
+@contextlib.contextmanager
+def _or_broker_error(connection: Any) -> Iterator[None]:
+    """Raise what the transport raises when the broker goes away as kombu's OperationalError.
+
+    Without `retry` kombu leaves the transport's own errors as they are, and those of Redis are no OSError. All of Redis's
+    are meant: one that is out of memory, read only or still loading loses a message as well.
+    """
+    try:
+        yield
+    except (BrokerError, OSError, KeyError):  # a KeyError is a mistake, though kombu has it among a lost connection's
+        raise
+    except (*connection.connection_errors, *connection.channel_errors, *_ALSO_AWAY) as error:
+        raise BrokerError(f"{type(error).__name__}: {error}") from error
 
 
 def _reach(connection: Any) -> None:
@@ -46,6 +92,18 @@ def send(
     task: Any, args: list[Any], *, queue: str, soft_time_limit: int | None = None, time_limit: int | None = None
 ) -> None:
     """Send a message for `task` to the queue. Raises kombu's OperationalError, or OSError, when the broker is away."""
+    refused = _refused.get()
+    if refused:
+        raise BrokerError("not tried: the broker refused the message before") from refused[0]
+    try:
+        _send(task, args, queue=queue, soft_time_limit=soft_time_limit, time_limit=time_limit)
+    except (BrokerError, OSError) as error:
+        if refused is not None:
+            refused.append(error)
+        raise
+
+
+def _send(task: Any, args: list[Any], *, queue: str, soft_time_limit: int | None, time_limit: int | None) -> None:
     app = task.app
     watched = signals.before_task_publish.receivers or signals.after_task_publish.receivers
     by_celery = {"queue": queue, "soft_time_limit": soft_time_limit, "time_limit": time_limit, "retry": False}
@@ -53,7 +111,7 @@ def send(
         task.apply_async(args, **by_celery)
         return
     if watched or app.conf.task_send_sent_event:
-        with app.producer_pool.acquire(block=True) as producer:
+        with app.producer_pool.acquire(block=True) as producer, _or_broker_error(producer.connection):
             _reach(producer.connection)
             task.apply_async(args, producer=producer, **by_celery)
         return
@@ -79,7 +137,7 @@ def send(
         "stamped_headers": None,
         "stamps": {},
     }
-    with app.producer_pool.acquire(block=True) as producer:
+    with app.producer_pool.acquire(block=True) as producer, _or_broker_error(producer.connection):
         _reach(producer.connection)
         producer.publish(
             orjson.dumps((args, {}, _EMBED)).decode(),

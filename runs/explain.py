@@ -208,6 +208,8 @@ def _ended(run: Run) -> Explanation:
         StopReason.POISON: "look into the logs of its workers for what killed them, then go on with a new run: ",
         StopReason.MODEL_ERROR: "when the model service is well, go on with a new run: ",
     }.get(StopReason(run.stop_reason), "go on with a new run: ")
+    if run.error and run.error.get("code") == "auth":
+        first = "give the agents workers a key that is valid, restart them, then go on with a new run: "
     return Explanation(said, first + in_shell(run, "resume()"))
 
 

@@ -380,6 +380,7 @@ def test_a_failed_run_says_why_and_how_to_go_on(agent: Agent, scripted_model: Sc
     scripted_model.say(ProviderError("auth", "bad key"))
     run = run_to_end(agent.start("hello"))
     says(run, "failed (model_error) after 0 steps: auth: bad key", mend="resume()", stuck=False)
+    assert "a key that is valid" in (explain.explain(run).mend or "")
     cancelled = agent.start("hello")
     cancelled.cancel()
     says(cancelled, "cancelled (cancelled)", mend="go on with a new run", stuck=False)

@@ -15,15 +15,17 @@ import math
 import os
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 from uuid import UUID
 
 import psycopg
+import psycopg.errors
 from celery import current_app
-from django.db import DatabaseError, InterfaceError, connection
+from django.db import DatabaseError, InterfaceError, OperationalError, connection, transaction
 
 from runs import admission, lifecycle
 from runs.conf import settings
@@ -31,6 +33,8 @@ from runs.models import StopReason
 from tools import lifecycle as calls
 from tools import messages, presence
 from tools import tasks as tool_tasks
+
+T = TypeVar("T")
 
 logger = logging.getLogger("longhaul.sweep")
 
@@ -42,6 +46,10 @@ OVERDUE_GRACE = timedelta(
 )  # for what passed its time while nobody watched, and for a tool that ends at its limit
 SWEEP_LOCK = 0x6C6F6E676861756C  # "longhaul": whoever holds it sweeps
 BATCH = 200
+# How long a pass waits for a row that another transaction holds, until it leaves it to the next pass; and for each further
+# one, for many may be held by the same transaction.
+PATIENCE = timedelta(milliseconds=500)
+PATIENCE_SPENT = timedelta(milliseconds=20)
 
 _WORKERS = """
 SELECT w.id, w.lock_key, l.key IS NOT NULL, extract(epoch FROM longhaul_now() - w.beat_at)::float
@@ -59,6 +67,10 @@ _WAITING = {
     "call": "longhaul_tools_toolcall WHERE status IN ('requested', 'retrying') AND publishes > 1 AND",
 }
 _SOON = " next_publish_at > longhaul_now() + interval '1 second'"
+
+
+class Held(Exception):
+    """Another transaction holds this row: it is left to the next pass."""
 
 
 @dataclass
@@ -136,6 +148,7 @@ class Sweep:
     def __init__(self, *, patient: bool = True, publishes: bool = True) -> None:
         self.watcher = Watcher(patient=patient)
         self._publishes = publishes  # False: a rehearsal, whose transaction is rolled back
+        self._patience = PATIENCE
 
     def _announce(self, answer: Mapping[str, Any]) -> None:
         if self._publishes:
@@ -144,6 +157,7 @@ class Sweep:
     def look(self) -> Done:
         """Reclaim from the dead, and publish what is due."""
         done = Done()
+        self._patience = PATIENCE
         with messages.until_refused():
             for life, missed in self.watcher.dead().items():
                 self._bury(life, missed, done)
@@ -153,6 +167,7 @@ class Sweep:
     def sweep(self) -> Done:
         """End what passed its time, and take what names a life that is no longer there."""
         done = Done()
+        self._patience = PATIENCE
         with messages.until_refused():
             for life in self._gone():
                 self._bury(life, True, done)
@@ -164,29 +179,53 @@ class Sweep:
 
     def _bury(self, life: UUID, missed: bool, done: Done) -> None:
         """Take everything from a dead life: runs at once, calls as they declare themselves; then close it."""
+        left = False
         for run_id, epoch in self._rows(
             "SELECT id, epoch FROM longhaul_runs_run WHERE holder = %s AND status = 'running'", life
         ):
-            self._reclaim_run(run_id, epoch, life, done)
-        left = False
+            left |= not self._reclaim_run(run_id, epoch, life, done)
         for call_id, attempt, safe in self._rows(
             "SELECT id, attempt, atomic OR coalesce(idempotent, false) FROM longhaul_tools_toolcall"
             " WHERE holder = %s AND status = 'running'",
             life,
         ):
             if safe or missed:
-                self._reclaim_call(call_id, attempt, life, done)
+                left |= not self._reclaim_call(call_id, attempt, life, done)
             else:
                 left = True  # its effect may be half done: only when a beat is missed too
-        if not left:
-            with connection.cursor() as cursor:
-                cursor.execute(
-                    "UPDATE longhaul_tools_worker SET gone_at = longhaul_now() WHERE id = %s AND gone_at IS NULL",
-                    (life,),
-                )
-                if cursor.rowcount:
-                    done.dead_workers.append(life)
-                    logger.warning("Worker %s is gone", life, extra={"action": "worker.gone"})
+        if left:
+            return
+        try:
+            closed = self._patiently(lambda: self._close(life))
+        except Held:
+            return
+        if closed:
+            done.dead_workers.append(life)
+            logger.warning("Worker %s is gone", life, extra={"action": "worker.gone"})
+
+    def _close(self, life: UUID) -> bool:
+        with connection.cursor() as cursor:
+            cursor.execute(
+                "UPDATE longhaul_tools_worker SET gone_at = longhaul_now() WHERE id = %s AND gone_at IS NULL", (life,)
+            )
+            return bool(cursor.rowcount)
+
+    def _patiently(self, work: Callable[[], T]) -> T:
+        """Do work that locks a row, in a transaction of its own. Raises Held when somebody holds that row for too long.
+
+        For the transaction only: behind a pool a setting of the session would be somebody else's in the end.
+        """
+        try:
+            with transaction.atomic():
+                with connection.cursor() as cursor:
+                    milliseconds = int(self._patience.total_seconds() * 1000)
+                    cursor.execute("SELECT set_config('lock_timeout', %s, true)", (f"{milliseconds}ms",))
+                return work()
+        except OperationalError as error:
+            if not isinstance(error.__cause__, psycopg.errors.LockNotAvailable):
+                raise
+            self._patience = PATIENCE_SPENT
+            raise Held from error
 
     def _gone(self) -> list[UUID]:
         """Return the lives that still hold something and have no row, or a closed one."""
@@ -197,19 +236,31 @@ class Sweep:
         )
         return [row[0] for row in rows]
 
-    def _reclaim_run(self, run_id: UUID, epoch: int, holder: UUID, done: Done) -> None:
-        answer = lifecycle.reclaim(run_id, epoch, holder)
+    def _reclaim_run(self, run_id: UUID, epoch: int, holder: UUID, done: Done) -> bool:
+        """Return whether nothing is left to do: False when somebody else has the run locked."""
+        try:
+            answer = self._patiently(lambda: lifecycle.reclaim(run_id, epoch, holder))
+        except Held:
+            logger.warning("Run %s is held by another transaction; the next pass tries again", run_id)
+            return False
         if answer is not None:
             done.reclaimed_runs.append(run_id)
             logger.warning("Run %s reclaimed", run_id, extra={"action": "run.reclaimed", "epoch": epoch})
             self._announce(answer)
+        return True
 
-    def _reclaim_call(self, call_id: UUID, attempt: int, holder: UUID, done: Done) -> None:
-        answer = calls.reclaim(call_id, attempt, holder=holder)
+    def _reclaim_call(self, call_id: UUID, attempt: int, holder: UUID, done: Done) -> bool:
+        """Return whether nothing is left to do, as for a run."""
+        try:
+            answer = self._patiently(lambda: calls.reclaim(call_id, attempt, holder=holder))
+        except Held:
+            logger.warning("Call %s is held by another transaction; the next pass tries again", call_id)
+            return False
         if answer is not None:
             done.reclaimed_calls.append(call_id)
             logger.warning("Call %s reclaimed: %s", call_id, answer.get("code"), extra={"action": "call.reclaimed"})
             self._announce(answer)
+        return True
 
     # -- the overdue --
 
@@ -260,7 +311,13 @@ class Sweep:
             BATCH,
         ):
             error = {"code": "deadline", "message": "The run did not end before its deadline.", "retryable": False}
-            answer = lifecycle.cancel(run_id, StopReason.DEADLINE, status=lifecycle.FAILED, error=error)
+            try:
+                answer = self._patiently(
+                    partial(lifecycle.cancel, run_id, StopReason.DEADLINE, status=lifecycle.FAILED, error=error)
+                )
+            except Held:
+                logger.warning("Run %s is held by another transaction; the next pass tries again", run_id)
+                continue
             if answer is not None:
                 done.expired_runs.append(run_id)
                 self._announce(answer)

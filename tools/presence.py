@@ -27,6 +27,7 @@ from typing import Any, TypeVar
 from uuid import UUID
 
 import psycopg
+import psycopg.errors
 from django.db import connection
 from psycopg import waiting
 
@@ -42,6 +43,10 @@ FRESH = timedelta(seconds=6)
 # A beat is missed when none came for this long.
 MISSED = timedelta(seconds=3)
 _TICK_SECONDS = 1.0
+# Milliseconds that a tick waits for a row to give back, and for each further one: two ticks and what they wait for must not
+# make a missed beat.
+_PATIENCE = 250
+_PATIENCE_SPENT = 10
 
 
 class Register:
@@ -270,10 +275,26 @@ class Presence:
         return not lost
 
     def _give_back(self, to: NativeConnection) -> None:
-        for holding in self.holdings:
-            for id, number in to.execute(holding.select, (self.life.id,)).fetchall():
-                if not self.register.knows(holding.kind, id, number):
-                    to.execute(holding.give_back, (id, number, self.life.id))
+        """Give back what the register does not know. What another transaction holds is left to the next tick."""
+        lost = [
+            (holding, id, number)
+            for holding in self.holdings
+            for id, number in to.execute(holding.select, (self.life.id,)).fetchall()
+            if not self.register.knows(holding.kind, id, number)
+        ]
+        if not lost:
+            return
+        # Only here: a beat, or the lock that shows this life, must not be given up for a moment's wait.
+        patience = _PATIENCE
+        to.execute(f"SET lock_timeout = '{patience}ms'")
+        for holding, id, number in lost:
+            try:
+                to.execute(holding.give_back, (id, number, self.life.id))
+            except psycopg.errors.LockNotAvailable:
+                if patience != _PATIENCE_SPENT:  # many may be held by the same transaction
+                    patience = _PATIENCE_SPENT
+                    to.execute(f"SET lock_timeout = '{patience}ms'")
+        to.execute("RESET lock_timeout")
 
     def _drop(self) -> None:
         dropped, self._connection = self._connection, None

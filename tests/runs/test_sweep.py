@@ -467,6 +467,75 @@ def test_a_run_that_expires_makes_room_for_the_next_of_its_thread(
     assert sent.runs == [(next_one, 1)]
 
 
+# --- what somebody else holds
+
+
+@pytest.fixture
+def slow(world: World) -> Iterator[Callable[[UUID], None]]:
+    """A transaction of the application's that has done something with a run, and is not done."""
+    other = Database(connection.connection.info.dsn)
+    other.execute("BEGIN")
+    yield lambda run: other.execute("SELECT longhaul_run_lock(%s)", run)
+    other.connection.close()
+
+
+def test_a_run_that_is_held_stops_neither_the_pass_nor_what_is_behind_it(
+    world: World, passes: Sweep, sent: Sent, process: Process, slow: Callable[[UUID], None]
+) -> None:
+    runs = [world.claim(world.start(), process.id).run for _ in range(2)]
+    world.ahead(LEASE)
+    world.beat(process.id)
+    slow(runs[0])
+    world.db.execute("UPDATE longhaul_runs_run SET leg_deadline = leg_deadline - interval '1 s' WHERE id = %s", runs[1])
+    began = time.monotonic()
+    assert passes.sweep().reclaimed_runs == [runs[1]]
+    assert time.monotonic() - began < 2
+
+
+def test_many_held_by_one_transaction_cost_a_pass_one_wait(
+    world: World, passes: Sweep, sent: Sent, process: Process, slow: Callable[[UUID], None]
+) -> None:
+    for _ in range(10):
+        slow(world.claim(world.start(), process.id).run)
+    world.ahead(LEASE)
+    world.beat(process.id)
+    began = time.monotonic()
+    assert not passes.sweep()
+    assert time.monotonic() - began < 2
+
+
+def test_what_is_held_of_a_dead_process_is_taken_when_it_is_let_go(
+    world: World, passes: Sweep, sent: Sent, process: Process
+) -> None:
+    held, call, free = process.speaks(), process.calls(max_attempts=2, idempotent=True), process.speaks()
+    other = Database(connection.connection.info.dsn)
+    other.execute("BEGIN")
+    for run in (held.run, world.tool_call(call.id)["run_id"]):
+        other.execute("SELECT longhaul_run_lock(%s)", run)
+    passes.look()
+    process.die()
+    done = passes.look()
+    assert (done.reclaimed_runs, done.reclaimed_calls, done.dead_workers) == ([free.run], [], [])
+    other.connection.close()
+    done = passes.look()
+    assert (done.reclaimed_runs, done.reclaimed_calls, done.dead_workers) == ([held.run], [call.id], [process.id])
+
+
+def test_a_run_past_its_deadline_that_is_held_fails_in_a_later_pass(
+    world: World, passes: Sweep, sent: Sent, watch: Watch
+) -> None:
+    held, free = world.start(), world.start()
+    world.db.execute("UPDATE longhaul_runs_run SET deadline = longhaul_now()")
+    other = Database(connection.connection.info.dsn)
+    other.execute("BEGIN")
+    other.execute("SELECT longhaul_run_lock(%s)", held)
+    passes.watcher.session()
+    watch.ahead = 6
+    assert passes.sweep().expired_runs == [free]
+    other.connection.close()
+    assert passes.sweep().expired_runs == [held]
+
+
 # --- a message that the broker delivers again
 
 

@@ -235,6 +235,30 @@ def test_a_call_that_is_given_back_goes_the_way_of_a_lost_one(
     assert [world.tool_call(each)["status"] for each in (call, known, others)] == [then, "running", "running"]
 
 
+def test_what_somebody_else_holds_is_given_back_later_and_keeps_no_beat_back(
+    world: World, arrive: Callable[..., Presence]
+) -> None:
+    present = arrive()
+    held, free = claimed(world, present), claimed(world, present)
+    other = Database(world.db.connection.info.dsn)
+    other.execute("BEGIN")
+    other.execute("SELECT longhaul_run_lock(%s)", held.run)
+    before = session(present)
+    for _ in range(2):
+        world.ahead(10 * SECOND)
+        began = time.monotonic()
+        present.tick()
+        present.tick()
+        assert time.monotonic() - began < (presence.MISSED - presence.BEAT).total_seconds()
+        assert age(present, world) < SECOND
+    assert [world.run(each.run)["status"] for each in (held, free)] == ["running", "queued"]
+    assert session(present) is before  # and so is its lock
+    assert before.execute("SHOW lock_timeout").fetchone() == ("0",)
+    other.connection.close()
+    present.tick()
+    assert world.run(held.run)["status"] == "queued"
+
+
 def test_a_register_knows_an_entry_by_kind_id_and_number() -> None:
     register, id = Register(), new_id()
     with register.entry("run", id) as first:

@@ -145,7 +145,8 @@ class Broker:
         self.start()
 
     def start(self) -> None:
-        command = [self._server, "--port", "0", "--unixsocket", self.socket, "--dir", self._folder, "--save", ""]
+        folder, socket = str(self._folder), str(self.socket)
+        command = [str(self._server), "--port", "0", "--unixsocket", socket, "--dir", folder, "--save", ""]
         self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
         with contextlib.closing(redis.Redis(unix_socket_path=str(self.socket))) as client:
             wait_until(lambda: _answers(client))

@@ -57,6 +57,8 @@ class Register:
 
     def __init__(self) -> None:
         self._entries: dict[tuple[str, UUID, object], int | None] = {}
+        self._unanswered: set[tuple[str, UUID]] = set()  # claims that were sent and got no answer
+        self._broken_off: set[tuple[str, UUID, int]] = set()  # work that was begun and did not reach its end
 
     @contextlib.contextmanager
     def entry(self, kind: str, id: UUID) -> Generator[Callable[[int | None], None]]:
@@ -72,8 +74,27 @@ class Register:
 
         try:
             yield claimed
+        except BaseException:
+            # Before the entry goes: the thread may look in between.
+            if (number := self._entries[key]) is None:
+                self._unanswered.add((kind, id))
+            else:
+                self._broken_off.add((kind, id, number))
+            raise
         finally:
             self._entries.pop(key, None)
+
+    def unbegun(self, kind: str, id: UUID, number: int) -> bool:
+        """Return whether a row that this process holds, and does not know, is of a claim whose answer was lost.
+
+        Its work was never begun then. In doubt False: a claim of that number was answered here.
+        """
+        return (kind, id) in self._unanswered and (kind, id, number) not in self._broken_off
+
+    def forget(self, kind: str, id: UUID, number: int) -> None:
+        """Keep nothing more of what was given back."""
+        self._unanswered.discard((kind, id))
+        self._broken_off.discard((kind, id, number))
 
     def knows(self, kind: str, id: UUID, number: int) -> bool:
         return any(k[0] == kind and k[1] == id and held in (None, number) for k, held in list(self._entries.items()))
@@ -86,12 +107,14 @@ class Holding:
     kind: str
     select: str  # one parameter, the life; returns (id, number)
     give_back: str  # parameters: id, number, life
+    give_back_unbegun: str = ""  # the same, for what the process knows that it never began; "": there is no difference
 
 
 CALLS = Holding(
     "call",
     "SELECT id, attempt FROM longhaul_tools_toolcall WHERE holder = %s AND status = 'running'",
     "SELECT longhaul_call_reclaim(%s::uuid, %s::int, %s::uuid, true)",
+    "SELECT longhaul_call_reclaim(%s::uuid, %s::int, %s::uuid, false)",
 )
 
 
@@ -288,8 +311,10 @@ class Presence:
         patience = _PATIENCE
         to.execute(f"SET lock_timeout = '{patience}ms'")
         for holding, id, number in lost:
+            unbegun = bool(holding.give_back_unbegun) and self.register.unbegun(holding.kind, id, number)
             try:
-                to.execute(holding.give_back, (id, number, self.life.id))
+                to.execute(holding.give_back_unbegun if unbegun else holding.give_back, (id, number, self.life.id))
+                self.register.forget(holding.kind, id, number)
             except psycopg.errors.LockNotAvailable:
                 if patience != _PATIENCE_SPENT:  # many may be held by the same transaction
                     patience = _PATIENCE_SPENT

@@ -14,14 +14,14 @@ from uuid import UUID
 
 import psycopg
 import pytest
-from django.db import connection
+from django.db import OperationalError, connection
 
 from runs import sweep
 from runs.sweep import Watcher
 from runs.worker import RUNS
 from tests.protocol.rows import SECOND, Claim, Database, World, a_call, wait_until
 from threads.ids import new_id
-from tools import presence
+from tools import execution, lifecycle, presence
 from tools.models import Worker
 from tools.presence import CALLS, Holding, Presence, Register
 
@@ -233,6 +233,57 @@ def test_a_call_that_is_given_back_goes_the_way_of_a_lost_one(
         registered(1)
         present.tick()
     assert [world.tool_call(each)["status"] for each in (call, known, others)] == [then, "running", "running"]
+
+
+@pytest.mark.parametrize("committed", [True, False])
+def test_a_call_whose_claim_got_no_answer_never_began_and_is_requested_again(
+    world: World, arrive: Callable[..., Presence], monkeypatch: pytest.MonkeyPatch, committed: bool
+) -> None:
+    present = arrive()
+    [call] = world.calls(world.waiting(a_call(idempotent=False)).run)
+    claim = lifecycle.claim
+
+    def lose_the_answer(*args: Any, **options: Any) -> None:
+        if committed:
+            claim(*args, **options)
+        raise OperationalError("the connection was lost")
+
+    with monkeypatch.context() as patch, pytest.raises(OperationalError):
+        patch.setattr(lifecycle, "claim", lose_the_answer)
+        execution.execute(call, 1, presence=present)
+    if not committed:  # then a second message was claimed, and its work broke off: that one did begin
+        with pytest.raises(KeyboardInterrupt), present.register.entry("call", call) as registered:
+            world.call_claim(call, present.id)
+            registered(1)
+            raise KeyboardInterrupt
+    assert world.tool_call(call)["status"] == "running"
+    present.tick()
+    found = world.tool_call(call)
+    assert (found["status"], found["attempt"]) == (("retrying", 2) if committed else ("unknown", 1))
+    # What was given back is forgotten: a later attempt that is lost may have begun.
+    if committed:
+        world.call_claim(call, present.id)
+        present.tick()
+        assert world.tool_call(call)["status"] == "unknown"
+
+
+def test_a_register_tells_what_never_began_from_what_broke_off() -> None:
+    register, id = Register(), new_id()
+    assert not register.unbegun("call", id, 1)
+    with pytest.raises(ZeroDivisionError), register.entry("call", id) as doubled:
+        # A claim of the same attempt is answered and breaks off, before the doubled one's fails.
+        with pytest.raises(KeyError), register.entry("call", id) as registered:
+            registered(1)
+            raise KeyError
+        raise ZeroDivisionError
+    del doubled
+    assert not register.unbegun("call", id, 1)
+    assert register.unbegun("call", id, 2)
+    register.forget("call", id, 2)
+    assert not register.unbegun("call", id, 2)
+    with register.entry("call", id):
+        pass  # answered by nobody's claim: another worker was first
+    assert not register.unbegun("call", id, 3)
 
 
 def test_what_somebody_else_holds_is_given_back_later_and_keeps_no_beat_back(

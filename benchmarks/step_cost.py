@@ -85,7 +85,7 @@ class Longhaul:
     # name: (role, queue, pool, environment)
     WORKERS: ClassVar[dict[str, tuple[str, list[str], dict[str, str]]]] = {
         "agents": ("agents", ["-Q", "longhaul.agents", "-P", "gevent", "-c", "200"], {"LONGHAUL_DB_POOL": "1"}),
-        "tools": ("tools", ["-Q", "longhaul.tools", "-P", "prefork", "-c", "4"], {}),
+        "tools": ("tools", ["-Q", "longhaul.tools", "-P", "prefork", "-c", "2"], {}),
         "control": ("control", ["-Q", "longhaul.control", "-P", "threads", "-c", "4"], {}),
     }
 
@@ -152,7 +152,7 @@ class CeleryChain:
 
     def __init__(self, rig: Rig, processes: int = AT_ONCE) -> None:
         self._rig = rig
-        self._processes = {"steps": processes, "tools": 4}
+        self._processes = {"steps": processes, "tools": 2}
         rig.connection.execute(celery_chain.SCHEMA)
         celery_chain.app.conf.update(broker_url=os.environ["CELERY_BROKER_URL"])
 

@@ -71,20 +71,24 @@ class Buffer:
 
     def take(self) -> list[Chunk]:
         """Return what the step's commit must write itself. Waits for the batch in flight."""
-        while self.in_flight:
+        while True:
+            with self.lock:  # seen and taken in one: the flusher may be another thread
+                if not self.in_flight:
+                    chunks, self.chunks = self.chunks, []
+                    return chunks
             self.answered.wait(1.0)
             self.claim.check_lost()
-        with self.lock:
-            chunks, self.chunks = self.chunks, []
-        return chunks
 
-    def send(self) -> None:
-        """Move the chunks into the batch in flight."""
+    def send(self) -> bool:
+        """Move the chunks into the batch in flight. False: there are none, the step has taken them meanwhile."""
         with self.lock:
+            if not self.chunks:
+                return False
             self.in_flight, self.chunks = self.chunks, []
             for chunk in self.in_flight:
                 chunk.sent = True
             self.answered.clear()
+            return True
 
     def settle(self, *, again: bool) -> None:
         """The batch in flight is answered, or never will be: with `again` its chunks are for the next one."""
@@ -152,8 +156,7 @@ class Flusher:
         batch = [buffer for buffer in waiting if buffer.since <= due]
         if len(batch) < len(waiting):
             self._work.set()
-        for buffer in batch:
-            buffer.send()
+        batch = [buffer for buffer in batch if buffer.send()]
         for worker in {buffer.claim.worker for buffer in batch}:  # one, but for a process that began a new life
             self._write([buffer for buffer in batch if buffer.claim.worker == worker])
         if batch:

@@ -15,6 +15,7 @@ import math
 import os
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -276,18 +277,25 @@ class Sweep:
 
     def _hurry(self) -> None:
         """Messages that the broker lost need not wait out their backoff: with fewer there than rows wait, all are due in a second."""
-        queues = {"run": settings().agents_queue, "call": settings().tools_queue}
+        default = {"run": settings().agents_queue, "call": settings().tools_queue}
         for kind, waiting in _WAITING.items():
-            rows = self._rows(f"SELECT count(*) FROM {waiting}{_SOON}")  # noqa: S608 (constants)
-            if not rows[0][0]:
-                continue
-            there = messages.depth(current_app, queues[kind])
-            if there is not None and there < rows[0][0]:
+            own = "queue" if kind == "call" else "''"  # a tool may name a queue for itself
+            counts: Counter[str] = Counter()
+            rows = self._rows(f"SELECT {own}, count(*) FROM {waiting}{_SOON} GROUP BY 1")  # noqa: S608 (constants)
+            for queue, count in rows:
+                counts[queue or default[kind]] += count
+            for queue, count in counts.items():
+                there = messages.depth(current_app, queue)
+                if there is None or there >= count:
+                    continue
                 table, _, condition = waiting.partition(" WHERE ")
+                names = [queue, ""] if queue == default[kind] else [queue]
                 with connection.cursor() as cursor:
                     cursor.execute(
                         f"UPDATE {table} SET next_publish_at = longhaul_now() + interval '1 second' WHERE id IN"  # noqa: S608
-                        f" (SELECT id FROM {table} WHERE {condition}{_SOON} FOR NO KEY UPDATE SKIP LOCKED)"
+                        f" (SELECT id FROM {table} WHERE {condition}{_SOON} AND {own} = ANY (%s)"
+                        " FOR NO KEY UPDATE SKIP LOCKED)",
+                        [names],
                     )
 
     def _overdue(self, done: Done) -> None:

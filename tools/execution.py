@@ -106,7 +106,9 @@ def _claim(call_id: UUID, attempt: int, *, presence: Presence, task_id: str, alo
                 answer=answer,
             )
         for orphan, number in answer["orphans"]:  # lost in this process: an answer that never came
-            given_back = lifecycle.reclaim(UUID(orphan), number, holder=worker)
+            began = not presence.register.unbegun("call", UUID(orphan), number)
+            given_back = lifecycle.reclaim(UUID(orphan), number, holder=worker, began=began)
+            presence.register.forget("call", UUID(orphan), number)
             if given_back is not None:
                 run_log.current().announce(given_back)
 

@@ -381,6 +381,50 @@ def test_a_commit_takes_what_is_not_written_after_the_batch_in_flight_was_answer
     assert speaker.buffer.take() == []
 
 
+def test_a_step_that_takes_its_text_while_the_flusher_looks_costs_no_leg(
+    world: World, through: Flusher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a threads pool the two are real threads: here the commit is faster than the flusher, between its look and its hold."""
+    quick, other = Speaker(world, through), Speaker(world, through)
+    quick.say("a")
+    other.say("b")
+    send, taken = Buffer.send, []
+
+    def late(buffer: Buffer) -> bool:
+        if buffer is quick.buffer:
+            taken.extend(buffer.take())
+        return send(buffer)
+
+    monkeypatch.setattr(Buffer, "send", late)
+    through.flush()
+    assert [chunk.payload["text"] for chunk in taken] == ["a"]
+    assert quick.claim.interruption is None
+    assert (quick.written(), other.written()) == ([], ["b"])
+
+
+def test_a_step_never_overlooks_text_that_is_just_put_in_flight(world: World, through: Flusher) -> None:
+    speaker = Speaker(world, through)
+    speaker.say("a")
+    buffer, real = speaker.buffer, speaker.buffer.lock
+
+    class Late:
+        """The flusher's hand is quicker, whenever the step reaches for the lock for the first time."""
+
+        def __enter__(self) -> None:
+            buffer.lock = real
+            buffer.send()
+            real.acquire()
+
+        def __exit__(self, *_: object) -> None:
+            real.release()
+
+    buffer.lock = Late()  # type: ignore[assignment]
+    taking = Background(buffer.take)
+    wait_until(lambda: bool(buffer.in_flight) or taking.is_done())
+    buffer.settle(again=True)  # it was not answered: the step writes it itself
+    assert [chunk.payload["text"] for chunk in taking.result()] == ["a"]
+
+
 def test_a_commit_takes_a_batch_over_that_was_not_answered(world: World, other: Database, through: Flusher) -> None:
     speaker = Speaker(world, through)
     speaker.say("one ")

@@ -26,6 +26,7 @@ from django.db import connection
 from kombu import Producer
 
 from runs import engine, sweep, tasks, worker
+from runs.conf import settings
 from runs.sweep import Sweep, SweepThread, Watcher
 from tests.protocol.rows import SECOND, Call, Claim, Database, World, a_call, wait_until
 from threads.ids import new_id
@@ -255,6 +256,27 @@ def test_while_the_messages_are_there_the_rows_wait_out_their_backoff(
     queue(2)
     passes.sweep()
     assert all(due > 10 for due in due_in(world))
+
+
+def test_a_queue_that_a_tool_has_for_itself_is_counted_by_itself(
+    world: World, passes: Sweep, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, ours = backed_off(world)
+    _, theirs = backed_off(world)
+    world.db.execute("UPDATE longhaul_tools_toolcall SET queue = 'gpu' WHERE id = %s", theirs)
+    there = {"gpu": 1, settings().tools_queue: 0, settings().agents_queue: 9}
+    monkeypatch.setattr(messages, "depth", lambda app, queue: there[queue])
+
+    def due(call: UUID) -> float:
+        query = "SELECT extract(epoch FROM next_publish_at - longhaul_now())::float FROM longhaul_tools_toolcall WHERE id = %s"
+        return float(world.db.one(query, call))
+
+    passes.sweep()
+    assert 0 < due(ours) <= 1
+    assert due(theirs) > 10
+    there["gpu"] = 0
+    passes.sweep()
+    assert 0 < due(theirs) <= 1
 
 
 @pytest.fixture

@@ -301,10 +301,15 @@ class Leg:
             return True
         # Measured from the leg's begin; a model call that is longer is cut at model_timeout, never here. Before its first
         # step a leg has used no more than its preparation took: one that handed over then would never get further.
-        if self.committed and time.monotonic() - self.began >= self.definition.limits.leg_budget.total_seconds():
+        if self.committed and self._used:
             self._requeue("budget")
             return True
         return False
+
+    @property
+    def _used(self) -> bool:
+        """Whether the leg's time budget is used."""
+        return time.monotonic() - self.began >= self.definition.limits.leg_budget.total_seconds()
 
     # -- the model --
 
@@ -579,7 +584,7 @@ class Leg:
 
     def _look(self) -> Turn | Literal[False] | None:
         """Claim if the join has queued the run. False: not yet."""
-        used = time.monotonic() - self.began >= self.definition.limits.leg_budget.total_seconds()
+        used = self._used
         opening = self._opening()
         # Whatever epoch the answer brings is known from before it is asked for: until it is here, this worker's presence
         # would take the new claim for one that nobody holds, and give it back.

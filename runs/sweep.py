@@ -20,7 +20,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 from uuid import UUID
 
 import psycopg
@@ -211,6 +211,14 @@ class Sweep:
             )
             return bool(cursor.rowcount)
 
+    def _moved(self, what: str, work: Callable[[], dict[str, Any] | None]) -> dict[str, Any] | Literal[False] | None:
+        """Make a transition of one row, and return its answer; False when somebody else holds the row."""
+        try:
+            return self._patiently(work)
+        except Held:
+            logger.warning("%s is held by another transaction; the next pass tries again", what)
+            return False
+
     def _patiently(self, work: Callable[[], T]) -> T:
         """Do work that locks a row, in a transaction of its own. Raises Held when somebody holds that row for too long.
 
@@ -239,29 +247,21 @@ class Sweep:
 
     def _reclaim_run(self, run_id: UUID, epoch: int, holder: UUID, done: Done) -> bool:
         """Return whether nothing is left to do: False when somebody else has the run locked."""
-        try:
-            answer = self._patiently(lambda: lifecycle.reclaim(run_id, epoch, holder))
-        except Held:
-            logger.warning("Run %s is held by another transaction; the next pass tries again", run_id)
-            return False
-        if answer is not None:
+        answer = self._moved(f"Run {run_id}", lambda: lifecycle.reclaim(run_id, epoch, holder))
+        if answer:
             done.reclaimed_runs.append(run_id)
             logger.warning("Run %s reclaimed", run_id, extra={"action": "run.reclaimed", "epoch": epoch})
             self._announce(answer)
-        return True
+        return answer is not False
 
     def _reclaim_call(self, call_id: UUID, attempt: int, holder: UUID, done: Done) -> bool:
         """Return whether nothing is left to do, as for a run."""
-        try:
-            answer = self._patiently(lambda: calls.reclaim(call_id, attempt, holder=holder))
-        except Held:
-            logger.warning("Call %s is held by another transaction; the next pass tries again", call_id)
-            return False
-        if answer is not None:
+        answer = self._moved(f"Call {call_id}", lambda: calls.reclaim(call_id, attempt, holder=holder))
+        if answer:
             done.reclaimed_calls.append(call_id)
             logger.warning("Call %s reclaimed: %s", call_id, answer.get("code"), extra={"action": "call.reclaimed"})
             self._announce(answer)
-        return True
+        return answer is not False
 
     # -- the overdue --
 
@@ -319,14 +319,9 @@ class Sweep:
             BATCH,
         ):
             error = {"code": "deadline", "message": "The run did not end before its deadline.", "retryable": False}
-            try:
-                answer = self._patiently(
-                    partial(lifecycle.cancel, run_id, StopReason.DEADLINE, status=lifecycle.FAILED, error=error)
-                )
-            except Held:
-                logger.warning("Run %s is held by another transaction; the next pass tries again", run_id)
-                continue
-            if answer is not None:
+            expire = partial(lifecycle.cancel, run_id, StopReason.DEADLINE, status=lifecycle.FAILED, error=error)
+            answer = self._moved(f"Run {run_id}", expire)
+            if answer:
                 done.expired_runs.append(run_id)
                 self._announce(answer)
 

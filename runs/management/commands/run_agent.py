@@ -9,22 +9,18 @@ from collections.abc import Iterable
 from typing import Any
 from uuid import UUID
 
-from celery import current_app
 from django.contrib.auth import get_user_model
 from django.core.exceptions import ValidationError
 from django.core.management import BaseCommand, CommandError
 from django.db import ProgrammingError
 
 from runs import agents, explain
-from runs.conf import settings
 from runs.exceptions import LonghaulError
 from runs.models import Run
 from runs.terminal import RunView, console_on, follow
+from threads import clock
 from threads.models import Thread
-from tools.models import Worker
 
-# How to start a worker of each kind, after `celery -A PROJECT worker`.
-POOLS = {"agents": "-P gevent -c 1000", "tools": "-P prefork", "control": "-P threads -c 2"}
 WITHOUT = {
     "agents": "the run waits",
     "tools": "its tool calls wait",
@@ -110,28 +106,12 @@ def _listed(some: Iterable[str], otherwise: str) -> str:
 
 def absent_workers(kinds: Iterable[str]) -> str:
     """Say which kinds of workers are not there, and how to start them; empty when all are."""
-    there = set(Worker.objects.filter(gone_at=None, beat_at__gt=clock_floor()).values_list("kind", flat=True))
-    absent = [kind for kind in kinds if kind not in there]
-    if not absent:
-        return ""
-    queues = {
-        "agents": settings().agents_queue,
-        "tools": settings().tools_queue,
-        "control": settings().control_queue,
-    }
-    app = current_app.main or "PROJECT"
+    now = clock.now()
     lines = []
-    for kind in absent:
-        lines.append(f"No {kind} worker is present: {WITHOUT[kind]}. Start one:")
-        lines.append(f"  {explain.celery()} -A {app} worker -Q {queues[kind]} {POOLS[kind]} -n {kind}@%h")
-    return "\n".join(lines) + "\n"
-
-
-def clock_floor() -> Any:
-    """Return the moment before which the last beat of a worker that lives cannot be."""
-    from threads.clock import now
-
-    return now() - settings().presence_ttl
+    for kind in kinds:
+        if not explain.present(kind, now):
+            lines.append(f"No {kind} worker is present: {WITHOUT[kind]}. Start one:\n  {explain.start(kind)}\n")
+    return "".join(lines)
 
 
 def show(command: BaseCommand, run: Run, *, after: int, json_lines: bool) -> None:

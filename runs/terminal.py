@@ -8,15 +8,20 @@ told as plain lines, one a fact, the model's text as it fills a line.
 from __future__ import annotations
 
 import json
+import os
 import re
+import sys
 import threading
+import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
-from typing import IO, Any, Protocol
+from typing import IO, Any, NoReturn, Protocol
 from uuid import UUID
 
+from django.db import InterfaceError, OperationalError, connection
 from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.live import Live
 from rich.progress_bar import ProgressBar
@@ -25,6 +30,9 @@ from rich.table import Table
 from rich.text import Text
 
 WIDTH = 80
+BROKEN_PIPE = 141  # the status of a program that SIGPIPE ended, as shells tell it
+PATIENCE = timedelta(minutes=5)  # how long a reader waits for a database that is away
+_AGAIN_SECONDS = 0.5
 _TEXT_LINES = 3  # of the streaming text that are in sight; a fixed number, so that what stands below does not jump
 _CALLS = 2
 _NOTES = 10
@@ -450,12 +458,27 @@ def _text_of(content: Any) -> str:
     return harmless("".join(part.get("text", "") for part in content or [] if part.get("type") == "text"))
 
 
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        leave_broken_pipe(self.file)
+
+
 def console_on(stream: IO[str]) -> Console:
     """Return a console that writes to `stream`; what the stream's encoding does not know becomes `?`."""
     reconfigure = getattr(stream, "reconfigure", None)
     if reconfigure is not None:
         reconfigure(errors="replace")
-    return Console(file=stream, highlight=False, markup=False, emoji=False)
+    return _Console(file=stream, highlight=False, markup=False, emoji=False)
+
+
+def leave_broken_pipe(stream: IO[str]) -> NoReturn:
+    """End without a word, for whoever read the stream has left (`| head`). Raises SystemExit, as if by SIGPIPE."""
+    with suppress(OSError, ValueError, AttributeError):
+        # What is still in the stream's buffer would fail again when Python flushes it at the end.
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
+    raise SystemExit(BROKEN_PIPE)
 
 
 def draws(console: Console) -> bool:
@@ -469,6 +492,75 @@ def tell(console: Console, lines: Iterable[str]) -> None:
         console.print(line, soft_wrap=True, style=None)
 
 
+def patient(
+    read: Callable[[int], Iterable[SaysItself]],
+    view: RunView,
+    told: Callable[[list[str]], None],
+    patience: timedelta = PATIENCE,
+) -> Iterator[SaysItself]:
+    """Yield the events of `read(after)`, and go on at the view's cursor when the database was away in between.
+
+    The consumer applies each event to the view before it asks for the next one. `told` gets the lines that say it.
+    Raises OperationalError or InterfaceError, Django's, when it was away for longer than `patience`.
+    """
+    since: float | None = None
+    while True:
+        try:
+            for event in read(view.seq):
+                if since is not None:
+                    away = timedelta(seconds=time.monotonic() - since)
+                    told(view.note(f"the database is back after {seconds(away)}", "green"))
+                    since = None
+                yield event
+            return
+        except (OperationalError, InterfaceError):
+            now = time.monotonic()
+            if since is None:
+                since = now
+                told(view.note("the database is away; its events are waited for", "red"))
+            elif now - since > patience.total_seconds():
+                raise
+            with suppress(OperationalError, InterfaceError):
+                connection.close()  # a broken one would be kept, and fail again
+            time.sleep(_AGAIN_SECONDS)
+
+
+@contextmanager
+def unechoed() -> Iterator[None]:
+    """Keep what is typed off the screen: an echoed ^C or Enter moves the lines under a drawing, which doubles its head.
+
+    Keys still act as ever. Nothing happens where stdin is no terminal, or another process has it in the foreground.
+    """
+    try:
+        import termios  # not everywhere
+    except ImportError:
+        yield
+        return
+    try:
+        terminal = sys.stdin.fileno()
+        if os.tcgetpgrp(terminal) != os.getpgrp():  # to set it from the background would stop us
+            raise OSError
+        before = termios.tcgetattr(terminal)
+    except (OSError, ValueError, AttributeError, termios.error):
+        yield
+        return
+    silent = before.copy()
+    silent[3] &= ~termios.ECHO
+    termios.tcsetattr(terminal, termios.TCSADRAIN, silent)
+    try:
+        yield
+    finally:
+        with suppress(OSError, termios.error):
+            termios.tcsetattr(terminal, termios.TCSADRAIN, before)
+
+
+@contextmanager
+def drawing(view: RunView, console: Console) -> Iterator[None]:
+    """Draw the view again and again while the body runs; its last picture stays."""
+    with unechoed(), Live(view, console=console, refresh_per_second=10):
+        yield
+
+
 def follow(events: Iterable[SaysItself], view: RunView, console: Console) -> None:
     """Show the run until its events end. Raises what the iterator raises; KeyboardInterrupt leaves the last picture."""
     if not draws(console):
@@ -476,7 +568,7 @@ def follow(events: Iterable[SaysItself], view: RunView, console: Console) -> Non
             tell(console, view.apply(event.as_dict()))
         return
     last: list[str] = []
-    with Live(view, console=console, refresh_per_second=10):
+    with drawing(view, console):
         for event in events:
             last = view.apply(event.as_dict()) or last
     if view.finished:  # the picture shows only the end of a long answer

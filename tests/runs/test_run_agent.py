@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import io
 import json
+import os
+from collections.abc import Iterator
+from datetime import timedelta
 from typing import Any
 
 import pytest
 from django.contrib.auth.models import User
 from django.core.management import CommandError, call_command
+from django.db import OperationalError, connection
 
-from runs import explain
+from runs import agents, explain
+from runs.events import RunEvent
 from runs.models import Run
+from runs.pytest_longhaul import run_to_end, scripted
+from runs.terminal import RunView, patient
 from threads.models import Message, Thread
 from tools.models import Worker
 
@@ -95,3 +102,76 @@ def test_a_cursor_that_cannot_be_is_refused() -> None:
     run = Run.objects.create(thread=Thread.objects.create(), agent="tester", status="completed", stop_reason="end_turn")
     assert "0 or more" in refused("follow_run", str(run.pk), "--after=-1")
     assert "nothing comes after" in refused("follow_run", str(run.pk))
+
+
+@pytest.mark.django_db
+@pytest.mark.parametrize("part", [slice(0, 13), slice(-6, None), slice(None)], ids=["begin", "end", "whole"])
+def test_a_run_is_followed_by_a_part_of_its_id_that_no_other_run_has(part: slice) -> None:
+    run = ended()
+    assert "run completed (end_turn)" in told("follow_run", str(run.pk)[part])[0]
+
+
+@pytest.mark.django_db
+def test_a_part_that_two_runs_have_is_refused() -> None:
+    first, second = str(ended().pk), str(ended().pk)
+    assert first[:6] == second[:6]  # both begin with the time
+    assert "More than one run's id" in refused("follow_run", first[:6])
+
+
+@pytest.mark.django_db
+@pytest.mark.parametrize("options", [["--json"], []], ids=["json", "plain"])
+def test_a_reader_of_stdout_that_leaves_ends_the_command_without_a_word(options: list[str]) -> None:
+    # Given a pipe whose reader has left, as `| head` does
+    run = ended()
+    reading, writing = os.pipe()
+    os.close(reading)
+    err = io.StringIO()
+    with os.fdopen(writing, "w", encoding="utf-8") as pipe, pytest.raises(SystemExit) as caught:
+        call_command("follow_run", str(run.pk), *options, stdout=pipe, stderr=err)
+    # Then it ends as SIGPIPE would end it, and so does the closing of the pipe, which flushes what is left
+    assert caught.value.code == 141
+    assert err.getvalue() == ""
+
+
+@pytest.mark.django_db(transaction=True)
+def test_a_database_that_was_away_costs_a_follower_nothing() -> None:
+    # Given a reader whose connection is ended by the server once, in the middle of the events
+    run = ended()
+    view, lines, reads = RunView(run.pk), list[str](), list[int]()
+
+    def read(after: int) -> Iterator[RunEvent]:
+        reads.append(after)
+        for event in run.events(after=after, follow=True):
+            if len(reads) == 1 and event.seq == 3:
+                with connection.cursor() as cursor:
+                    cursor.execute("SELECT pg_terminate_backend(pg_backend_pid())")
+            yield event
+
+    # When it reads on
+    seen = []
+    for event in patient(read, view, lines.extend):
+        view.apply(event.as_dict())
+        seen.append(event.as_dict()["seq"])
+    # Then every event came once, in order, and the gap was told
+    assert reads == [0, 2]
+    assert seen == list(range(1, run.last_seq + 1))
+    assert "the database is away" in lines[0]
+    assert "the database is back after" in lines[1]
+
+
+@pytest.mark.django_db(transaction=True)
+def test_a_database_that_stays_away_ends_the_wait() -> None:
+    def read(after: int) -> list[RunEvent]:
+        raise OperationalError("connection refused")
+
+    with pytest.raises(OperationalError, match="connection refused"):
+        list(patient(read, RunView("r"), lambda lines: None, patience=timedelta()))
+
+
+def ended() -> Run:
+    """Return a run that has completed, with all of its events."""
+    run = agents.get("tester").start("hello")
+    with scripted("Hello."):
+        run_to_end(run)
+    run.refresh_from_db()
+    return run

@@ -8,7 +8,8 @@ from typing import Any
 from django.core.management import BaseCommand, CommandError
 from django.db import ProgrammingError
 
-from runs.management.commands.run_agent import absent_workers, run_of, show
+from runs.management.commands.list_runs import run_named
+from runs.management.commands.run_agent import absent_workers, show
 from runs.models import TERMINAL
 
 
@@ -16,7 +17,7 @@ class Command(BaseCommand):
     help = "Shows a run until it ends; exit 1 when it does not complete."
 
     def add_arguments(self, parser: ArgumentParser) -> None:
-        parser.add_argument("run", help="the run's id")
+        parser.add_argument("run", help="the run's id, or a part of it that no other run has")
         parser.add_argument(
             "--after", type=int, default=0, metavar="SEQ", help="begin after this event (0: from the first)"
         )
@@ -26,7 +27,7 @@ class Command(BaseCommand):
         if after < 0:
             raise CommandError("--after is the seq of the last event you have seen: 0 or more.")
         try:
-            found = run_of(run)
+            found = run_named(run)
             if found.status not in TERMINAL:
                 self.stderr.write(absent_workers(["agents", "control"]), ending="")
         except ProgrammingError as error:

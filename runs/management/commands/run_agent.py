@@ -12,12 +12,12 @@ from uuid import UUID
 from django.contrib.auth import get_user_model
 from django.core.exceptions import ValidationError
 from django.core.management import BaseCommand, CommandError
-from django.db import ProgrammingError
+from django.db import InterfaceError, OperationalError, ProgrammingError
 
 from runs import agents, explain
 from runs.exceptions import LonghaulError
 from runs.models import Run
-from runs.terminal import RunView, console_on, follow
+from runs.terminal import RunView, console_on, draws, follow, leave_broken_pipe, patient, tell
 from threads import clock
 from threads.models import Thread
 
@@ -115,11 +115,25 @@ def absent_workers(kinds: Iterable[str]) -> str:
 
 
 def show(command: BaseCommand, run: Run, *, after: int, json_lines: bool) -> None:
-    """Show the run on the command's stdout until it ends. Exits 1 when it does not complete, 130 on Ctrl-C."""
+    """Show the run on the command's stdout until it ends.
+
+    Exits 1 when it does not complete, 130 on Ctrl-C, 141 when nobody reads stdout any more. Raises CommandError when the
+    database stays away.
+    """
     stream: Any = getattr(command.stdout, "_out", command.stdout)  # without Django's newline after each write
+    console = console_on(stream)
     view = RunView(run.pk, agent=run.agent, since=run.created_at)
     view.seq = after
-    events = run.events(after=after, follow=True)
+
+    def told(lines: list[str]) -> None:
+        if json_lines:
+            for line in lines:
+                command.stderr.write(line.strip())
+        elif not draws(console):
+            tell(console, lines)
+
+    events = patient(lambda seen: run.events(after=seen, follow=True), view, told)
+    goes_on = f"manage.py follow_run {run.pk} --after"
     try:
         if json_lines:
             for event in events:
@@ -128,11 +142,17 @@ def show(command: BaseCommand, run: Run, *, after: int, json_lines: bool) -> Non
                 stream.write(_json(flat) + "\n")
                 stream.flush()
         else:
-            follow(events, view, console_on(stream))
+            follow(events, view, console)
     except KeyboardInterrupt:
-        goes_on = f"manage.py follow_run {run.pk} --after {view.seq}"
-        command.stderr.write(f"\nThe run goes on without you. Watch it again: {goes_on}")
+        command.stderr.write(f"\nThe run goes on without you. Watch it again: {goes_on} {view.seq}")
         sys.exit(130)
+    except BrokenPipeError:
+        leave_broken_pipe(stream)
+    except (OperationalError, InterfaceError) as error:
+        what = str(error).strip().partition("\n")[0]
+        raise CommandError(
+            f"The database is away: {what}. The run goes on when it is back. Watch it again: {goes_on} {view.seq}"
+        ) from error
     if not view.finished:  # its events ended without an end
         command.stderr.write(f"The run {run.pk} was deleted.")
     if view.status != "completed":

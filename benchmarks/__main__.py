@@ -8,7 +8,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 
-MODULES = ("step_cost",)
+MODULES = ("step_cost", "resume")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -12,6 +12,7 @@ import os
 import shutil
 import signal
 import socket
+import subprocess
 import sys
 import tempfile
 import time
@@ -134,6 +135,19 @@ class Rig:
                 name, [sys.executable, *arguments], env={**os.environ, **(environment or {})}, cwd=PROJECT, output=log
             )
         self._roles[name] = role
+
+    def process(self, name: str) -> subprocess.Popen[bytes]:
+        """Return the process that was started under this name. Raises KeyError when there is none."""
+        return self._children[name]
+
+    def kill(self, name: str) -> None:
+        """SIGKILL a process, if it still runs, and know it no longer. Its log stays."""
+        self._children.kill(name)
+        del self._roles[name]
+
+    def pid(self, name: str) -> int:
+        """Return the pid of a process that was started."""
+        return self._children[name].pid
 
     def check_processes(self) -> None:
         """Raise RigError, with the end of its log, when a process that was started has ended."""

@@ -1,0 +1,115 @@
+"""The benchmark of kills: it says what it promises, of kills that it made, and leaves nothing behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from agents_project import embedded
+from agents_project.processes import running
+from benchmarks.resume import Kill, figures
+from benchmarks.workers import percentile
+
+PROJECT = Path(__file__).resolve().parent.parent.parent
+GROUPS = {"agents", "tools", "tools_idempotent", "tools_atomic", "tools_other"}
+
+
+@pytest.fixture
+def environment() -> Iterator[dict[str, str]]:
+    """The environment of a user who set nothing: the benchmark brings its own servers."""
+    purpose = f"resume-test-{os.getpid()}"
+    given = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in ("DATABASE_URL", "REDIS_URL", "CELERY_BROKER_URL", "DJANGO_SETTINGS_MODULE")
+    }
+    yield {**given, "LONGHAUL_PURPOSE": purpose}
+    assert embedded.remove(purpose), "the servers of the benchmark are still in use after its end"
+
+
+def started_by(environment: dict[str, str]) -> list[str]:
+    """Return the commands of the living processes that have this environment's purpose."""
+    mark = f"LONGHAUL_PURPOSE={environment['LONGHAUL_PURPOSE']}".encode()
+    found = []
+    for process in running():
+        try:
+            variables = Path(f"/proc/{process.pid}/environ").read_bytes().split(b"\0")
+        except OSError:
+            continue  # it ended just now, or is another user's
+        if mark in variables:
+            found.append(process.command)
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(240)  # 55 s are promised on an idle machine
+def test_the_quick_form_prints_one_line_of_json_with_every_kind_of_kill(environment: dict[str, str]) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.resume", "--quick", "--json"],
+        cwd=PROJECT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert len(lines) == 1
+    found = json.loads(lines[0])
+    assert found.keys() >= GROUPS
+    for group in GROUPS:
+        assert found[group]["n"] >= 1
+        assert 0 < found[group]["p50_ms"] <= found[group]["max_ms"]
+        # The parts of a kill are its whole: none is measured by another clock.
+        parts = found[group]["parts"]
+        assert parts.keys() >= {"lock_free", "seen_and_reclaimed", "sent_and_claimed"}
+        assert all(part["p50_ms"] >= 0 for part in parts.values())
+    assert found["agents"]["n"] == found["tools"]["n"] + found["tools_other"]["n"] >= 3
+    assert found["tools"]["kinds"] == ["idempotent", "atomic"]
+    assert found["peers_by_default"]["absurd"] == "120 s"
+    deadline = time.monotonic() + 10
+    while (left := started_by(environment)) and time.monotonic() < deadline:
+        time.sleep(0.05)  # the keeper of the servers ends a moment after them
+    assert left == []
+
+
+def test_the_figures_are_those_of_the_kills() -> None:
+    kills = [
+        Kill("agents", 100.0, 100.01, 100.2, 100.3, 100.35),
+        Kill("agents", 200.0, 200.02, 200.1, 200.5, 200.6),
+        Kill("idempotent", 300.0, 300.01, 300.1, 300.2),
+        Kill("atomic", 400.0, 400.01, 400.1, 400.4),
+        Kill("other", 500.0, 500.01, 503.1, 503.2),
+    ]
+    found = figures(kills)
+    assert found["agents"] | {"parts": None} == {
+        "n": 2,
+        "p50_ms": 400.0,
+        "p90_ms": 500.0,
+        "max_ms": 500.0,
+        "parts": None,
+    }
+    assert found["agents"]["parts"]["lock_free"] == {"p50_ms": 15.0, "max_ms": 20.0}
+    assert found["agents"]["parts"]["first_text"] == {"p50_ms": 75.0, "max_ms": 100.0}
+    assert (found["tools"]["n"], found["tools"]["max_ms"], found["tools_other"]["max_ms"]) == (2, 400.0, 3200.0)
+    assert "first_text" not in found["tools"]["parts"]
+
+
+@pytest.mark.parametrize(
+    ("percent", "expected"),
+    [(50, 50500.0), (90, 90000.0), (99, 99000.0), (100, 100000.0), (1, 1000.0)],
+)
+def test_a_percentile_is_a_value_that_was_measured(percent: float, expected: float) -> None:
+    assert percentile([float(n) for n in range(100, 0, -1)], percent) == expected
+
+
+def test_the_median_of_an_odd_count_is_the_one_in_the_middle() -> None:
+    assert percentile([3.0, 1.0, 2.0], 50) == 2000.0

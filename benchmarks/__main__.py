@@ -8,7 +8,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 
-MODULES = ("step_cost", "resume")
+MODULES = ("step_cost", "resume", "rolling_restart")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

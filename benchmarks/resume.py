@@ -78,7 +78,7 @@ class Plan:
     until: float
 
 
-FULL = Plan(least=30, most=30, until=540)  # 30 agents workers, 10 tools workers a kind
+FULL = Plan(least=15, most=30, until=400)  # at most 30 agents workers, and 10 tools workers a kind
 QUICK = Plan(least=3, most=9, until=33)
 
 

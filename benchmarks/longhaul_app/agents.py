@@ -59,7 +59,7 @@ def look() -> str:
 
 
 KILLED: list[Any] = [killed_idempotent, killed_atomic, killed_other, look]
-killed = Agent(name="killed", model="openai:bench", instructions="Do as told.", tools=KILLED)
+killed = Agent(name="killed", model="openai:bench", instructions="Do as told.", tools=KILLED, max_steps=1000)
 
 speaker = Agent(name="speaker", model="openai:bench", instructions="Speak.")
 

@@ -197,7 +197,7 @@ def test_arguments_need_not_be_json_and_may_be_any_values(scripted_model: Script
 @pytest.mark.django_db
 def test_after_the_block_the_providers_are_there_again(monkeypatch: pytest.MonkeyPatch) -> None:
     before = dict(port._factories), dict(port._providers)
-    with scripted("done"):
+    with scripted():
         assert "scripted" in port._factories
     assert (dict(port._factories), dict(port._providers)) == before
     with pytest.raises(ZeroDivisionError), scripted("done"):
@@ -235,16 +235,13 @@ def test_a_retry_of_a_tool_is_waited_out_by_the_clock(scripted_model: ScriptedMo
 
 @pytest.mark.django_db
 @pytest.mark.parametrize("waits_for", ["model", "tool"])
-def test_who_moves_the_clock_by_hand_sees_what_is_not_due(
-    scripted_model: ScriptedModel, monkeypatch: pytest.MonkeyPatch, waits_for: str
-) -> None:
-    monkeypatch.setattr(pytest_longhaul, "MAX_TURNS", 8)
+def test_who_moves_the_clock_by_hand_sees_what_is_not_due(scripted_model: ScriptedModel, waits_for: str) -> None:
     if waits_for == "model":
         scripted_model.say(ProviderError("overloaded", "no", retry_after=timedelta(minutes=4)), "done")
     else:
         scripted_model.say(call("flaky", fails=1), "done")
     run = clerk.start("hello")
-    with pytest.raises(AssertionError, match="did not end in 8"):
+    with pytest.raises(AssertionError, match=r"Nothing is due for (240|300)\.\d s, .* (4|5) min"):
         run_to_end(run, moves_clock=False)
     assert not run.finished
     move_clock(timedelta(minutes=6))

@@ -4,8 +4,8 @@
 import os
 import sys
 
-# Commands that touch neither database nor broker; with --help none does.
-WITHOUT_SERVERS = {"help", "version", "check", "makemigrations", "diffsettings", "findstatic", "collectstatic"}
+# Commands that touch neither database nor broker, or bring them up themselves; with --help none does.
+WITHOUT_SERVERS = {"demo", "help", "version", "check", "makemigrations", "diffsettings", "findstatic", "collectstatic"}
 
 
 def main() -> None:

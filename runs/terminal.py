@@ -32,6 +32,7 @@ from rich.text import Text
 WIDTH = 80
 BROKEN_PIPE = 141  # the status of a program that SIGPIPE ended, as shells tell it
 PATIENCE = timedelta(minutes=5)  # how long a reader waits for a database that is away
+LONGEST_ROW = 200  # characters of a line that begins as a table's row does
 _AGAIN_SECONDS = 0.5
 _TEXT_LINES = 3  # of the streaming text that are in sight; a fixed number, so that what stands below does not jump
 _CALLS = 2
@@ -285,7 +286,7 @@ class RunView:
             line, newline, rest = self._unsaid.partition("\n")
             if not newline:
                 width = WIDTH - 14
-                if len(line) <= width:
+                if len(line) <= (LONGEST_ROW if line.startswith("|") else width):  # a row of a table stays whole
                     return
                 cut = line.rfind(" ", 0, width + 1)
                 line, rest = (line[:cut], line[cut + 1 :]) if cut > 0 else (line[:width], line[width:])

@@ -1,4 +1,4 @@
-"""The agent of the demo, and the tool that it tests."""
+"""The agents of the demo: one that tests a tool, and one that audits an installed package."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ import os
 import time
 from typing import Any
 
+from agents_project.demo import audit
 from agents_project.demo.models import Ledger
 from runs import Agent
 from tools import ToolContext, tool
 
 JOB = "Test the test tool with the numbers {first}-{last}, one after another, then give me the total."
+AUDIT_JOB = "Audit the installed package {package}, then write a report in Markdown."
 WORK_SECONDS = 0.25  # slow enough that 50 calls need several legs
 
 
@@ -43,4 +45,25 @@ tester = Agent(
     max_steps=60,
     limits={"leg_budget_seconds": 4},
     context={"last_messages": 200},  # all of the job is in sight, for its end is a sum over it
+)
+
+auditor = Agent(
+    name="auditor",
+    model=model(),
+    instructions=(
+        "You audit Python packages that are installed here, by their source alone.\n"
+        "First call package_facts and list_modules at once. Then look at the parts that list_modules names, the largest"
+        " first: undocumented for each part, and largest_functions and imports for the whole package. Ask for about five"
+        " calls at once, for they run in parallel; in each turn say in one sentence what you look at. Twenty parts are"
+        " enough.\n"
+        "Then write the report, in Markdown and at most 60 lines: what the package is, with its number of modules and"
+        " lines; a table of the parts with the most public names without docstrings; the largest functions, with where"
+        " they stand; what it imports without declaring it; and three things to do first. Take every number from the"
+        " tools' results, and say what was left out. If the package is not installed, say so, with the names that come"
+        " close."
+    ),
+    tools=audit.TOOLS,
+    max_steps=30,
+    limits={"leg_budget_seconds": 4},
+    context={"last_messages": 400},  # all of the results, for the report is written from them
 )

@@ -7,11 +7,15 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from agents_project.demo import report
 from agents_project.demo.model_server import Action, ModelCall, Reply, Script, Text, ToolCall
 
 NUMBERS = re.compile(r"(-?\d+)\s*(?:-|to)\s*(-?\d+)")  # "the numbers 1-50"
 PACE = re.compile(r"text_seconds=(\d+(?:\.\d+)?)")  # anywhere in the prompt: how long the text of a step takes
 PIECES = 6  # chunks that the text of a step comes in
+AUDIT = re.compile(r"\baudit\b.*?\bpackage\s+[`'\"]?([A-Za-z0-9_](?:[\w.-]*\w)?)", re.IGNORECASE | re.DOTALL)
+AT_ONCE = 5  # calls of one step of an audit
+AUDITED = 20  # parts of a package that an audit looks at
 
 
 def sequential(total: int = 50, text_seconds: float = 0.15) -> Script:
@@ -68,15 +72,52 @@ def echo(call: ModelCall) -> Reply:
     return [_spoken(prompt or "You said nothing.", 0.15)]
 
 
+def audit(text_seconds: float = 0.5, report_seconds: float = 2.5) -> Script:
+    """Return a script that audits the package of the prompt with the auditor's tools, then writes a report.
+
+    It asks for the facts and the list of modules, then for about `AT_ONCE` calls a step, over the largest parts of the
+    list. What it asks for next, and every number of the report, comes from the results that the messages hold.
+    """
+
+    def script(call: ModelCall) -> Reply:
+        prompt, _ = _asked(call)
+        named = AUDIT.search(prompt)
+        package = named[1] if named else ""
+        done = _exchanges(call)
+        listed = report.result(done, "list_modules")
+        facts = [("package_facts", {"package": package}), ("list_modules", {"package": package})]
+        if not done and call.tools:
+            said = f"I begin with what {package} is, and with its modules."
+            return [_spoken(said, text_seconds), *(ToolCall(*each) for each in facts)]
+        if listed is None:
+            return [_spoken(report.refusal(package, done), text_seconds)]
+        parts = [part["name"] for part in listed["parts"]["largest"][:AUDITED]]
+        wanted = [(name, {"package": package}) for name in ("largest_functions", "imports")]
+        wanted += [("undocumented", {"package": package, "module": part}) for part in parts]
+        asked = [(name, arguments) for name, arguments, _ in done]
+        left = [each for each in wanted if each not in asked]
+        if left and call.tools:
+            # The last step takes what one more would only be begun for.
+            now = left if len(left) <= AT_ONCE + 2 else left[:AT_ONCE]
+            said = report.looking([arguments["module"] for _, arguments in now if "module" in arguments], len(now))
+            return [_spoken(said, text_seconds), *(ToolCall(*each) for each in now)]
+        return [_spoken(report.write(package, done), report_seconds, pieces=50)]
+
+    return script
+
+
 def demo(call: ModelCall) -> Reply:
-    """Test the tool where the prompt names a range of numbers and a tool is offered; echo everything else."""
+    """Audit a package, or test the tool with a range of numbers, as the prompt asks; echo everything else."""
     prompt, results = _asked(call)
+    if AUDIT.search(prompt) and ("list_modules" in call.tools or results):
+        return _demo_audit(call)
     if NUMBERS.search(prompt) and (call.tools or results):
         return _demo_job(call)
     return echo(call)
 
 
 _demo_job = sequential()
+_demo_audit = audit()
 
 
 def saying(*actions: Action) -> Script:
@@ -105,6 +146,21 @@ def _asked(call: ModelCall) -> tuple[str, list[Any]]:
     return "", results[::-1]
 
 
+def _exchanges(call: ModelCall) -> list[tuple[str, dict[str, Any], Any]]:
+    """Return the calls since the user's last message, in their order: name, arguments, result."""
+    asked: dict[str, tuple[str, dict[str, Any]]] = {}
+    done: list[tuple[str, dict[str, Any], Any]] = []
+    for message in call.messages:
+        if message["role"] == "user":
+            asked, done = {}, []
+        for each in message.get("tool_calls") or []:
+            arguments = _value(each["function"]["arguments"])
+            asked[each["id"]] = (each["function"]["name"], arguments if isinstance(arguments, dict) else {})
+        if message["role"] == "tool" and message["tool_call_id"] in asked:
+            done.append((*asked[message["tool_call_id"]], _value(_text(message.get("content")))))
+    return done
+
+
 def _text(content: Any) -> str:
     if isinstance(content, list):
         return "".join(part.get("text", "") for part in content)
@@ -129,9 +185,9 @@ def _sum(results: Sequence[Any]) -> int | float:
     return total
 
 
-def _spoken(text: str, seconds: float) -> Text:
+def _spoken(text: str, seconds: float, pieces: int = PIECES) -> Text:
     """Return the text in several chunks that take `seconds` in all; in one chunk when they take none."""
     if not seconds:
         return Text(text)
-    size = max(2, -(-len(text) // PIECES))
+    size = max(2, -(-len(text) // pieces))
     return Text(text, chunk_chars=size, delay=seconds / max(1, -(-len(text) // size) - 1))

@@ -17,7 +17,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -39,7 +39,7 @@ _LOOK_SECONDS = 0.025
 # What Celery is told, by kind. -c of the agents worker is greenlets: each holds a stream.
 POOLS = {
     "agents": ("-P", "gevent", "-c", "100"),
-    "tools": ("-P", "prefork", "-c", "2"),
+    "tools": ("-P", "prefork", "-c", "4"),
     "control": ("-P", "threads", "-c", "2"),
 }
 
@@ -217,20 +217,17 @@ class Supervisor:
         forked = set(rows.filter(parent__in=parents).values_list("parent", flat=True))
         return {name for id, name in parents.items() if self.kinds[name] != "tools" or id in forked}
 
-    def await_present(self, kinds: Iterable[str]) -> None:
-        """Wait until a worker of each of these kinds is ready. Raises DemoError."""
-        wanted = set(kinds)
+    def await_present(self) -> None:
+        """Wait until every worker that was started is ready. Raises DemoError."""
         deadline = time.monotonic() + READY_TIMEOUT.total_seconds()
         while True:
-            missing = wanted - {self.kinds[name] for name in self.present()}
+            missing = set(self.kinds) - self.present()
             if not missing:
                 return
             self.complain_of_the_dead()
             if time.monotonic() > deadline:
                 what = ", ".join(sorted(missing))
-                raise DemoError(
-                    f"No {what} worker was ready within {READY_TIMEOUT.seconds} s. Their logs are in {self.logs}."
-                )
+                raise DemoError(f"Not ready within {READY_TIMEOUT.seconds} s: {what}. Their logs are in {self.logs}.")
             time.sleep(_LOOK_SECONDS)
 
     def complain_of_the_dead(self) -> None:

@@ -10,11 +10,13 @@ from datetime import timedelta
 from typing import Any
 from uuid import UUID
 
+from agents_project.demo import audit
 from agents_project.demo.models import Ledger
+from agents_project.demo.source import Package
 from agents_project.demo.supervisor import Kill
 from runs.models import Event, Leg, Run, Status, Step
 from threads.models import Message, MessageStatus, Role
-from tools.models import ToolAttempt, ToolCall
+from tools.models import CallStatus, Outcome, ToolAttempt, ToolCall
 
 FIRST, LAST = 1, 50
 BUDGET_LEGS = 4  # at least
@@ -44,10 +46,16 @@ class Verdict:
         return all(claim.true for claim in self.claims)
 
 
+def numbers_in(text: str) -> list[int]:
+    """Return the whole numbers of a text: 50 and 1275 in "50 numbers, the total is 1,275."."""
+    found = re.findall(r"-?\d+(?:[,\u202f'\u00a0]\d{3})*", text)
+    return [int(re.sub(r"[^\d-]", "", number)) for number in found]
+
+
 def total_in(output: Any) -> int | None:
     """Return the last whole number of the answer: 1275 in "The total is 1,275."."""
-    numbers = re.findall(r"-?\d+(?:[,\u202f'\u00a0]\d{3})*", output if isinstance(output, str) else str(output or ""))
-    return int(re.sub(r"[^\d-]", "", numbers[-1])) if numbers else None
+    numbers = numbers_in(output if isinstance(output, str) else str(output or ""))
+    return numbers[-1] if numbers else None
 
 
 def results_of(run: Run) -> list[int | None]:
@@ -148,6 +156,60 @@ def judge(run: Run, kills: Sequence[Kill], asked: Sequence[str], violations: int
         "resumed_after_ms": [None if after is None else milliseconds(after) for after in resumed],
         "violations": violations,
         "duration_s": round(duration.total_seconds(), 2),
+    }
+    return Verdict(tuple(claims), figures)
+
+
+def judge_audit(run: Run, package: Package, violations: int, duration: timedelta) -> Verdict:
+    """Check what an audit of the package must have left; some of what its tools found is read again, here."""
+    run = Run.objects.get(pk=run.pk)
+    calls = list(ToolCall.objects.filter(run_id=run.pk).order_by("step", "index"))
+    attempts = ToolAttempt.objects.filter(call__run_id=run.pk)
+    spans = [(begun, ended) for begun, ended in attempts.values_list("started_at", "ended_at") if ended is not None]
+    running = max((sum(begun <= at < ended for begun, ended in spans) for at, _ in spans), default=0)
+    a_step = max(Counter(call.step for call in calls).values(), default=0)
+    settled = sum(call.status == CallStatus.SETTLED for call in calls)
+    successes = attempts.filter(outcome="success").values_list("call_id", flat=True)
+    legs = Leg.objects.filter(run=run).count()
+    pending = Message.objects.filter(run_id=run.pk, status=MessageStatus.PENDING).count()
+    looked = [call for call in calls if call.name == "undocumented" and call.outcome == Outcome.SUCCESS]
+    found: list[dict[str, Any]] = [call.result or {} for call in looked]
+    report = run.output if isinstance(run.output, str) else ""
+    modules = len(package.files)
+    again = [call for call in calls if call.name == "list_modules" and call.outcome == Outcome.SUCCESS] + looked[-1:]
+    tools = {tool.name: tool for tool in audit.TOOLS}
+    same = [call.result == tools[call.name](**call.arguments) for call in again]
+
+    claims = [
+        Claim("the run is completed", run.status == Status.COMPLETED, f"{run.status} ({run.stop_reason})"),
+        Claim("several calls were asked for at once", a_step > 1, f"up to {a_step} a step, {running} ran at once"),
+        Claim(
+            "every call is settled, none succeeded twice",
+            settled == len(calls) > 0 and len(set(successes)) == len(successes),
+            f"{len(calls)} calls, {attempts.count()} attempts, {run.steps} steps in {legs} legs",
+        ),
+        Claim("read again, the files say the same", bool(same) and all(same), f"{len(same)} results compared"),
+        Claim("the report says how many modules there are", modules in numbers_in(report), f"{modules:,}"),
+        Claim("no message is pending", pending == 0, str(pending)),
+        Claim("no invariant is violated", violations == 0, f"{violations} violations"),
+    ]
+    figures = {
+        "status": run.status,
+        "package": package.name,
+        "version": package.version,
+        "modules": modules,
+        "public_names": sum(each["public"] for each in found),
+        "undocumented": sum(each["undocumented"] for each in found),
+        "steps": run.steps,
+        "legs": legs,
+        "tool_calls": len(calls),
+        "tool_attempts": attempts.count(),
+        "most_asked_at_once": a_step,
+        "most_running_at_once": running,
+        "pending_messages": pending,
+        "violations": violations,
+        "duration_s": round(duration.total_seconds(), 2),
+        "report": report,
     }
     return Verdict(tuple(claims), figures)
 

@@ -8,18 +8,19 @@ from typing import Any
 from uuid import UUID
 
 from rich.console import Console, RenderableType
+from rich.markdown import Markdown
 from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
 from agents_project.demo.verdict import Verdict, milliseconds
-from runs.terminal import RunView, draws, tell
+from runs.terminal import RunView, draws, harmless, tell
 
 
 class DemoView(RunView):
     """The demo's run, with its processes below the head. `processes` says for each name whether it is ready."""
 
-    def __init__(self, run: UUID | str, *, agent: str, since: datetime | None, expected: int) -> None:
+    def __init__(self, run: UUID | str, *, agent: str, since: datetime | None, expected: int | None) -> None:
         super().__init__(run, agent=agent, since=since, expected=expected)
         self.processes: dict[str, bool] = {}
         self.dead: dict[str, int] = {}  # killed on purpose -> its pid
@@ -76,7 +77,16 @@ def summarize(console: Console, verdict: Verdict) -> None:
         mark = Text("yes", "bold green") if claim.true else Text("NO", "bold red")
         grid.add_row(mark, Text(claim.text), Text(claim.found, style="dim"))
     console.print(grid)
-    legs = ", ".join(f"{count} {reason or 'open'}" for reason, count in figures["legs_by_reason"].items())
-    console.print(
-        Text(f"{figures['steps']} steps in {figures['legs']} legs ({legs}), {figures['duration_s']} s", style="dim")
-    )
+    if "legs_by_reason" in figures:
+        legs = ", ".join(f"{count} {reason or 'open'}" for reason, count in figures["legs_by_reason"].items())
+        said = f"{figures['steps']} steps in {figures['legs']} legs ({legs}), {figures['duration_s']} s"
+    else:
+        said = f"{figures['steps']} steps, {figures['tool_calls']} calls, {figures['duration_s']} s"
+    console.print(Text(said, style="dim"))
+
+
+def show_report(console: Console, verdict: Verdict) -> None:
+    """Print the audit's report as a page; in a pipe its lines have been told as they came."""
+    if draws(console):
+        console.print()
+        console.print(Markdown(harmless(verdict.figures["report"])), width=min(console.width, 100))

@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from agents_project import embedded
+from agents_project.demo import source
 from agents_project.demo.supervisor import DemoError, Supervisor
 from agents_project.demo.verdict import total_in
 from agents_project.demo.view import DemoView
@@ -144,7 +145,7 @@ def workers_of(environment: dict[str, str]) -> list[Identity]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(240)  # the first start makes a database cluster; the demo itself takes about 40 s
+@pytest.mark.timeout(240)  # the first start makes a database cluster; the demo itself takes about 45 s
 def test_the_main_job_survives_both_kills_and_says_so_in_one_line(demo_environment: dict[str, str]) -> None:
     # When the demo runs headless
     process = manage(demo_environment, "demo", "--once", "--json")
@@ -168,6 +169,7 @@ def test_the_main_job_survives_both_kills_and_says_so_in_one_line(demo_environme
         "resumed_after_ms",
         "violations",
         "duration_s",
+        "audit",
     ]
     assert figures["status"] == "completed"
     assert (figures["total"], figures["steps"], figures["tool_calls"], figures["ledger_rows"]) == (1275, 51, 50, 50)
@@ -177,6 +179,15 @@ def test_the_main_job_survives_both_kills_and_says_so_in_one_line(demo_environme
     assert (figures["kills"], len(figures["resumed_after_ms"])) == (2, 2)
     assert figures["discarded_messages"] >= 1
     assert (figures["pending_messages"], figures["violations"]) == (0, 0)
+    # And the audit after it asked for several tools at once, which ran at once, and told real numbers
+    audit = figures["audit"]
+    assert (audit["status"], audit["package"]) == ("completed", "celery")
+    assert audit["modules"] == len(source.find("celery").files)
+    assert audit["most_asked_at_once"] >= 5
+    assert audit["most_running_at_once"] >= 2
+    assert audit["tool_calls"] == audit["tool_attempts"] == 24
+    assert f"{audit['undocumented']:,} of {audit['public_names']:,} public names have none" in audit["report"]
+    assert (audit["pending_messages"], audit["violations"]) == (0, 0)
     # And it told what happened, and left nothing running
     assert "kill -9 agents-" in err
     assert "kill -9 tools-" in err
@@ -210,7 +221,7 @@ def test_a_run_can_be_followed_afterwards_from_any_of_its_events(demo_environmen
 @pytest.mark.timeout(120)
 def test_the_demo_stays_up_for_own_runs_until_ctrl_c_which_ends_all_of_it(demo_environment: dict[str, str]) -> None:
     # Given a demo that stays up
-    process = manage(demo_environment, "demo", "--kill", "none")
+    process = manage(demo_environment, "demo", "--job", "main", "--kill", "none")
     assert process.stdout is not None
     seen: list[str] = []
     ready = threading.Event()

@@ -7,20 +7,18 @@ and the wall time of a step less the time in which its model and its tool have t
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from statistics import median
-from typing import Any
 
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from benchmarks import command
 from benchmarks.cpu import spent
 from benchmarks.rig import Reading, Rig, RigError
 from benchmarks.script import prompt
@@ -75,7 +73,7 @@ class Cost:
 
 
 EARLY = Stretch(first=3, last=17, groups=6)
-LATE = Stretch(first=925, last=1_000, groups=1)
+WIDTH = 75  # steps of the late stretch
 
 
 class Climb:
@@ -131,50 +129,7 @@ class Climb:
         return Cost(after - before, spent(begin.cpu, end.cpu), float(row[0]))
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.flat_cost", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="one round; ends in under 90 s")
-    parser.add_argument("--json", action="store_true", help="one line of JSON instead of a table")
-    given = parser.parse_args(arguments)
-    console = Console(stderr=True, log_path=False)
-    rounds = 1 if given.quick else 5
-    measured: list[tuple[Cost, Cost]] = []
-    try:
-        with Rig(SCRIPT) as rig:
-            form = Longhaul(rig)
-            form.start()
-            form.run(WARM_UP_RUNS, 10)
-            for _ in range(rounds):
-                with Progress(console=console, transient=True) as progress:
-                    climb = Climb(rig, RUNS, progress)
-                    late, early = (
-                        climb.measure(LATE),
-                        climb.measure(EARLY),
-                    )  # close together: the machine changes its speed
-                measured.append((early, late))
-                console.log(f"step 10: {early.cpu_ms:.2f} ms CPU; step 1,000: {late.cpu_ms:.2f} ms CPU")
-    except RigError as error:
-        console.print(str(error), style="red", markup=False, highlight=False)
-        return 1
-    except KeyboardInterrupt:
-        return 130
-    found = figures(measured)
-    if given.json:
-        print(json.dumps(found))
-        return 0
-    table = Table(title=f"{RUNS} runs at once, medians, n = {rounds} (bar: {BAR})")
-    for heading in ("", "step 10", "step 1,000", "ratio"):
-        table.add_column(heading, justify="right")
-    for name, title in (("cpu_ms", "CPU ms a step"), ("own_wall_ms", "own wall ms a step")):
-        pair = found[name]
-        table.add_row(title, f"{pair['early']:.2f}", f"{pair['late']:.2f}", f"{pair['ratio']:.2f}")
-    for role, pair in found["cpu_ms_by_role"].items():
-        table.add_row(f"CPU ms: {role}", f"{pair['early']:.2f}", f"{pair['late']:.2f}", f"{pair['ratio']:.2f}")
-    Console(width=None if os.isatty(1) else 160).print(table)
-    return 0
-
-
-def figures(measured: Sequence[tuple[Cost, Cost]]) -> dict[str, Any]:
+def figures(measured: Sequence[tuple[Cost, Cost]], late: Stretch) -> command.Figures:
     roles = [role for role in measured[0][0].cpu if role not in OUTSIDE]
     by_role = {
         role: _pair([tuple(each.cpu[role] * 1000 / each.steps for each in pair) for pair in measured]) for role in roles
@@ -185,7 +140,7 @@ def figures(measured: Sequence[tuple[Cost, Cost]]) -> dict[str, Any]:
         "runs_at_once": RUNS,
         "n": len(measured),
         "early_steps": [EARLY.first, EARLY.last],
-        "late_steps": [LATE.first, LATE.last],
+        "late_steps": [late.first, late.last],
         "ratio": cpu["ratio"],
         "cpu_ms": cpu,
         "own_wall_ms": _pair([(early.wall * 1000, late.wall * 1000) for early, late in measured]),
@@ -198,6 +153,40 @@ def _pair(values: Sequence[tuple[float, ...]]) -> dict[str, float]:
     early, late = (median(pair[place] for pair in values) for place in (0, 1))
     ratio = median(pair[1] / pair[0] if pair[0] else 1.0 for pair in values)
     return {"early": round(early, 3), "late": round(late, 3), "ratio": round(ratio, 3)}
+
+
+def tables(found: command.Figures) -> list[Table]:
+    table = Table(title=f"{RUNS} runs at once, medians, n = {found['n']} (bar: {BAR})")
+    for heading in ("", "step 10", f"step {found['late_steps'][1]:,}", "ratio"):
+        table.add_column(heading, justify="right")
+    rows = {"CPU ms a step": found["cpu_ms"], "own wall ms a step": found["own_wall_ms"]}
+    rows |= {f"CPU ms: {role}": pair for role, pair in found["cpu_ms_by_role"].items()}
+    for title, pair in rows.items():
+        table.add_row(title, *(f"{pair[key]:.2f}" for key in ("early", "late", "ratio")))
+    return [table]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.flat_cost", description=__doc__)
+    parser.add_argument("--late", type=int, default=1_000, help="the step that is compared with step 10 (default 1000)")
+
+    def measured(given: argparse.Namespace, console: Console) -> command.Figures:
+        late = Stretch(first=given.late - WIDTH, last=given.late, groups=1)
+        measured: list[tuple[Cost, Cost]] = []
+        with Rig(SCRIPT) as rig:
+            form = Longhaul(rig)
+            form.start()
+            form.run(WARM_UP_RUNS, 10)
+            for _ in range(1 if given.quick else 5):
+                with Progress(console=console, transient=True) as progress:
+                    climb = Climb(rig, RUNS, progress)
+                    # One after the other, for the machine changes its speed.
+                    far, near = climb.measure(late), climb.measure(EARLY)
+                measured.append((near, far))
+                console.log(f"step 10: {near.cpu_ms:.2f} ms CPU; step {late.last:,}: {far.cpu_ms:.2f} ms CPU")
+        return figures(measured, late)
+
+    return command.run(parser, measured, tables, arguments, quick="one round: ends in under 75 s")
 
 
 if __name__ == "__main__":

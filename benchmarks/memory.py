@@ -6,8 +6,6 @@ RSS is read from the kernel (VmRSS), of the one process that a gevent worker is.
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import sys
 import time
 from collections.abc import Sequence
@@ -15,16 +13,18 @@ from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from statistics import median
-from typing import Any
+from uuid import UUID
 
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks import command
 from benchmarks.rig import Rig, RigError
-from benchmarks.step_cost import QUIET, Longhaul
+from benchmarks.workers import Workers, prepare
 
 SCRIPT = "benchmarks.script:slow"
-CHUNK_SECONDS = 1.0
+CHUNKS_PER_S = 1.0
+STREAM_SECONDS = 30
 RUNS = 500
 WARM_UP_RUNS = 20
 BAR_KB = 150
@@ -64,123 +64,98 @@ def steady(pid: int, wait: timedelta) -> int:
     return int(median(seen))
 
 
-class Worker:
+class Streams:
     """One agents worker, as a project would start it for so many streams, and one control worker."""
 
     def __init__(self, rig: Rig, runs: int) -> None:
+        prepare(rig)
         self._rig = rig
-        self._form = Longhaul(rig)  # the database and Django
-        self._runs = runs
+        self._workers = Workers(rig, greenlets=runs + 20)
+        self._workers.up(agents=1, control=1)
+        self.pid = rig.process(self._workers.names("agents")[0]).pid
 
-    def start(self) -> None:
-        common = ["-m", "celery", "-A", "agents_project", "worker"]
-        greenlets = ["-Q", "longhaul.agents", "-P", "gevent", "-c", str(self._runs + 20), "-n", "agents@bench"]
-        self._rig.start("agents", "agents", [*common, *greenlets, *QUIET], {"LONGHAUL_DB_POOL": "1"})
-        threads = ["-Q", "longhaul.control", "-P", "threads", "-c", "2", "-n", "control@bench"]
-        self._rig.start("control", "control", [*common, *threads, *QUIET])
-
-    @property
-    def pid(self) -> int:
-        return self._rig.pid("agents")
-
-    def stream(self, runs: int, seconds: int) -> list[Any]:
+    def start(self, runs: int, seconds: int) -> list[UUID]:
         """Start runs whose one answer takes so many seconds; return their ids when all of them stream."""
         from django.db import transaction
 
         from benchmarks.longhaul_app.agents import speaker
 
         with transaction.atomic():
-            ids = [speaker.start(f"Speak for {seconds} seconds.", owner=None).id for _ in range(runs)]
+            ids = [speaker.start(f"Speak for {seconds} seconds.", owner=None).pk for _ in range(runs)]
         # A first chunk is a row: the run streams, and its buffers have been used.
-        self._await(
-            "SELECT count(DISTINCT run_id) FROM longhaul_runs_event WHERE run_id = ANY(%s) AND ordinal IS NOT NULL",
-            ids,
-            GATHER,
+        spoken = (
+            "SELECT count(DISTINCT run_id) FROM longhaul_runs_event WHERE run_id = ANY (%s) AND ordinal IS NOT NULL"
         )
+        self._workers.eventually(lambda: self._count(spoken, ids) == runs, "all runs stream", GATHER)
         return ids
 
-    def finished(self, ids: Sequence[Any], within: timedelta) -> None:
-        self._await("SELECT count(*) FROM longhaul_runs_run WHERE id = ANY(%s) AND status = 'completed'", ids, within)
+    def still(self, ids: Sequence[UUID]) -> int:
+        """Return how many of them stream."""
+        return self._count("SELECT count(*) FROM longhaul_runs_run WHERE id = ANY (%s) AND status = 'running'", ids)
 
-    def streaming(self, ids: Sequence[Any]) -> int:
-        row = self._rig.connection.execute(
-            "SELECT count(*) FROM longhaul_runs_run WHERE id = ANY(%s) AND status = 'running'", [list(ids)]
-        ).fetchone()
+    def finish(self, ids: Sequence[UUID], within: timedelta) -> None:
+        """Wait until all of them have completed."""
+        ended = "SELECT count(*) FROM longhaul_runs_run WHERE id = ANY (%s) AND status = 'completed'"
+        self._workers.eventually(lambda: self._count(ended, ids) == len(ids), "all runs complete", within)
+
+    def _count(self, query: str, ids: Sequence[UUID]) -> int:
+        row = self._rig.connection.execute(query.encode(), [list(ids)]).fetchone()
         assert row is not None
         return int(row[0])
 
-    def _await(self, query: str, ids: Sequence[Any], within: timedelta) -> None:
-        deadline = time.monotonic() + within.total_seconds()
-        while True:
-            row = self._rig.connection.execute(query.encode(), [list(ids)]).fetchone()
-            assert row is not None
-            if row[0] == len(ids):
-                return
-            self._rig.check_processes()
-            if time.monotonic() > deadline:
-                raise RigError(f"{row[0]} of {len(ids)} runs came so far in {within}.\n{self._rig.logs()}")
-            time.sleep(0.1)
+
+def measure(streams: Streams, runs: int) -> Round:
+    idle = steady(streams.pid, timedelta(seconds=1))
+    ids = streams.start(runs, STREAM_SECONDS)
+    streaming = steady(streams.pid, timedelta(seconds=5))
+    if streams.still(ids) != runs:
+        raise RigError(f"Only {streams.still(ids)} of {runs} runs still streamed; they were too short.")
+    streams.finish(ids, timedelta(seconds=STREAM_SECONDS) + GATHER)
+    return Round(runs, idle, streaming, steady(streams.pid, SETTLE))
 
 
-def measure(worker: Worker, runs: int, seconds: int) -> Round:
-    idle = steady(worker.pid, timedelta(seconds=1))
-    ids = worker.stream(runs, seconds)
-    streaming = steady(worker.pid, timedelta(seconds=5))
-    if worker.streaming(ids) != runs:
-        raise RigError(f"Only {worker.streaming(ids)} of {runs} runs still streamed; they were too short.")
-    worker.finished(ids, timedelta(seconds=seconds) + GATHER)
-    return Round(runs, idle, streaming, steady(worker.pid, SETTLE))
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.memory", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="one round; ends in under 75 s")
-    parser.add_argument("--json", action="store_true", help="one line of JSON instead of a table")
-    parser.add_argument("--runs", type=int, default=RUNS, help="streams at once")
-    given = parser.parse_args(arguments)
-    console = Console(stderr=True, log_path=False)
-    rounds: list[Round] = []
-    try:
-        with Rig(SCRIPT) as rig:
-            worker = Worker(rig, given.runs)
-            worker.start()
-            # So that what is made once for all runs is not counted as theirs.
-            worker.finished(worker.stream(WARM_UP_RUNS, 2), GATHER)
-            time.sleep(SETTLE.total_seconds())
-            for number in range(1 if given.quick else 3):
-                rounds.append(measure(worker, given.runs, 30))
-                console.log(f"{number + 1}: {rounds[-1].kb_per_run:.0f} KB a run")
-    except RigError as error:
-        console.print(str(error), style="red", markup=False, highlight=False)
-        return 1
-    except KeyboardInterrupt:
-        return 130
-    first = rounds[0]  # later ones find the memory of the one before still resident
-    found = {
+def figures(rounds: Sequence[Round]) -> command.Figures:
+    first = rounds[0]  # a later one finds the memory of the one before still resident
+    return {
         "benchmark": "memory",
-        "runs": given.runs,
+        "runs": first.runs,
         "n": len(rounds),
         "kb_per_run": round(first.kb_per_run, 1),
         "idle_mb": round(first.idle / 1e6, 1),
         "streaming_mb": round(first.streaming / 1e6, 1),
         "rounds": [{"idle": each.idle, "streaming": each.streaming, "after": each.after} for each in rounds],
     }
-    if given.json:
-        print(json.dumps(found))
-        return 0
+
+
+def tables(found: command.Figures) -> list[Table]:
+    runs = found["runs"]
     table = Table(
-        title=f"RSS of an agents worker with {given.runs} runs at {CHUNK_SECONDS:g} chunk/s (bar: {BAR_KB} KB a run)"
+        title=f"RSS of an agents worker, {runs} runs at {CHUNKS_PER_S:g} chunk/s: {found['kb_per_run']:.0f} kB a run (bar: {BAR_KB})"
     )
-    for heading in ("round", "idle MB", "streaming MB", "after MB", "KB a run, over this idle"):
+    for heading in ("round", "idle MB", "streaming MB", "after MB", "kB a run over this idle"):
         table.add_column(heading, justify="right")
-    for number, each in enumerate(rounds, 1):
-        table.add_row(
-            str(number),
-            *(f"{size / 1e6:.1f}" for size in (each.idle, each.streaming, each.after)),
-            f"{each.kb_per_run:.0f}",
-        )
-    Console(width=None if os.isatty(1) else 160).print(table)
-    return 0
+    for number, each in enumerate(found["rounds"], 1):
+        sizes = [f"{each[key] / 1e6:.1f}" for key in ("idle", "streaming", "after")]
+        table.add_row(str(number), *sizes, f"{(each['streaming'] - each['idle']) / runs / 1000:.0f}")
+    return [table]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.memory", description=__doc__)
+    parser.add_argument("--runs", type=int, default=RUNS, help=f"streams at once (default {RUNS})")
+
+    def measured(given: argparse.Namespace, console: Console) -> command.Figures:
+        rounds: list[Round] = []
+        with Rig(SCRIPT) as rig:
+            streams = Streams(rig, given.runs)
+            # So that what is made once for all runs is not counted as theirs.
+            streams.finish(streams.start(WARM_UP_RUNS, 2), GATHER)
+            for number in range(1, 2 if given.quick else 4):
+                rounds.append(measure(streams, given.runs))
+                console.log(f"{number}: {rounds[-1].kb_per_run:.0f} kB a run")
+        return figures(rounds)
+
+    return command.run(parser, measured, tables, arguments, quick="one round: ends in under 75 s")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -19,7 +18,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.rig import Rig, RigError
+from benchmarks import command
+from benchmarks.rig import Rig
 
 SCRIPT = "benchmarks.script:word"
 COUNTS = (10, 100, 400)  # messages
@@ -128,7 +128,7 @@ def cpu_ms(call: Call, times: int) -> float:
     return (time.process_time() - before) * 1000 / times
 
 
-def measure(rounds: int, console: Console) -> dict[str, Any]:
+def measure(rounds: int, console: Console) -> command.Figures:
     forms: dict[str, tuple[Call, int]] = {}
     sizes: dict[str, int] = {}
     for count in COUNTS:
@@ -179,23 +179,7 @@ def measure(rounds: int, console: Console) -> dict[str, Any]:
     }
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.provider", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="fewer repetitions: ends in under 30 s")
-    parser.add_argument("--json", action="store_true", help="one line of JSON instead of a table")
-    given = parser.parse_args(arguments)
-    console = Console(stderr=True, log_path=False)
-    try:
-        with Rig(SCRIPT):
-            found = measure(3 if given.quick else 15, console)
-    except RigError as error:
-        console.print(str(error), style="red", markup=False, highlight=False)
-        return 1
-    except KeyboardInterrupt:
-        return 130
-    if given.json:
-        print(json.dumps(found))
-        return 0
+def tables(found: command.Figures) -> list[Table]:
     table = Table(title=f"CPU ms of one model call, by the messages it shows; medians, n = {found['n']}")
     for heading in ("messages", "kB", "Longhaul", "openai objects", "ratio", "once a leg: rendering"):
         table.add_column(heading, justify="right")
@@ -210,8 +194,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
     same = found["same_bytes"]
     table.add_row(f"{same['messages']} long ones", f"{same['bytes'] / 1000:.1f}", f"{same['longhaul_cpu_ms']:.2f}")
-    Console(width=None if os.isatty(1) else 160).print(table)
-    return 0
+    return [table]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.provider", description=__doc__)
+
+    def measured(given: argparse.Namespace, console: Console) -> command.Figures:
+        with Rig(SCRIPT):
+            return measure(3 if given.quick else 15, console)
+
+    return command.run(parser, measured, tables, arguments, quick="fewer repetitions: ends in under 55 s")
 
 
 if __name__ == "__main__":

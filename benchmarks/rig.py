@@ -145,10 +145,6 @@ class Rig:
         self._children.kill(name)
         del self._roles[name]
 
-    def pid(self, name: str) -> int:
-        """Return the pid of a process that was started."""
-        return self._children[name].pid
-
     def check_processes(self) -> None:
         """Raise RigError, with the end of its log, when a process that was started has ended."""
         for name in self._children:

@@ -16,8 +16,7 @@ T = TypeVar("T")
 
 PROCESSES = 2  # of a tools worker
 QUIET = ("--without-gossip", "--without-mingle", "--without-heartbeat")
-POOLS = {
-    "agents": ("-P", "gevent", "-c", "200"),
+POOLS: dict[str, tuple[str, ...]] = {
     "tools": ("-P", "prefork", "-c", str(PROCESSES)),
     "control": ("-P", "threads", "-c", "4"),
 }
@@ -39,8 +38,9 @@ def prepare(rig: Rig) -> None:
 class Workers:
     """The workers of one benchmark, by names like agents-3. A name is used once."""
 
-    def __init__(self, rig: Rig) -> None:
+    def __init__(self, rig: Rig, *, greenlets: int = 200) -> None:
         self._rig = rig
+        self._pools = {**POOLS, "agents": ("-P", "gevent", "-c", str(greenlets))}
         self._names: list[str] = []
         self._started = 0
 
@@ -51,7 +51,7 @@ class Workers:
         """Start one more worker; it need not be present yet. Returns its name."""
         self._started += 1
         name = f"{kind}-{self._started}"
-        command = ["-m", "celery", "-A", "agents_project", "worker", "-Q", f"longhaul.{kind}", *POOLS[kind]]
+        command = ["-m", "celery", "-A", "agents_project", "worker", "-Q", f"longhaul.{kind}", *self._pools[kind]]
         environment = {"LONGHAUL_DB_POOL": "1"} if kind == "agents" else {}
         self._rig.start(name, kind, [*command, "-n", f"{name}@bench", *QUIET], environment)
         self._names.append(name)

@@ -11,7 +11,7 @@ unexport VIRTUAL_ENV CONDA_PREFIX PYTHONPATH PYTHONHOME PIP_USER UV_PYTHON
 export UV_PROJECT_ENVIRONMENT := .venv
 export UV_PYTHON_DOWNLOADS := never
 
-.PHONY: help demo test test-slow lint bench proof clean
+.PHONY: help demo test test-slow lint bench proof mutants clean
 
 help: ## say what there is
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1|\2/p' Makefile | awk -F'|' '{ printf "%-16s %s\n", $$1, $$2 }'
@@ -39,6 +39,9 @@ bench: .venv/ready ## what is claimed, measured; BENCH_ARGS="--quick"
 
 proof: .venv/ready ## the long proofs
 	@exec $(PYTHON) -m pytest -m proof --timeout 1800 $(TEST_ARGS)
+
+mutants: .venv/ready ## each rule of the protocol removed from a copy: a test must fail; MUTANTS_ARGS="--shard 1/4"
+	@exec $(PYTHON) -m tests.mutants $(MUTANTS_ARGS)
 
 clean: ## end and delete the embedded servers, their data and all caches; .venv stays
 	@python=$(PYTHON); [ -x $$python ] || python=python3; $$python -m agents_project.embedded remove --all

@@ -1,0 +1,18 @@
+"""The list. Each module is a part of the protocol; a group is a heading of docs/durability.md."""
+
+from __future__ import annotations
+
+from tests.mutants.catalogue import claims
+from tests.mutants.mutant import Group, Later
+
+GROUPS: tuple[Group, ...] = (claims.CLAIMS, claims.FENCES)
+MUTANTS = tuple(mutant for group in GROUPS for mutant in group.mutants)
+LATER: tuple[Later, ...] = (
+    Later(
+        "early_result_refused",
+        "A deferred result settles its call in any open status, the call's own `running` included.",
+        "deferred tools",
+    ),
+    Later("child_in_two", "A child run is inserted in the transaction that takes its call to waiting.", "child runs"),
+    Later("child_end_in_two", "A child run ends in the transaction that settles the call.", "child runs"),
+)

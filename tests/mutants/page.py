@@ -1,0 +1,38 @@
+"""The tables of docs/durability.md, from the list."""
+
+from __future__ import annotations
+
+from tests.mutants.catalogue import GROUPS, LATER
+from tests.mutants.mutant import Mutant
+
+BEGIN, END = "<!-- mutants: begin -->\n", "<!-- mutants: end -->\n"
+
+
+def _tests(mutant: Mutant) -> str:
+    return "<br>".join(f"`{test.removeprefix('tests/')}`" for test in mutant.tests)
+
+
+def _row(*cells: str) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |\n"
+
+
+def tables() -> str:
+    """Return what stands between the two marks of the page, as Markdown."""
+    said = ""
+    for group in GROUPS:
+        said += f"\n### {group.title}\n\n"
+        said += _row("rule", "mutant, in", "what fails") + _row("---", "---", "---")
+        for mutant in group.mutants:
+            said += _row(
+                mutant.rule, f"`{mutant.name}` {', '.join(f'`{file}`' for file in mutant.files)}", _tests(mutant)
+            )
+    exempt = [each for group in GROUPS for each in group.exempt]
+    said += "\n### Exempt\n\nTaken away alone, each of these breaks nothing, for another layer holds the same.\n\n"
+    said += _row("rule", "name", "why", "both away") + _row("---", "---", "---", "---")
+    for each in exempt:
+        said += _row(each.rule, f"`{each.name}`", each.reason, f"`{each.together}`" if each.together else "")
+    said += "\n### Later, with their feature\n\nBreaks of the model that touch what is not there yet.\n\n"
+    said += _row("break", "rule", "feature") + _row("---", "---", "---")
+    for later in LATER:
+        said += _row(f"`{later.model}`", later.rule, later.feature)
+    return said + "\n"

@@ -1,19 +1,21 @@
 """What one step of a run costs: 50 tool calls one after another, 1 run alone and 20 runs at once.
 
-Three forms of the same work take turns on the same servers: Longhaul, a hand-made chain of Celery tasks
-(`celery_chain`), and a bare loop on the `openai` client that stores nothing (`bare_loop`). README.md tells how it is
-measured.
+Five forms of the same work take turns on the same servers: Longhaul, a hand-made chain of Celery tasks
+(`celery_chain`), workflows of DBOS (`dbos_steps`), tasks of absurd (`absurd_steps`), and a bare loop on the `openai`
+client that stores nothing (`bare_loop`). README.md tells how it is measured.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import sys
 import time
+import uuid
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
@@ -60,12 +62,19 @@ class Sample:
 
 
 class Form(Protocol):
-    """One way to do the work. Roles: whose CPU it answers for."""
+    """One way to do the work.
+
+    `roles`: whose CPU it answers for. `application`: what its backends are known by to Postgres; None for Longhaul,
+    whose are all that are nobody else's, and for who has none.
+    """
 
     name: str
     title: str
     roles: tuple[str, ...]
     stores: bool
+
+    @property
+    def application(self) -> str | None: ...
 
     def start(self) -> None:
         """Start its processes; they need not be ready."""
@@ -81,6 +90,7 @@ class Longhaul:
     title = "Longhaul"
     roles: tuple[str, ...] = ("agents", "tools", "control", "postgres", "valkey")
     stores = True
+    application = None
 
     # name: (role, queue, pool, environment)
     WORKERS: ClassVar[dict[str, tuple[str, list[str], dict[str, str]]]] = {
@@ -149,6 +159,7 @@ class CeleryChain:
     title = "raw Celery chain"
     roles: tuple[str, ...] = ("celery steps", "celery tools", "postgres", "valkey")
     stores = True
+    application = "celery chain"
 
     def __init__(self, rig: Rig, processes: int = AT_ONCE) -> None:
         self._rig = rig
@@ -161,7 +172,7 @@ class CeleryChain:
             command = ["-m", "celery", "-A", "benchmarks.celery_chain", "worker", "-Q", queue, "-P", "prefork"]
             options = ["-c", str(self._processes[role]), "-n", f"{queue}@bench"]
             self._rig.start(
-                f"celery {role}", f"celery {role}", [*command, *options, *QUIET], {"PGAPPNAME": APPLICATION}
+                f"celery {role}", f"celery {role}", [*command, *options, *QUIET], {"PGAPPNAME": self.application}
             )
 
     def run(self, runs: int, steps: int, timeout: timedelta = RUN_TIMEOUT) -> float:
@@ -189,6 +200,129 @@ class CeleryChain:
         return ended - started
 
 
+class Dbos:
+    """Processes that launch DBOS; the runs are split over them, a workflow and a thread each.
+
+    Each process starts the workflows that it is told of, so no queue is polled.
+    """
+
+    name = "dbos"
+    title = "DBOS"
+    roles: tuple[str, ...] = ("dbos", "postgres")
+    stores = True
+    application = "dbos_transact"  # it calls itself so
+    ORDERS = "longhaul-bench:dbos:orders"
+
+    def __init__(self, rig: Rig, processes: int | None = None) -> None:
+        self._rig = rig
+        self._processes = processes or os.cpu_count() or 1
+        rig.valkey.delete(f"{self.ORDERS}:launched")
+
+    def start(self) -> None:
+        for number in range(self._processes):
+            command = ["-m", "benchmarks.dbos_steps", self._orders(number), f"{self.ORDERS}:launched"]
+            self._rig.start(f"dbos {number}", "dbos", command)
+
+    def _orders(self, number: int) -> str:
+        return f"{self.ORDERS}:{number}"
+
+    def _await_launch(self) -> None:
+        """Wait until every process has launched DBOS: only then its tables stand."""
+        deadline = time.monotonic() + READY_TIMEOUT.total_seconds()
+        while self._rig.valkey.llen(f"{self.ORDERS}:launched") < self._processes:
+            self._rig.check_processes()
+            if time.monotonic() > deadline:
+                raise RigError(f"DBOS was not launched in {READY_TIMEOUT}.\n{self._rig.logs()}")
+            time.sleep(0.05)
+
+    def run(self, runs: int, steps: int, timeout: timedelta = RUN_TIMEOUT) -> float:
+        self._await_launch()
+        ids = [str(uuid.uuid4()) for _ in range(runs)]
+        started = self._rig.now()
+        for number in range(min(runs, self._processes)):
+            order = {"runs": ids[number :: self._processes], "prompt": prompt(steps)}
+            self._rig.valkey.rpush(self._orders(number), json.dumps(order))
+        ended = _await_rows(
+            self._rig,
+            "SELECT count(*), max(completed_at) / 1000.0::float8 FROM dbos.workflow_status"
+            " WHERE workflow_uuid = ANY(%s) AND completed_at IS NOT NULL",
+            ids,
+            timeout,
+        )
+        found = self._rig.connection.execute(
+            "SELECT (SELECT count(*) FROM dbos.workflow_status WHERE workflow_uuid = ANY(%(ids)s)"
+            "   AND status = 'SUCCESS'),"
+            " (SELECT count(*) FROM dbos.operation_outputs WHERE workflow_uuid = ANY(%(ids)s)"
+            "   AND function_name = 'take' AND error IS NULL)",
+            {"ids": ids},
+        ).fetchone()
+        if found != (runs, runs * steps):
+            raise RigError(
+                f"DBOS, {runs} runs of {steps} steps: (ended well, tools called) is {found}.\n{self._rig.logs()}"
+            )
+        return ended - started
+
+
+class AbsurdTasks:
+    """Workers of absurd; each claims tasks from the queue in Postgres and runs them, a thread each.
+
+    They work only while a run of theirs goes on, for a worker at rest asks Postgres four times a second.
+    """
+
+    name = "absurd"
+    title = "absurd"
+    roles: tuple[str, ...] = ("absurd", "postgres")
+    stores = True
+    application = "absurd"
+    QUEUE = "bench"
+    ORDERS = "longhaul-bench:absurd:orders"
+
+    def __init__(self, rig: Rig, processes: int = 10) -> None:
+        from absurd_sdk import Absurd
+
+        self._rig = rig
+        self._processes = processes
+        rig.connection.execute(importlib.import_module("absurdctl").BUNDLED_SCHEMA_SQL)
+        self._client = Absurd(rig.connection, queue_name=self.QUEUE)
+        self._client.create_queue()
+
+    def start(self) -> None:
+        concurrency = -(-AT_ONCE // self._processes)
+        options = ["--processes", str(self._processes), "--concurrency", str(concurrency)]
+        command = ["-m", "benchmarks.absurd_steps", self.QUEUE, self.ORDERS, *options]
+        self._rig.start("absurd", "absurd", command, {"PGAPPNAME": self.application})
+
+    def _order(self, order: str) -> None:
+        for number in range(self._processes):
+            self._rig.valkey.rpush(f"{self.ORDERS}:{number}", order)
+
+    def run(self, runs: int, steps: int, timeout: timedelta = RUN_TIMEOUT) -> float:
+        connection = self._rig.connection
+        with connection.transaction():
+            spawned = [self._client.spawn("converse", {"prompt": prompt(steps)}, queue=self.QUEUE) for _ in range(runs)]
+            started = self._rig.now()
+        ids = [each["task_id"] for each in spawned]
+        self._order("work")
+        ended = _await_rows(
+            self._rig,
+            "SELECT count(*), extract(epoch FROM max(completed_at))::float8 FROM absurd.r_bench"
+            " WHERE task_id = ANY(%s) AND state IN ('completed', 'failed', 'cancelled')",
+            ids,
+            timeout,
+        )
+        self._order("rest")
+        found = connection.execute(
+            "SELECT (SELECT count(*) FROM absurd.t_bench WHERE task_id = ANY(%(ids)s) AND state = 'completed'),"
+            " (SELECT count(*) FROM absurd.c_bench WHERE task_id = ANY(%(ids)s) AND checkpoint_name ~ '^take(#|$)')",
+            {"ids": ids},
+        ).fetchone()
+        if found != (runs, runs * steps):
+            raise RigError(
+                f"absurd, {runs} runs of {steps} steps: (ended well, tools called) is {found}.\n{self._rig.logs()}"
+            )
+        return ended - started
+
+
 class BareLoop:
     """A process a core, for threads alone share one; the runs are split over them, a thread each."""
 
@@ -196,6 +330,7 @@ class BareLoop:
     title = "bare openai loop"
     roles: tuple[str, ...] = ("bare",)
     stores = False
+    application = None  # it has none
 
     def __init__(self, rig: Rig) -> None:
         self._rig = rig
@@ -227,11 +362,10 @@ class BareLoop:
         return time.monotonic() - started
 
 
-APPLICATION = "celery chain"  # what the chain's backends are known by
 # What no form needs: talk between workers. Measured to cost nothing; off, so that nothing but the work is counted.
 QUIET = ("--without-gossip", "--without-mingle", "--without-heartbeat")
-FORMS: dict[str, type[Longhaul] | type[CeleryChain] | type[BareLoop]] = {
-    form.name: form for form in (Longhaul, CeleryChain, BareLoop)
+FORMS: dict[str, type[Longhaul] | type[CeleryChain] | type[Dbos] | type[AbsurdTasks] | type[BareLoop]] = {
+    form.name: form for form in (Longhaul, CeleryChain, Dbos, AbsurdTasks, BareLoop)
 }
 
 
@@ -295,7 +429,7 @@ class Plan:
 
 
 FULL = Plan(at_once=AT_ONCE, fewer=20, bare=20, least=3, most=9, singles=3, counted_runs=20, until=420, late=420)
-QUICK = Plan(at_once=AT_ONCE, fewer=6, bare=8, least=1, most=3, singles=1, counted_runs=4, until=47, late=22)
+QUICK = Plan(at_once=AT_ONCE, fewer=6, bare=8, least=1, most=3, singles=1, counted_runs=4, until=65, late=35)
 
 
 def collect(
@@ -341,11 +475,16 @@ def count(rig: Rig, form: Form, plan: Plan, results: Results) -> None:
         form.run(WARM_UP_RUNS, 3)
         statements.mark()
         form.run(plan.counted_runs, STEPS)
-        # Longhaul's workers are up while the chain is counted, and the other way round only the chain's idle.
-        results.traffic = statements.read(
-            rig.is_backend_of(APPLICATION) if isinstance(form, CeleryChain) else rig.is_counted
-        )
+        results.traffic = statements.read(backends_of(rig, form))
         results.traffic_steps = plan.counted_runs * STEPS
+
+
+def backends_of(rig: Rig, form: Form) -> Callable[[int], bool]:
+    """Return whether a pid is that of a form's backend: all forms' processes are up while one is counted."""
+    if form.application is not None:
+        return rig.is_backend_of(form.application)
+    others = [rig.is_backend_of(each.application) for each in FORMS.values() if each.application is not None]
+    return lambda pid: rig.is_counted(pid) and not any(is_other(pid) for is_other in others)
 
 
 # --- the report ----------------------------------------------------------------------------------------------------
@@ -367,11 +506,17 @@ def figures(results: dict[str, Results], at_once: int) -> dict[str, Any]:
         if FORMS[name].stores:
             by_form[name] |= {
                 "wal_bytes_per_step": _middle(sample.wal_bytes / sample.steps for sample in result.many),
+                "publishes_per_step": None,
+                "bells_per_step": None,
+                "valkey_commands_per_step": None,
+                "round_trips_per_step": None,
+                "transactions_per_step": None,
+            }
+        if FORMS[name].stores and "valkey" in FORMS[name].roles:  # others only hear from it when to begin
+            by_form[name] |= {
                 "publishes_per_step": _middle(sample.commands["lpush"] / sample.steps for sample in result.many),
                 "bells_per_step": _middle(sample.commands["publish"] / sample.steps for sample in result.many),
                 "valkey_commands_per_step": _middle(sample.commands.total() / sample.steps for sample in result.many),
-                "round_trips_per_step": None,
-                "transactions_per_step": None,
             }
         if result.traffic is not None:
             by_form[name] |= {
@@ -385,7 +530,11 @@ def figures(results: dict[str, Results], at_once: int) -> dict[str, Any]:
         "cpu_ms_per_step": ours.get("cpu_ms_per_step"),
         "cpu_ratio_vs_celery": _ratio(results, "celery", Sample.cpu_ms),
         "cpu_ratio_vs_bare_openai": _ratio(results, "bare_openai", Sample.cpu_ms),
+        "cpu_ratio_vs_dbos": _ratio(results, "dbos", Sample.cpu_ms),
+        "cpu_ratio_vs_absurd": _ratio(results, "absurd", Sample.cpu_ms),
         "throughput_ratio_vs_celery": _ratio(results, "celery", lambda sample: sample.steps_per_s),
+        "throughput_ratio_vs_dbos": _ratio(results, "dbos", lambda sample: sample.steps_per_s),
+        "throughput_ratio_vs_absurd": _ratio(results, "absurd", lambda sample: sample.steps_per_s),
         "single_cpu_ratio_vs_celery": _ratio(results, "celery", Sample.cpu_ms, single=True),
         "single_throughput_ratio_vs_celery": _ratio(results, "celery", lambda sample: sample.steps_per_s, single=True),
         "round_trips_per_step": ours.get("round_trips_per_step"),
@@ -448,7 +597,7 @@ def tables(found: dict[str, Any]) -> list[Table]:
                 _number(values["wal_bytes_per_step"] / 1000),
             )
     made = [speed, costs]
-    if found["cpu_ratio_vs_celery"] is not None or found["cpu_ratio_vs_bare_openai"] is not None:
+    if any(found[key] is not None for key in found if "_ratio_vs_" in key):
         ratios = Table(title="Longhaul to the others: medians of the repetitions' ratios")
         ratios.add_column("")
         for heading in ("measured", "bar", "goal"):
@@ -456,7 +605,11 @@ def tables(found: dict[str, Any]) -> list[Table]:
         for label, key, bar, goal in (
             ("CPU to Celery's", "cpu_ratio_vs_celery", "<= 1.2", "1.0"),
             ("CPU to the bare loop's", "cpu_ratio_vs_bare_openai", "< 0.6", "0.5"),
+            ("CPU to DBOS's", "cpu_ratio_vs_dbos", "", ""),
+            ("CPU to absurd's", "cpu_ratio_vs_absurd", "", ""),
             ("throughput to Celery's", "throughput_ratio_vs_celery", ">= 1.0", "1.2"),
+            ("throughput to DBOS's", "throughput_ratio_vs_dbos", "> 1.0", ""),
+            ("throughput to absurd's", "throughput_ratio_vs_absurd", "", "> 1.0"),
         ):
             ratios.add_row(label, _number(found[key]), bar, goal)
         made.append(ratios)
@@ -480,7 +633,7 @@ def _number(value: float | None) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     begun = time.monotonic()
     parser = argparse.ArgumentParser(prog="python -m benchmarks.step_cost", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="fewer repetitions: ends in under 55 s")
+    parser.add_argument("--quick", action="store_true", help="fewer repetitions: ends in under 75 s")
     parser.add_argument("--json", action="store_true", help="one line of JSON instead of tables")
     parser.add_argument("--only", help=f"measure only some forms, with commas: {','.join(FORMS)}")
     parser.add_argument("--statements", action="store_true", help="show what Postgres is asked, statement by statement")

@@ -132,7 +132,10 @@ class Turn:
 def advance(run_id: UUID, dispatch_seq: int, process: Process, *, task_id: str = "") -> None:
     """Claim the run by `dispatch_seq` and take it as far as this leg may. A doubled or late message does nothing."""
     if process.draining:
-        return  # the message goes back with its worker, or the sweep sends another
+        # Celery's gevent worker takes up to two messages more after SIGTERM (measured), and acknowledges them when we return:
+        # their runs would wait for the sweep. Whoever else takes this one finds the same run, so it is passed on.
+        admission.publish(run_id, dispatch_seq)
+        return
     presence = process.presence
     with presence.register.entry("run", run_id) as registered:
         worker = presence.id

@@ -63,13 +63,15 @@ def test_a_leg_hands_over_when_its_time_is_used(scripted_model: ScriptedModel) -
 
 
 @pytest.mark.django_db(transaction=True)
-def test_a_draining_worker_claims_nothing(scripted_model: ScriptedModel) -> None:
+def test_a_draining_worker_claims_nothing_and_passes_the_message_on(scripted_model: ScriptedModel) -> None:
     run = clerk().start("hello")
     with agents_process() as process:
         process.drain()
-        engine.advance(run.pk, 1, process)
+        with mock.patch("runs.tasks.publish") as publish:
+            engine.advance(run.pk, 1, process)
     run.refresh_from_db()
     assert (run.status, run.legs) == ("queued", 0)
+    publish.assert_called_once_with(run.pk, 1)
 
 
 @pytest.mark.django_db(transaction=True)

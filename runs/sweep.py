@@ -170,8 +170,8 @@ class Sweep:
         done = Done()
         self._patience = PATIENCE
         with messages.until_refused():
-            for life in self._gone():
-                self._bury(life, True, done)
+            for life, missed in self._gone():
+                self._bury(life, missed, done)
             self._overdue(done)
             self._hurry()
         return done
@@ -205,11 +205,14 @@ class Sweep:
             logger.warning("Worker %s is gone", life, extra={"action": "worker.gone"})
 
     def _close(self, life: UUID) -> bool:
-        with connection.cursor() as cursor:
-            cursor.execute(
-                "UPDATE longhaul_tools_worker SET gone_at = longhaul_now() WHERE id = %s AND gone_at IS NULL", (life,)
-            )
-            return bool(cursor.rowcount)
+        """Close a dead life, unless it has locked or beaten again since it was seen: then it goes on as it is."""
+        closed = self._rows(
+            "UPDATE longhaul_tools_worker SET gone_at = longhaul_now() WHERE id = %s AND gone_at IS NULL"
+            " AND (NOT longhaul_worker_locked(id) OR beat_at < longhaul_now() - %s) RETURNING id",
+            life,
+            settings().presence_ttl,
+        )
+        return bool(closed)
 
     def _moved(self, what: str, work: Callable[[], dict[str, Any] | None]) -> dict[str, Any] | Literal[False] | None:
         """Make a transition of one row, and return its answer; False when somebody else holds the row."""
@@ -236,14 +239,19 @@ class Sweep:
             self._patience = PATIENCE_SPENT
             raise Held from error
 
-    def _gone(self) -> list[UUID]:
-        """Return the lives that still hold something and have no row, or a closed one."""
+    def _gone(self) -> list[tuple[UUID, bool]]:
+        """Return the lives that still hold something and have no row, or a closed one; and whether a beat is missed too.
+
+        A claim that was under way when its life was closed is of a process that may well be alive.
+        """
         rows = self._rows(
-            "SELECT h.holder FROM (SELECT DISTINCT holder FROM longhaul_runs_run WHERE status = 'running'"
+            "SELECT h.holder, coalesce(w.beat_at < longhaul_now() - %s, true)"
+            " FROM (SELECT DISTINCT holder FROM longhaul_runs_run WHERE status = 'running'"
             " UNION SELECT DISTINCT holder FROM longhaul_tools_toolcall WHERE status = 'running') AS h"
-            " WHERE NOT EXISTS (SELECT 1 FROM longhaul_tools_worker w WHERE w.id = h.holder AND w.gone_at IS NULL)"
+            " LEFT JOIN longhaul_tools_worker w ON w.id = h.holder WHERE w.id IS NULL OR w.gone_at IS NOT NULL",
+            presence.MISSED,
         )
-        return [row[0] for row in rows]
+        return [(life, missed) for life, missed in rows]
 
     def _reclaim_run(self, run_id: UUID, epoch: int, holder: UUID, done: Done) -> bool:
         """Return whether nothing is left to do: False when somebody else has the run locked."""

@@ -25,7 +25,7 @@ from django.core.management import call_command
 from django.db import connection
 from kombu import Producer
 
-from runs import engine, sweep, tasks, worker
+from runs import engine, lifecycle, sweep, tasks, worker
 from runs.conf import settings
 from runs.sweep import Sweep, SweepThread, Watcher
 from tests.protocol.rows import SECOND, Call, Claim, Database, World, a_call, wait_until
@@ -421,6 +421,7 @@ def test_what_names_a_life_that_is_over_is_taken(world: World, passes: Sweep, se
         "deleted": "DELETE FROM longhaul_tools_worker",
     }
     world.db.execute(f"{over[gone]} WHERE id IN (%s, %s)", agents, tools)
+    world.ahead(3.5 * SECOND)  # a closed life beats no more
     assert not passes.look()  # the watcher judges only lives that are there
     done = passes.sweep()
     assert (done.reclaimed_runs, done.reclaimed_calls) == ([claim.run], [call])
@@ -428,6 +429,41 @@ def test_what_names_a_life_that_is_over_is_taken(world: World, passes: Sweep, se
     assert [(id, attempt) for id, attempt, *_ in sent.calls] == [(call, 2)]
     assert world.run(alive.run)["status"] == "running"
     assert not passes.sweep()
+
+
+def test_a_call_whose_claim_was_under_way_when_its_life_was_closed_is_taken_when_a_beat_is_missed(
+    world: World, passes: Sweep, sent: Sent, process: Process
+) -> None:
+    """Its process has lost its lock and is alive: it runs the tool, and may be just about to settle it."""
+    again, once = process.calls(idempotent=True, max_attempts=2), process.calls(idempotent=False)
+    world.db.execute("UPDATE longhaul_tools_worker SET gone_at = longhaul_now() WHERE id = %s", process.id)
+    assert passes.sweep().reclaimed_calls == [again.id]
+    assert world.tool_call(once.id)["status"] == "running"
+    world.ahead(3.5 * SECOND)
+    assert passes.sweep().reclaimed_calls == [once.id]
+    assert world.tool_call(once.id)["status"] == "unknown"
+
+
+def test_a_life_that_locked_and_beat_again_since_it_was_seen_dead_is_not_closed(
+    world: World, passes: Sweep, sent: Sent, process: Process, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The watcher takes what a dead life held, and then closes it. Closed, it could claim nothing for two seconds."""
+    run = process.speaks()
+    passes.look()
+    process.die()
+    reclaim = lifecycle.reclaim
+
+    def and_back(*which: Any) -> Any:
+        answer = reclaim(*which)
+        process.lock()
+        world.beat(process.id)
+        return answer
+
+    monkeypatch.setattr(lifecycle, "reclaim", and_back)
+    done = passes.look()
+    assert (done.reclaimed_runs, done.dead_workers) == ([run.run], [])
+    assert not process.closed()
+    assert world.claim(run.run, process.id).epoch == run.epoch + 2
 
 
 def test_a_leg_past_its_deadline_is_taken_from_a_process_that_is_present(

@@ -1,6 +1,7 @@
 """The agent and its tools in plain TestCases: no worker, no broker, no model service. `manage.py test` runs these too."""
 
 from datetime import timedelta
+from decimal import Decimal
 from itertools import pairwise
 from unittest import mock
 
@@ -12,8 +13,8 @@ from desk import carrier
 from desk.agents import support
 from desk.models import Note, Order, Refund, Ticket
 from runs import Run
-from runs.providers.port import ProviderError
-from runs.pytest_longhaul import assert_invariants, call, move_clock, run_to_end, scripted
+from runs.providers.port import ProviderError, UsageReported
+from runs.pytest_longhaul import WorkerKilled, assert_invariants, call, move_clock, run_to_end, scripted
 from tools import ToolCall
 
 
@@ -153,12 +154,55 @@ class RetryTest(DeskTest):
         self.assertEqual((run.status, run.stop_reason, run.error["code"]), ("failed", "model_error", "auth"))
 
 
+class DeathTest(DeskTest):
+    """A worker dies in the middle of a tool; the next `run_to_end` is the worker that takes over."""
+
+    def test_a_question_to_the_carrier_is_asked_again(self) -> None:
+        answers = [WorkerKilled, {"city": "Bergen"}]
+        run = support.start("Where is my parcel?", owner=self.ada)
+        with (
+            scripted(call("track_parcel", number=1042), "In Bergen."),
+            mock.patch.object(carrier, "where_is", side_effect=answers),
+        ):
+            self.assertRaises(WorkerKilled, run_to_end, run)
+            self.assertEqual(run_to_end(run).output, "In Bergen.")
+
+    def test_a_voucher_that_may_have_been_sent_is_not_sent_again(self) -> None:
+        run = support.start("I want a voucher.", owner=self.ada)
+        with (
+            scripted(call("send_voucher", cents=500)),
+            mock.patch("desk.agents.send_mail", side_effect=WorkerKilled) as send,
+        ):
+            self.assertRaises(WorkerKilled, run_to_end, run)
+            self.assertEqual(run_to_end(run).status, "requires_action")  # a person must say what became of it
+        self.assertEqual(send.call_count, 1)
+        self.assertEqual(run.cancel().status, "cancelled")
+
+
 class LimitTest(DeskTest):
     def test_the_last_step_is_asked_for_without_tools(self) -> None:
         with scripted(call("look_up_order", number=1042), "I ran out of steps.") as model:
             run = run_to_end(support.start("Where is order 1042?", owner=self.ada, limits={"max_steps": 2}))
         self.assertEqual((run.stop_reason, run.output), ("max_steps", "I ran out of steps."))
         self.assertEqual([request.tool_choice for request in model.requests], ["auto", "none"])
+
+    def test_a_run_that_has_used_up_its_tokens_fails_at_the_next_step(self) -> None:
+        look = call("look_up_order", number=1042)
+        with scripted([look, UsageReported(input_tokens=49_000, output_tokens=1_500)]) as model:
+            run = run_to_end(support.start("Where is order 1042?", owner=self.ada))
+        self.assertEqual((run.status, run.stop_reason, len(model.requests)), ("failed", "token_budget", 1))
+
+    def test_so_does_one_that_has_cost_too_much(self) -> None:
+        look = call("look_up_order", number=1042)
+        with scripted([look, UsageReported(input_tokens=0, output_tokens=10_000)]):  # at 2.00 a million
+            run = run_to_end(support.start("Where is order 1042?", owner=self.ada, limits={"max_cost": 0.01}))
+        self.assertEqual((run.stop_reason, run.cost), ("cost_budget", Decimal("0.02")))
+
+    def test_a_deadline_comes_before_a_retry_that_is_later(self) -> None:
+        busy = ProviderError("overloaded", "Not now.", retry_after=timedelta(minutes=5))
+        with scripted(busy) as model:
+            run = run_to_end(support.start("Hello", owner=self.ada, limits={"deadline_seconds": 60}))
+        self.assertEqual((run.stop_reason, len(model.requests)), ("deadline", 1))
 
     def test_a_run_whose_deadline_has_passed_does_nothing_more(self) -> None:
         run = support.start("Refund 1042.", owner=self.ada)

@@ -1,43 +1,47 @@
 """A run in a terminal.
 
 `RunView` is folded from the run's events and from nothing else, so it shows the same live, late or played again. On a
-terminal it draws itself, again and again, in at most 80 columns; in a pipe, with NO_COLOR, or on a dumb terminal it is
-told as plain lines, one a fact, the model's text as it fills a line.
+terminal it draws itself, again and again, from 80 columns and 24 lines on, without colours where NO_COLOR is set; in a
+pipe or on a dumb terminal it is told as plain lines, one a fact, the model's text as it fills a line.
 """
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
 import sys
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from typing import IO, Any, NoReturn, Protocol
 from uuid import UUID
 
 from django.db import InterfaceError, OperationalError, connection
-from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
+from rich.console import Console, ConsoleOptions, ConsoleRenderable, RenderableType, RenderHook, RenderResult
+from rich.control import Control
 from rich.live import Live
-from rich.progress_bar import ProgressBar
-from rich.rule import Rule
-from rich.table import Table
+from rich.segment import Segment
 from rich.text import Text
+
+from threads import clock
 
 WIDTH = 80
 BROKEN_PIPE = 141  # the status of a program that SIGPIPE ended, as shells tell it
 PATIENCE = timedelta(minutes=5)  # how long a reader waits for a database that is away
 LONGEST_ROW = 200  # characters of a line that begins as a table's row does
 _AGAIN_SECONDS = 0.5
-_TEXT_LINES = 3  # of the streaming text that are in sight; a fixed number, so that what stands below does not jump
-_CALLS = 2
-_NOTES = 10
-_LEGS = 14  # the last ones of the chain
+_CALLS = 10  # that are in sight, where there is room
+_NOTES = 16
+_RECENT = 200  # calls that are remembered, to be shown settled
+_CHAIN_LINES = 2
+_WIDEST = 120
+_LOWEST = 16  # lines of a drawing, on however low a terminal
 
 # Why a leg ended, in words. The keys are the reasons of `leg.ended`.
 ENDS = {
@@ -64,6 +68,11 @@ _STYLES = {
     "lost": "bold red",
     "finished": "green",
 }
+_MARKS = {
+    "then": "→", "rule": "─", "done": "━", "to do": "─", "runs": "●", "waits": "○", "good": "✓", "bad": "✗",
+}  # fmt: skip
+_ASCII = {"then": ">", "rule": "-", "done": "#", "to do": ".", "runs": "*", "waits": ".", "good": "+", "bad": "!"}
+_PLAIN = Console(file=io.StringIO(), width=WIDTH)  # to measure by
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
 
 
@@ -115,10 +124,72 @@ class CallSeen:
     worker: str = ""
     started: datetime | None = None
     note: str = ""
+    outcome: str = ""  # once it is settled
+    result: str = ""  # in short, or why it failed
+    took: timedelta = timedelta()
 
     def __str__(self) -> str:
         inner = ", ".join(f"{name}={short(value, 40)}" for name, value in self.arguments.items())
         return harmless(f"{self.name}({inner[:120]})")
+
+
+@dataclass
+class Note:
+    """A remark that stays in sight. While it is `open` the time since it is shown, then its `outcome`."""
+
+    age: timedelta  # of the run, when it happened
+    text: str
+    style: str = ""
+    open: bool = False
+    outcome: str = ""
+
+
+@dataclass(frozen=True)
+class Canvas:
+    """Where a view is drawn, in cells and lines, and the marks that its encoding knows."""
+
+    width: int
+    height: int
+    marks: Mapping[str, str]
+
+    @classmethod
+    def of(cls, console: Console, options: ConsoleOptions | None = None) -> Canvas:
+        width, ascii_only = (options or console.options).max_width, (options or console.options).ascii_only
+        # A line is left free: a drawing as high as the terminal scrolls when it ends.
+        return cls(min(width, _WIDEST), max(console.size.height - 1, _LOWEST), _ASCII if ascii_only else _MARKS)
+
+    def line(self, left: Text, right: Text | None = None) -> Text:
+        """Return one line that fits: `right` at its end, `left` cut where there is no room for all of it."""
+        end = right.cell_len + 2 if right and right.plain else 0
+        room = max(self.width - end, 8)
+        if left.cell_len > room:
+            left.truncate(room - 3)
+            left.append("...")
+        if not end or right is None:
+            return left
+        left.append(" " * (self.width - left.cell_len - right.cell_len)).append_text(right)
+        left.truncate(self.width)
+        return left
+
+    def flow(self, label: str, items: Sequence[Text], between: Text) -> list[Text]:
+        """Return the items in as many lines as they need, none broken; the later lines begin below the first item."""
+        lines = [Text(label)]
+        for number, item in enumerate(items):
+            joined = Text() if number == 0 else between.copy()
+            joined.append_text(item)
+            if lines[-1].cell_len + joined.cell_len > self.width and number:
+                lines.append(Text(" " * (len(label) - 1)))
+            lines[-1].append_text(joined)
+        for line in lines:
+            line.truncate(self.width)
+        return lines
+
+    def wrapped(self, text: str) -> list[str]:
+        """Return the text in lines of the width, broken between words; its own line breaks stay."""
+        lines: list[str] = []
+        for line in text.splitlines():
+            lines += [piece.plain.rstrip() for piece in Text(line).wrap(_PLAIN, self.width)] or [""]
+        return lines
 
 
 class RunView:
@@ -126,16 +197,24 @@ class RunView:
 
     `apply` takes one event and returns the plain lines that tell it; rich draws the whole. Both may be called from
     threads of their own. `since` is the moment that times count from (the first event seen, if not given), `expected`
-    the number of steps to come, if somebody knows it.
+    the number of steps to come, if somebody knows it; `clock` gives the database's time, for what a drawing shows of a
+    moment between two events (none: that of the last event).
     """
 
     def __init__(
-        self, run: UUID | str, *, agent: str = "", since: datetime | None = None, expected: int | None = None
+        self,
+        run: UUID | str,
+        *,
+        agent: str = "",
+        since: datetime | None = None,
+        expected: int | None = None,
+        clock: Callable[[], datetime] | None = None,
     ) -> None:
         self.run = str(run)
         self.agent = agent
         self.since = since
         self.expected = expected
+        self.clock = clock
         self.seq = 0
         self.now = since
         self.status = ""
@@ -143,15 +222,17 @@ class RunView:
         self.steps = 0
         self.legs: list[LegSeen] = []
         self.calls: dict[str, CallSeen] = {}  # the open ones, by id
+        self.recent: deque[CallSeen] = deque(maxlen=_RECENT)  # open and settled, in the order of their beginning
         self.settled = 0
         self.discarded = 0
         self.output: Any = None
         self.error: Mapping[str, Any] | None = None
         self.text = ""
         self.thinking = ""
-        self.notes: deque[tuple[timedelta, str, str]] = deque(maxlen=_NOTES)
+        self.notes: deque[Note] = deque(maxlen=_NOTES)
         self._message = ""  # whose text is shown
         self._unsaid = ""  # of the text, what is not a whole line yet
+        self._call_rows = self._chain_lines = 0  # drawn so far: they grow, so that what stands below does not jump
         self._lock = threading.RLock()
 
     @property
@@ -190,7 +271,7 @@ class RunView:
         with self._lock:
             if at is not None and self.since is None:
                 self.since = at
-            self.notes.append((self._age(at), text, style))
+            self.notes.append(Note(self._age(at), text, style))
             return [self._timed(text, at)]
 
     # --- the fold ---------------------------------------------------------------------------------------------------
@@ -208,9 +289,7 @@ class RunView:
             case "completed" | "failed" | "cancelled":
                 self.stop_reason = str(event.get("stop_reason", ""))
                 self.output, self.error = event.get("output"), event.get("error")
-                for call in self.calls.values():
-                    call.status = "settled"
-                self.calls.clear()
+                self._forget(list(self.calls))
                 yield from self._rest_of_text()
                 yield f"run {verb} ({self.stop_reason})" + (f": {self._why()}" if self.error else "")
             case _:
@@ -218,7 +297,7 @@ class RunView:
 
     def note_only(self, text: str, style: str = "") -> Iterator[str]:
         """Add a remark from within the fold, whose caller adds the time."""
-        self.notes.append((self._age(None), text, style))
+        self.notes.append(Note(self._age(None), text, style))
         yield text
 
     def _why(self) -> str:
@@ -240,7 +319,7 @@ class RunView:
         else:  # its start was before the cursor
             self.legs.append(LegSeen(number, worker, reason))
         text = f"leg {number} ends: {ENDS.get(reason, reason)}"
-        yield from self.note_only(text, "red") if reason in ("lost", "failed") else (text,)
+        yield from self.note_only(text, "red") if reason == "failed" else (text,)
 
     def _said(self, verb: str, event: Mapping[str, Any]) -> Iterator[str]:
         message = str(event.get("message", ""))
@@ -258,7 +337,7 @@ class RunView:
             reason = ENDS.get(str(event.get("reason", "")), event.get("reason", ""))
             yield from self.note_only(f"the message that was cut is discarded: {reason}", "red")
             self._listen("")
-            self.calls = {key: call for key, call in self.calls.items() if call.status != "asked"}
+            self._forget([key for key, call in self.calls.items() if call.status == "asked"])
         elif verb == "completed":
             if message != self._message:  # the cursor stands behind its deltas
                 self._listen(message)
@@ -267,6 +346,20 @@ class RunView:
             yield from self._rest_of_text()
             if not event.get("partial"):
                 self.steps = max(self.steps, int(event.get("step") or 0))
+                yield from self._asked_at_once(event.get("content"))
+
+    def _asked_at_once(self, content: Any) -> Iterator[str]:
+        parts = [part for part in content if part.get("type") == "tool_call"] if isinstance(content, list) else []
+        if len(parts) > 1:
+            names = Counter(harmless(str(part.get("name", ""))) for part in parts)
+            said = ", ".join(name if count == 1 else f"{count} {name}" for name, count in names.items())
+            yield f"{len(parts)} tool calls at once: {said}"
+
+    def _forget(self, keys: Iterable[str]) -> None:
+        """Take calls out of sight that no settlement will end."""
+        gone = {id(self.calls.pop(key)) for key in keys}
+        if gone:
+            self.recent = deque((call for call in self.recent if id(call) not in gone), _RECENT)
 
     def _listen(self, message: str) -> None:
         self._message, self.text, self.thinking, self._unsaid = message, "", "", ""
@@ -300,7 +393,10 @@ class RunView:
 
     def _call(self, verb: str, event: Mapping[str, Any]) -> Iterator[str]:
         key = str(event["tool_call"])
-        call = self.calls.setdefault(key, CallSeen(str(event.get("name", ""))))
+        call = self.calls.get(key)
+        if call is None:
+            call = self.calls[key] = CallSeen(str(event.get("name", "")))
+            self.recent.append(call)
         match verb:
             case "arguments_delta":
                 call.status = "asked"
@@ -323,13 +419,18 @@ class RunView:
             case "settled":
                 self.settled += 1
                 self.calls.pop(key, None)
-                took = f" after {seconds(self.now - call.started)}" if self.now and call.started else ""
+                call.status, call.outcome = "settled", str(event.get("outcome", ""))
+                took = ""
+                if self.now and call.started:
+                    call.took = self.now - call.started
+                    took = f" after {seconds(call.took)}"
                 where = f" on {call.worker}" if call.worker else ""
-                if event.get("outcome") == "success":
-                    yield f"{call} -> {short(event.get('result'))}{took}{where}"
+                if call.outcome == "success":
+                    call.result = short(event.get("result"))
+                    yield f"{call} -> {call.result}{took}{where}"
                 else:
                     error = event.get("error") or {}
-                    why = harmless(str(error.get("message") or error.get("code") or ""))
+                    why = call.result = harmless(str(error.get("message") or error.get("code") or ""))
                     yield from self.note_only(f"{call} {event.get('outcome')}: {why}".rstrip(": "), "red")
             case "denied" | "assigned" | "extended" | "approved":
                 yield f"{call} {verb}"
@@ -362,91 +463,138 @@ class RunView:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         with self._lock:
-            yield from self._draw(console, min(options.max_width, 120))
+            yield from self._draw(Canvas.of(console, options))
 
-    def _draw(self, console: Console, width: int) -> Iterator[RenderableType]:
-        yield self._head()
-        yield from self._extra(width)
-        yield self._chain()
-        yield self._progress(width)
-        yield from self._in_flight()
-        yield Rule("the model says", align="left", characters="-", style="dim")
-        yield self._speech(console, width)
-        yield Rule("what happened", align="left", characters="-", style="dim")
-        for age, text, style in self.notes:
-            line = Text(f"{age.total_seconds():6.1f} s  ", style="dim", no_wrap=True, overflow="ellipsis")
-            line.append(text, style=style or "default")
-            yield line
+    def _draw(self, canvas: Canvas) -> Iterator[RenderableType]:
+        head = [self._head(canvas), *self._extra(canvas), *self._chain(canvas), self._progress(canvas)]
+        speech = self._speech(canvas)
+        notes = list(self.notes)[-max(1, (canvas.height - len(head) - len(speech)) // 2 - 1) :]
+        about_notes = 1 + len(notes) if notes else 0
+        room = canvas.height - len(head) - len(speech) - 2 - about_notes
+        yield from head
+        yield self._rule(canvas, "the model says")
+        yield from speech
+        yield self._rule(canvas, self._about_calls())
+        yield from self._calls_in_sight(canvas, max(1, min(room, _CALLS)))
+        if notes:
+            yield self._rule(canvas, "what happened")
+            yield from (self._noted(canvas, note) for note in notes)
 
-    def _extra(self, width: int) -> Iterator[RenderableType]:
-        """What a view for more than the run adds below the head."""
+    def _extra(self, canvas: Canvas) -> Iterator[Text]:
+        """What a view for more than the run adds below the head, in lines of the canvas's width at most."""
         yield from ()
 
-    def _head(self) -> RenderableType:
-        grid = Table.grid(expand=True, padding=0)
-        grid.add_column(ratio=1, no_wrap=True, overflow="ellipsis")
-        grid.add_column(justify="right", no_wrap=True)
+    def _present(self) -> datetime | None:
+        """Return the moment to draw: that of the clock while the run goes on, else that of the last event."""
+        if self.clock is None or self.finished or self.now is None:
+            return self.now
+        return max(self.clock(), self.now)
+
+    def _head(self, canvas: Canvas) -> Text:
         left = Text.assemble((self.agent or "run", "bold"), "  ", (self.run, "dim"))
         status = self.status.replace("_", " ") or "..."
-        right = Text.assemble((status, _STYLES.get(self.status, "")), f"  {seconds(self._age(None))}")
-        grid.add_row(left, right)
-        return grid
+        holder = f" on {self.holder}" if self.holder and self.status == "running" else ""
+        right = Text.assemble(
+            (status + holder, _STYLES.get(self.status, "")), f"  {seconds(self._age(self._present()))}"
+        )
+        return canvas.line(left, right)
 
-    def _chain(self) -> RenderableType:
-        chain = Text("legs   ", overflow="fold")
-        earlier = len(self.legs) - _LEGS
-        if earlier > 0:
-            chain.append(f"({earlier} earlier) ", "dim")
-        for leg in self.legs[-_LEGS:]:
-            if leg is not self.legs[max(earlier, 0)]:
-                chain.append(" > ", "dim")
-            chain.append(f"{leg.number}:", "bold")
+    def _chain(self, canvas: Canvas) -> list[Text]:
+        """Return the legs, each with how it ended; of a chain longer than two lines the last ones."""
+        links: list[Text] = []
+        for leg in self.legs:
+            link = Text(f"{leg.number} ", "bold")
             if leg.reason:
-                chain.append(leg.reason, _STYLES.get(leg.reason, "dim"))
+                link.append(leg.reason, _STYLES.get(leg.reason, "default"))
             else:
-                chain.append(place(leg.worker), "bold cyan")
+                link.append(f"on {place(leg.worker)}", "bold cyan")
+            links.append(link)
         if not self.finished and not self.holder:
-            waits = {"queued": "queued", "": "not started"}.get(self.status, self.status.replace("_", " "))
-            chain.append(f"{' > ' if self.legs else ''}({waits})", "yellow")
-        return chain
+            waits = {"": "not started"}.get(self.status, self.status.replace("_", " "))
+            links.append(Text(f"({waits})", "yellow"))
+        arrow = Text(f" {canvas.marks['then']} ", "dim")
+        for first in range(len(self.legs) + 1):
+            earlier = [Text(f"({first} earlier)", "dim")] if first else []
+            lines = canvas.flow("legs     ", [*earlier, *links[first:]], arrow)
+            if len(lines) <= _CHAIN_LINES:
+                break
+        self._chain_lines = max(self._chain_lines, len(lines))
+        return [*lines, *[Text() for _ in range(self._chain_lines - len(lines))]]
 
-    def _progress(self, width: int) -> RenderableType:
-        grid = Table.grid(padding=0)
-        done = min(self.steps, self.expected) if self.expected else self.steps
-        label = Text(f"steps  {done}" + (f"/{self.expected}" if self.expected else ""), style="default")
+    def _progress(self, canvas: Canvas) -> Text:
+        line = Text("steps    ")
+        line.append(f"{self.steps}" + (f"/{self.expected}" if self.expected else ""), "bold")
         if self.expected:
-            label.append("  ")
-            bar = ProgressBar(total=self.expected, completed=done, width=min(40, width - 30))
-            grid.add_row(label, bar, Text(f"  {self.settled} settled", style="dim"))
+            cells = max(10, min(40, canvas.width - 40))
+            done = round(cells * min(self.steps, self.expected) / self.expected)
+            line.append("  ").append(canvas.marks["done"] * done, "green")
+            line.append(canvas.marks["to do"] * (cells - done), "dim")
+        line.append(f"  {self.settled} tool call{'' if self.settled == 1 else 's'} settled", "dim")
+        return canvas.line(line)
+
+    def _rule(self, canvas: Canvas, title: str) -> Text:
+        dash = canvas.marks["rule"]
+        line = Text(f"{dash * 2} ", "dim").append(title, "dim bold").append(" ")
+        return canvas.line(line.append(dash * max(0, canvas.width - line.cell_len - 1), "dim"))
+
+    def _about_calls(self) -> str:
+        running = sum(call.status == "running" for call in self.calls.values())
+        said = f"tool calls: {running} running" if running else "tool calls"
+        others = len(self.calls) - running
+        return f"{said}{',' if running else ':'} {others} waiting" if others else said
+
+    def _calls_in_sight(self, canvas: Canvas, rows: int) -> Iterator[Text]:
+        """Yield the open calls, and of the settled ones the latest, in the order that they were asked for."""
+        waiting = [call for call in self.recent if call.status != "settled"]
+        hidden = len(self.calls) - rows
+        if hidden > 0:  # the running ones are those to see
+            hidden += 1
+            shown = sorted(self.calls.values(), key=lambda call: call.status != "running")[: rows - 1]
         else:
-            grid.add_row(label, Text(f"  {self.settled} settled", style="dim"))
-        return grid
+            fill = rows - len(waiting)
+            settled = [call for call in self.recent if call.status == "settled"]
+            kept = {id(call) for call in [*waiting, *(settled[-fill:] if fill else [])]}
+            shown = [call for call in self.recent if id(call) in kept]
+        lines = [self._call_line(canvas, call) for call in shown]
+        if hidden > 0:
+            lines.append(Text(f"  and {hidden} more", "dim"))
+        self._call_rows = min(rows, max(self._call_rows, len(lines)))
+        yield from lines
+        yield from (Text() for _ in range(self._call_rows - len(lines)))
 
-    def _in_flight(self) -> Iterator[RenderableType]:
-        calls = list(self.calls.values())
-        for index in range(_CALLS):
-            line = Text("calls  " if index == 0 else "       ", no_wrap=True, overflow="ellipsis")
-            if index < len(calls):
-                call = calls[index]
-                line.append(str(call), "bold")
-                where = f" on {call.worker}" if call.worker and call.status == "running" else ""
-                tries = f", attempt {call.attempt}" if call.attempt > 1 else ""
-                note = f", {call.note}" if call.note else ""
-                line.append(f"  {call.status.replace('_', ' ')}{where}{tries}{note}", "cyan")
-                more = len(calls) - _CALLS
-                if index == _CALLS - 1 and more > 0:
-                    line.append(f"  and {more} more", "dim")
-            elif index == 0:
-                line.append("none in flight", "dim")
-            yield line
+    def _call_line(self, canvas: Canvas, call: CallSeen) -> Text:
+        name = str(call)
+        tries = f", attempt {call.attempt}" if call.attempt > 1 else ""
+        where = f" on {call.worker}" if call.worker else ""
+        if call.status == "settled":
+            good = call.outcome == "success"
+            left = Text(f"{canvas.marks['good' if good else 'bad']} ", "green" if good else "bold red").append(name)
+            left.append(f" {canvas.marks['then']} {call.result}" if call.result else "", "dim")
+            return canvas.line(left, Text(f"{seconds(call.took)}{where}{tries}", "dim"))
+        if call.status == "running":
+            now = self._present()
+            took = f"  {seconds(now - call.started)}" if now and call.started else ""
+            note = f", {call.note}" if call.note else ""
+            left = Text(f"{canvas.marks['runs']} ", "bold cyan").append(name, "bold")
+            return canvas.line(left, Text(f"running{where}{tries}{note}{took}", "cyan"))
+        words = {"asked": "being asked for", "requested": "waits for a worker", "retrying": "is tried again"}
+        left = Text(f"{canvas.marks['waits']} ", "yellow").append(name)
+        said = words.get(call.status, call.status.replace("_", " "))
+        return canvas.line(left, Text(f"{said}{tries}", "yellow"))
 
-    def _speech(self, console: Console, width: int) -> RenderableType:
+    def _noted(self, canvas: Canvas, note: Note) -> Text:
+        left = Text(f"{note.age.total_seconds():5.1f} s  ", "dim").append(note.text, note.style or "default")
+        if not note.open:
+            return canvas.line(left, Text(note.outcome, "bold green"))
+        return canvas.line(left, Text(f"{seconds(self._age(self._present()) - note.age)} ...", "bold yellow"))
+
+    def _speech(self, canvas: Canvas) -> list[Text]:
+        """Return the end of what the model says, in a fixed number of lines, so that what stands below does not jump."""
+        rows = 3 if canvas.height < 30 else 6
         said, style = (self.text, "default") if self.text or not self.thinking else (self.thinking, "dim italic")
         # Only the end can be in sight; wrapping a long answer ten times a second would cost more than the run.
-        lines = Text(said[-width * (_TEXT_LINES + 2) :], style=style).wrap(console, width)[-_TEXT_LINES:]
-        shown = Text("\n", style=style).join(lines)
-        shown.append("\n" * (_TEXT_LINES - max(len(lines), 1)))
-        return shown
+        lines = canvas.wrapped(said[-canvas.width * (rows + 2) :])[-rows:]
+        return [*(Text(line, style) for line in lines), *[Text() for _ in range(rows - len(lines))]]
 
 
 def _moment(at: Any) -> datetime | None:
@@ -482,9 +630,15 @@ def leave_broken_pipe(stream: IO[str]) -> NoReturn:
     raise SystemExit(BROKEN_PIPE)
 
 
+def database_clock() -> Callable[[], datetime]:
+    """Return a clock that shows the database's time, asked for once."""
+    ahead = clock.now() - datetime.now(UTC)
+    return lambda: datetime.now(UTC) + ahead
+
+
 def draws(console: Console) -> bool:
-    """Say whether the console is one to draw on, rather than to be told plain lines."""
-    return console.is_terminal and not console.no_color and not console.is_dumb_terminal
+    """Say whether the console is one to draw on, rather than to be told plain lines. NO_COLOR only takes the colours."""
+    return console.is_terminal and not console.is_dumb_terminal
 
 
 def tell(console: Console, lines: Iterable[str]) -> None:
@@ -555,11 +709,24 @@ def unechoed() -> Iterator[None]:
             termios.tcsetattr(terminal, termios.TCSADRAIN, before)
 
 
+class _AtOnce(RenderHook):
+    """Has a terminal show each picture when it is whole, where it knows how (DEC mode 2026); others take no notice."""
+
+    def process_renderables(self, renderables: list[ConsoleRenderable]) -> list[ConsoleRenderable]:
+        begin, end = Control(), Control()
+        begin.segment, end.segment = Segment("\x1b[?2026h", None, []), Segment("\x1b[?2026l", None, [])
+        return [begin, *renderables, end]
+
+
 @contextmanager
 def drawing(view: RunView, console: Console) -> Iterator[None]:
     """Draw the view again and again while the body runs; its last picture stays."""
     with unechoed(), Live(view, console=console, refresh_per_second=10):
-        yield
+        console.push_render_hook(_AtOnce())
+        try:
+            yield
+        finally:
+            console.pop_render_hook()
 
 
 def follow(events: Iterable[SaysItself], view: RunView, console: Console) -> None:

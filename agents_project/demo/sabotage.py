@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from uuid import UUID
 
-from agents_project.demo.supervisor import Kill, Supervisor
+from agents_project.demo.supervisor import POOLS, Kill, Supervisor
 from runs.models import Event, Leg, Run, Status
 from threads.clock import now
 from tools.models import CallStatus, ToolCall
@@ -43,12 +44,19 @@ class Sabotage:
         young = Leg.objects.filter(run=run, number__gt=1, ended_at=None, started_at__gt=now() - _YOUNG)
         if run.steps < AT_STEP[self.next] or not young.exists():
             return None
-        if self.supervisor.present(_SETTLED) < set(self.supervisor.kinds):
+        if not self._replaceable(self.next):
             return None
         kill = self._cut_stream(run) if self.next == "agents" else self._cut_call()
         if kill is not None:
             self.done.append(kill)
         return kill
+
+    def _replaceable(self, kind: str) -> bool:
+        """Say whether others can go on at once: of each kind one is there; of agents two, for tools one stands by."""
+        there = Counter(self.supervisor.kinds[name] for name in self.supervisor.present(_SETTLED))
+        if not all(there[each] for each in POOLS):
+            return False
+        return there[kind] > 1 if kind == "agents" else self.supervisor.stands_by(kind)
 
     def _cut_stream(self, run: Run) -> Kill | None:
         """Kill the agents worker that holds the run while its model speaks: some text is out, nothing committed."""

@@ -167,8 +167,9 @@ class Supervisor:
         """Start one more worker of this kind, return its name. One that stands by goes first. The tables must be there."""
         if self._began is None:
             self._began = now()
+        ready = self.stands_by(kind)
         name = self._standby.pop(kind, None)
-        if name is not None and self.children[name].poll() is None and standby.READY in self.tail(name):
+        if name is not None and ready:
             os.kill(self.children[name].pid, signal.SIGUSR1)
         else:
             name = self._begin(kind, ["-m", "celery", "-A", "agents_project"])
@@ -176,8 +177,14 @@ class Supervisor:
         return name
 
     def stand_by(self, kind: str) -> None:
-        """Have a worker of this kind imported and waiting, to take the place of one that dies."""
-        self._standby[kind] = self._begin(kind, ["-m", "agents_project.demo.standby"])
+        """Have a worker of this kind imported and waiting, to take the place of one that dies; once."""
+        if kind not in self._standby:
+            self._standby[kind] = self._begin(kind, ["-m", "agents_project.demo.standby"])
+
+    def stands_by(self, kind: str) -> bool:
+        """Say whether a worker of this kind is imported and waits."""
+        name = self._standby.get(kind)
+        return name is not None and self.children[name].poll() is None and standby.READY in self.tail(name)
 
     def _begin(self, kind: str, program: Sequence[str]) -> str:
         number = self._numbers[kind] = self._numbers.get(kind, 0) + 1

@@ -182,11 +182,11 @@ def judge_audit(run: Run, package: Package, violations: int, duration: timedelta
 
     claims = [
         Claim("the run is completed", run.status == Status.COMPLETED, f"{run.status} ({run.stop_reason})"),
-        Claim("several calls were asked for at once", a_step > 1, f"up to {a_step} a step, {running} ran at once"),
+        Claim("several calls were asked for at once", a_step > 1, f"{a_step} in a step, {running} ran at once"),
         Claim(
             "every call is settled, none succeeded twice",
             settled == len(calls) > 0 and len(set(successes)) == len(successes),
-            f"{len(calls)} calls, {attempts.count()} attempts, {run.steps} steps in {legs} legs",
+            f"{len(calls)} calls, {attempts.count()} attempts",
         ),
         Claim("read again, the files say the same", bool(same) and all(same), f"{len(same)} results compared"),
         Claim("the report says how many modules there are", modules in numbers_in(report), f"{modules:,}"),

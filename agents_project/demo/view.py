@@ -2,65 +2,94 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 from uuid import UUID
 
-from rich.console import Console, RenderableType
+from rich.console import Console
 from rich.markdown import Markdown
 from rich.rule import Rule
-from rich.table import Table
 from rich.text import Text
 
 from agents_project.demo.verdict import Verdict, milliseconds
-from runs.terminal import RunView, draws, harmless, tell
+from runs.terminal import Canvas, Note, RunView, draws, harmless, place, tell
+
+
+@dataclass
+class _Wait:
+    """What a kill has stopped: whose event ends the wait, and the words for it."""
+
+    at: datetime
+    ends: str  # the type of event
+    words: str
+    note: Note
 
 
 class DemoView(RunView):
     """The demo's run, with its processes below the head. `processes` says for each name whether it is ready."""
 
-    def __init__(self, run: UUID | str, *, agent: str, since: datetime | None, expected: int | None) -> None:
-        super().__init__(run, agent=agent, since=since, expected=expected)
+    def __init__(
+        self,
+        run: UUID | str,
+        *,
+        agent: str,
+        since: datetime | None,
+        expected: int | None,
+        clock: Callable[[], datetime] | None = None,
+    ) -> None:
+        super().__init__(run, agent=agent, since=since, expected=expected, clock=clock)
         self.processes: dict[str, bool] = {}
-        self.dead: dict[str, int] = {}  # killed on purpose -> its pid
-        self._resuming: list[tuple[datetime, str, str]] = []  # of each kill: when, whose event ends the wait, in words
+        self.dead: list[str] = []  # killed on purpose
+        self._waits: list[_Wait] = []
 
     def killed(self, kind: str, worker: str, pid: int, at: datetime, doing: str, successor: str) -> list[str]:
         """Tell a kill; its recovery is told by the event that shows it."""
         with self._lock:
-            self.dead[worker] = pid
+            self.dead.append(worker)
             self.processes.pop(worker, None)
-            if kind == "agents":
-                self._resuming.append((at, "leg.started", "the run goes on with"))
-            else:
-                self._resuming.append((at, "tool_call.started", "tools run again on"))
-        lines = self.note(f"kill -9 {worker} (process {pid}) {doing}", "bold red", at)
-        return [*lines, *self.note(f"{successor} takes its place", "yellow", at)]
+            self.since = self.since or at
+            note = Note(
+                self._age(at), f"kill -9 {worker} {doing.replace('in the middle of', 'in')}", "bold red", open=True
+            )
+            self.notes.append(note)
+            ends, words = ("leg.started", "the run goes on with")
+            if kind == "tools":
+                ends, words = ("tool_call.started", "tools run again on")
+            self._waits.append(_Wait(at, ends, words, note))
+            return [
+                self._timed(f"kill -9 {worker} (process {pid}) {doing}", at),
+                self._timed(f"{successor} takes its place", at),
+            ]
 
     def apply(self, event: Mapping[str, Any]) -> list[str]:
         with self._lock:
             lines = super().apply(event)
-            for awaited in list(self._resuming):
-                at, kind, words = awaited
-                if event["type"] == kind and self.now is not None and self.now > at:
-                    self._resuming.remove(awaited)
-                    where = str(event.get("worker", "")).partition("@")[0]
-                    lines += self.note(
-                        f"{words} {where}, {milliseconds(self.now - at)} ms after the kill", "bold green", self.now
-                    )
+            for wait in list(self._waits):
+                if event["type"] == wait.ends and self.now is not None and self.now > wait.at:
+                    self._waits.remove(wait)
+                    where = place(str(event.get("worker", "")))
+                    after = f"{milliseconds(self.now - wait.at)} ms"
+                    wait.note.open, wait.note.outcome = False, f"on {where} after {after}"
+                    lines.append(self._timed(f"{wait.words} {where}, {after} after the kill"))
             return lines
 
-    def _extra(self, width: int) -> Iterator[RenderableType]:
-        line = Text("where  ", overflow="fold")
+    def _extra(self, canvas: Canvas) -> Iterator[Text]:
+        busy = Counter(call.worker for call in self.calls.values() if call.status == "running")
+        line = Text("workers")
         for name, ready in self.processes.items():
-            holds = name == self.holder
-            line.append("* " if holds else "  " if ready else "~ ", "bold cyan")
-            line.append(name, "bold cyan" if holds else "default" if ready else "dim yellow")
-            line.append(" ")
-        for name in self.dead:
-            line.append(f" x {name}", "red")
-        yield line
+            if name == self.holder:
+                line.append(f"  {name} {'has the run' if self.status == 'running' else 'waits'}", "bold cyan")
+            elif name in busy:
+                line.append(f"  {name} {busy[name]} call{'' if busy[name] == 1 else 's'}", "cyan")
+            else:
+                line.append(f"  {name}{'' if ready else ' starts'}", "default" if ready else "yellow")
+        for name in reversed(self.dead):
+            if line.cell_len + len(name) + 9 <= canvas.width:
+                line.append(f"  {name} killed", "red")
+        yield canvas.line(line)
 
 
 def summarize(console: Console, verdict: Verdict) -> None:
@@ -72,16 +101,15 @@ def summarize(console: Console, verdict: Verdict) -> None:
         return
     console.print()
     console.print(Rule("What the database says", style="dim"))
-    grid = Table.grid(padding=(0, 1))
+    canvas = Canvas.of(console)
     for claim in verdict.claims:
-        mark = Text("yes", "bold green") if claim.true else Text("NO", "bold red")
-        grid.add_row(mark, Text(claim.text), Text(claim.found, style="dim"))
-    console.print(grid)
+        left = Text("yes  ", "bold green") if claim.true else Text("NO   ", "bold red")
+        console.print(canvas.line(left.append(claim.text, "default"), Text(claim.found, "dim")))
     if "legs_by_reason" in figures:
         legs = ", ".join(f"{count} {reason or 'open'}" for reason, count in figures["legs_by_reason"].items())
         said = f"{figures['steps']} steps in {figures['legs']} legs ({legs}), {figures['duration_s']} s"
     else:
-        said = f"{figures['steps']} steps, {figures['tool_calls']} calls, {figures['duration_s']} s"
+        said = f"{figures['steps']} steps in {figures['legs']} legs, {figures['duration_s']} s"
     console.print(Text(said, style="dim"))
 
 

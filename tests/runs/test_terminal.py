@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
+from rich.cells import cell_len
 from rich.console import Console
 
 from runs.terminal import RunView, console_on, draws, follow, harmless, seconds
@@ -82,11 +84,23 @@ def lines_of(events: list[Recorded]) -> list[str]:
     return [line for event in events for line in view.apply(event.as_dict())]
 
 
-def drawn(view: RunView, width: int = 80) -> list[str]:
-    console = Console(file=io.StringIO(), width=width, force_terminal=True, color_system=None, legacy_windows=False)
+def drawn(view: RunView, width: int = 80, height: int = 24, encoding: str = "utf-8") -> list[str]:
+    """Return the lines of a drawing, which must fit."""
+
+    class Stream(io.StringIO):
+        @property
+        def encoding(self) -> str:  # type: ignore[override]
+            return encoding
+
+    console = Console(
+        file=Stream(), width=width, height=height, force_terminal=True, color_system=None, legacy_windows=False
+    )
     with console.capture() as capture:
         console.print(view)
-    return capture.get().splitlines()
+    lines = capture.get().splitlines()
+    assert max(map(cell_len, lines)) <= width
+    assert len(lines) < max(height, 18)
+    return lines
 
 
 def test_a_run_with_a_kill_is_told_in_lines() -> None:
@@ -120,23 +134,107 @@ def test_the_drawing_shows_legs_steps_calls_text_and_what_happened() -> None:
     text = "\n".join(lines)
     assert "tester" in lines[0]
     assert "waiting" in lines[0]
-    assert "1:budget > 2:lost > 3:agents-2" in text
-    assert "steps  2/50" in text
-    assert "test_tool(number=2)  running on tools-1" in text
+    assert "1 budget → 2 lost → 3 on agents-2" in text
+    assert "steps    2/50" in text
+    assert "● test_tool(number=2)" in text
+    assert "running on tools-1  0.00 s" in text
     assert "Again, number 2." in text
     assert "the message that was cut is discarded: its worker died" in text
 
 
-@pytest.mark.parametrize("width", [80, 60, 120])
-def test_no_moment_of_the_drawing_is_wider_or_higher_than_a_small_terminal(width: int) -> None:
+@pytest.mark.parametrize(("width", "height"), [(80, 24), (60, 24), (120, 40), (80, 10)])
+def test_no_moment_of_the_drawing_is_wider_or_higher_than_its_terminal(width: int, height: int) -> None:
     view = RunView(RUN, agent="a-rather-long-name-of-an-agent" * 2, expected=50)
-    long = record(*[each for number in range(1, 30) for each in turn(number, number, "word " * 60)])
+    long = record(*[each for number in range(1, 30) for each in turn(number, number, "word 字 " * 60)])
     legs = record(*[(n, "leg.started", {"leg": n, "epoch": n, "worker": "agents-1@host"}) for n in range(1, 40)])
-    for event in [*KILLED[:12], *long, *legs]:
+    for number, event in enumerate([*KILLED[:12], *long, *legs]):
         view.apply(event.as_dict())
-        lines = drawn(view, width)
-        assert max(map(len, lines)) <= width
-        assert len(lines) <= 24
+        if number % 5 == 0:
+            drawn(view, width, height)  # which sees to it
+    for number in range(20):
+        view.note(f"note {number} " + "long " * 40)
+        lines = drawn(view, width, height)
+    # And what is most worth to be seen is seen, whatever else there is
+    assert any("39 on agents-1" in line for line in lines)
+    assert any("note 19" in line for line in lines)
+
+
+def test_what_was_drawn_does_not_jump_when_calls_come_and_go() -> None:
+    view = RunView(RUN, agent="tester")
+    heights = []
+    for event in record(*[each for number in range(1, 15) for each in turn(number, number)]):
+        view.apply(event.as_dict())
+        heights.append(len(drawn(view)))
+    assert heights == sorted(heights)
+
+
+def test_an_encoding_without_the_marks_gets_plain_ones() -> None:
+    view = RunView(RUN, agent="tester", expected=50)
+    for event in KILLED[:-8]:
+        view.apply(event.as_dict())
+    text = "\n".join(drawn(view, encoding="ascii"))
+    assert text.isascii()
+    assert "1 budget > 2 lost > 3 on agents-2" in text
+
+
+ASKED = [{"type": "tool_call", "tool_call": f"p{n}", "name": "look", "arguments": {"at": n}} for n in range(1, 5)]
+PARALLEL = record(
+    (0.0, "run.queued", {"reason": "start"}),
+    (0.1, "leg.started", {"leg": 1, "epoch": 1, "worker": "agents-1@host"}),
+    (0.2, "message.created", {"message": "m", "role": "assistant", "step": 1}),
+    *[
+        (0.3, "tool_call.created", {"tool_call": f"p{n}", "name": "look", "message": "m", "arguments": {"at": n}})
+        for n in range(1, 5)
+    ],
+    (0.3, "message.completed", {"message": "m", "role": "assistant", "step": 1, "content": ASKED}),
+    (0.3, "run.waiting", {"tool_calls": ["p1", "p2", "p3", "p4"]}),
+    (0.4, "tool_call.started", {"tool_call": "p1", "name": "look", "attempt": 1, "worker": "tools-1@host"}),
+    (0.5, "tool_call.started", {"tool_call": "p3", "name": "look", "attempt": 1, "worker": "tools-2@host"}),
+    (0.9, "tool_call.settled", {"tool_call": "p1", "name": "look", "outcome": "success", "result": 7}),
+    (1.0, "tool_call.started", {"tool_call": "p2", "name": "look", "attempt": 1, "worker": "tools-1@host"}),
+)
+
+
+def test_calls_that_run_at_once_are_seen_at_once_and_keep_their_places() -> None:
+    # Given four calls of one step, of which one is settled, two run, and one waits
+    at = [BEGIN + timedelta(seconds=1)]
+    view = RunView(RUN, agent="tester", since=BEGIN, clock=lambda: at[0])
+    told = [line for event in PARALLEL for line in view.apply(event.as_dict())]
+    # Then they are told together, and drawn each with what it does, in the order that they were asked for
+    assert "    0.30 s  4 tool calls at once: 4 look" in told
+    lines = drawn(view)
+    first = next(n for n, line in enumerate(lines) if "tool calls" in line and line.startswith("──"))
+    assert "tool calls: 2 running, 1 waiting" in lines[first]
+    shown = [re.sub(" {2,}", "  ", line) for line in lines[first + 1 : first + 5]]
+    assert shown == [
+        "✓ look(at=1) → 7  0.50 s on tools-1",
+        "● look(at=2)  running on tools-1  0.00 s",
+        "● look(at=3)  running on tools-2  0.50 s",
+        "○ look(at=4)  waits for a worker",
+    ]
+    # And time passes on the screen though nothing happens
+    at[0] += timedelta(seconds=2)
+    assert any("running on tools-2  2.5 s" in line for line in drawn(view))
+
+
+def test_of_more_calls_than_there_is_room_for_the_running_ones_are_seen() -> None:
+    view = RunView(RUN, agent="tester")
+    many = range(1, 41)
+    for event in record(
+        *[(0, "tool_call.created", {"tool_call": f"c{n}", "name": "look", "arguments": {"at": n}}) for n in many],
+        (1, "tool_call.started", {"tool_call": "c39", "name": "look", "attempt": 1, "worker": "tools-1@host"}),
+    ):
+        view.apply(event.as_dict())
+    text = "\n".join(drawn(view))
+    assert "● look(at=39)" in text
+    assert re.search(r"and 31 more", text), text
+
+
+def test_a_run_that_has_ended_shows_the_time_of_its_end() -> None:
+    view = RunView(RUN, agent="tester", since=BEGIN, clock=lambda: BEGIN + timedelta(hours=1))
+    for event in KILLED:
+        view.apply(event.as_dict())
+    assert drawn(view)[0].endswith("completed  3.3 s")
 
 
 def test_text_is_told_line_by_line_as_it_streams() -> None:
@@ -241,19 +339,22 @@ def console(terminal: bool, monkeypatch: pytest.MonkeyPatch, **environment: str)
     [
         (True, {}, True),
         (False, {}, False),
-        (True, {"NO_COLOR": "1"}, False),
+        (True, {"NO_COLOR": "1"}, True),
         (True, {"TERM": "dumb"}, False),
+        (False, {"NO_COLOR": "1"}, False),
     ],
-    ids=["terminal", "pipe", "no-color", "dumb"],
+    ids=["terminal", "pipe", "no-color", "dumb", "no-color-pipe"],
 )
-def test_only_a_terminal_that_may_be_coloured_is_drawn_on(
+def test_only_a_terminal_is_drawn_on_and_without_colours_where_none_are_wanted(
     terminal: bool, environment: dict[str, str], expected: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = console(terminal, monkeypatch, **environment)
     assert draws(made) is expected
     follow(KILLED, RunView(RUN, agent="tester"), made)
     written = made.file.getvalue()  # type: ignore[attr-defined]
-    assert ("\x1b[" in written) is expected
+    assert ("\x1b" in written) is expected
+    coloured = re.findall(r"\x1b\[(?:\d+;)*(?:3[0-7]|38|9[0-7])(?:;\d+)*m", written)
+    assert bool(coloured) is (expected and "NO_COLOR" not in environment)
     if not expected:
         assert written.splitlines() == lines_of(KILLED)
 

@@ -17,7 +17,7 @@ from django.db import InterfaceError, OperationalError, ProgrammingError
 from runs import agents, explain
 from runs.exceptions import LonghaulError
 from runs.models import Run
-from runs.terminal import RunView, console_on, draws, follow, leave_broken_pipe, patient, tell
+from runs.terminal import RunView, console_on, database_clock, draws, follow, leave_broken_pipe, patient, tell
 from threads import clock
 from threads.models import Thread
 
@@ -122,7 +122,9 @@ def show(command: BaseCommand, run: Run, *, after: int, json_lines: bool) -> Non
     """
     stream: Any = getattr(command.stdout, "_out", command.stdout)  # without Django's newline after each write
     console = console_on(stream)
-    view = RunView(run.pk, agent=run.agent, since=run.created_at)
+    # Of a run that has ended only its events tell the time.
+    clock = None if run.finished else database_clock()
+    view = RunView(run.pk, agent=run.agent, since=run.created_at, clock=clock)
     view.seq = after
 
     def told(lines: list[str]) -> None:

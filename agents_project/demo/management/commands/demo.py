@@ -36,7 +36,7 @@ from agents_project.demo.verdict import FIRST, LAST, Verdict, judge, judge_audit
 from agents_project.demo.view import DemoView, show_report, summarize
 from agents_project.processes import Identity
 from runs.models import Run
-from runs.terminal import console_on, drawing, draws, patient, tell
+from runs.terminal import console_on, database_clock, drawing, draws, patient, tell
 
 JOBS = ("main", "audit", "all")
 PACKAGE = "celery"  # always there, and large enough to be worth a look
@@ -174,6 +174,8 @@ class _Stage:
         if time.monotonic() - starting > SLOW_START.total_seconds():
             # The others would come when the run is over, and a worker is killed only when another one is there.
             self.start_others()
+            if "tools" in kinds:
+                supervisor.stand_by("tools")
             supervisor.await_present()
         supervisor.say(f"{', '.join(sorted(supervisor.present()))} are ready after {self.age():.1f} s")
 
@@ -224,7 +226,7 @@ def _main_job(stage: _Stage, kinds: list[str]) -> Verdict:
     from agents_project.demo.agents import JOB, tester
 
     run = tester.start(JOB.format(first=FIRST, last=LAST))
-    view = DemoView(run.pk, agent=tester.name, since=run.created_at, expected=LAST)
+    view = DemoView(run.pk, agent=tester.name, since=run.created_at, expected=LAST, clock=database_clock())
     kills = stage.show(run, view, kinds)
     verdict = judge(run, kills, kinds, _violations(run), timedelta(seconds=stage.age()))
     summarize(stage.console, verdict)
@@ -238,7 +240,7 @@ def _audit(stage: _Stage, package: source.Package) -> Verdict:
         tell(stage.console, ["", _TITLES["audit"]])
     began = time.monotonic()
     run = auditor.start(AUDIT_JOB.format(package=package.name))
-    view = DemoView(run.pk, agent=auditor.name, since=run.created_at, expected=None)
+    view = DemoView(run.pk, agent=auditor.name, since=run.created_at, expected=None, clock=database_clock())
     stage.show(run, view, [])
     verdict = judge_audit(run, package, _violations(run), timedelta(seconds=time.monotonic() - began))
     show_report(stage.console, verdict)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
+import re
 import subprocess
 import sys
 import threading
@@ -33,6 +35,7 @@ from runs.pytest_longhaul import (
     run_to_end,
     scripted,
 )
+from tests.docs import page
 from tests.runs.scenes import Cast, Together, asked, payloads, rows, texts, types
 from threads import clock
 from threads.models import Clock
@@ -757,3 +760,19 @@ def test_the_plugin_is_found_by_pytest_and_imports_no_model_before_django_is_rea
 def test_the_functions_need_no_pytest() -> None:
     code = "import sys; sys.modules['pytest'] = None; from runs.pytest_longhaul import run_to_end, scripted, move_clock"
     subprocess.run([sys.executable, "-c", code], check=True, env={})
+
+
+def test_the_page_on_testing_names_all_of_it() -> None:
+    rows = [page.code(name)[0] for name, _ in page.table("docs/testing.md", "Testing your agents")]
+    told = {row.partition("(")[0]: row for row in rows}
+    public = {
+        name
+        for name, value in vars(pytest_longhaul).items()
+        if getattr(value, "__module__", "") == pytest_longhaul.__name__ and not name.startswith("_")
+    }
+    assert set(told) == public - {"CallTool", "ScriptedModel"} | {"scripted_model", "longhaul_clock"}
+    for name in ("run_to_end", "assert_invariants", "move_clock"):
+        given = re.sub(
+            r"\*, |: [^,=)]+", "", str(inspect.signature(getattr(pytest_longhaul, name))).partition(" ->")[0]
+        )
+        assert told[name] == name + given.replace("= ", "=")

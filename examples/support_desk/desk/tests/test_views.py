@@ -111,8 +111,9 @@ class CommandTest(TestCase):
         self.assertEqual(self.answer_tickets(), [])  # it was answered
         assert_invariants()
 
-    def test_the_migrations_are_those_of_the_models(self) -> None:
+    def test_the_migrations_are_those_of_the_models_and_the_settings_are_sound(self) -> None:
         call_command("makemigrations", "--check", "--dry-run", stdout=StringIO())
+        call_command("check", "--fail-level", "WARNING", stdout=StringIO(), stderr=StringIO())
 
 
 class AskTest(TestCase):

@@ -9,7 +9,7 @@ from agents_project.demo.model_server import ModelCall, Reply, Text, ToolCall
 
 SENTENCE = " ".join(f"word{number}" for number in range(60))
 CHUNK_SECONDS = 0.1
-# Names a file: when it is there, the runs that call tools come to their end.
+# Names a file: when it is there, the runs that call tools say the rest at once and come to their end.
 ENOUGH = "LONGHAUL_BENCH_ENOUGH"
 
 
@@ -22,10 +22,12 @@ def told(call: ModelCall) -> Reply:
     place = max(place for place, message in enumerate(call.messages) if message["role"] == "user")
     word, *rest = str(call.messages[place]["content"]).split()
     speech = _spoken(float(rest[-1]))
+    if word == "tell":
+        return [speech]
+    if _enough():
+        return [_spoken(0)]
     results = sum(message["role"] == "tool" for message in call.messages[place:])
-    if word == "call" and results < int(rest[1]) and not _enough():
-        return [speech, ToolCall(rest[0])]
-    return [speech]
+    return [speech, ToolCall(rest[0])] if results < int(rest[1]) else [speech]
 
 
 def _spoken(seconds: float) -> Text:

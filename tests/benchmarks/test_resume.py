@@ -1,4 +1,4 @@
-"""The benchmark of kills: it says what it promises, of kills that it made, and leaves nothing behind."""
+"""The benchmarks of kills and of a deploy: they say what they promise, of what they did, and leave nothing behind."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -48,22 +49,31 @@ def started_by(environment: dict[str, str]) -> list[str]:
     return found
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(240)  # 55 s are promised on an idle machine
-def test_the_quick_form_prints_one_line_of_json_with_every_kind_of_kill(environment: dict[str, str]) -> None:
+def printed(module: str, environment: dict[str, str]) -> dict[str, Any]:
+    """Run the quick form of a benchmark, see that nothing of it is left, and return the line that it printed."""
     done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.resume", "--quick", "--json"],
+        [sys.executable, "-m", module, "--quick", "--json"],
         cwd=PROJECT,
         env=environment,
         capture_output=True,
         text=True,
         check=False,
     )
-
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert len(lines) == 1
-    found = json.loads(lines[0])
+    deadline = time.monotonic() + 10
+    while (left := started_by(environment)) and time.monotonic() < deadline:
+        time.sleep(0.05)  # the keeper of the servers ends a moment after them
+    assert left == []
+    found: dict[str, Any] = json.loads(lines[0])
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(240)  # 55 s are promised on an idle machine
+def test_the_quick_form_prints_one_line_of_json_with_every_kind_of_kill(environment: dict[str, str]) -> None:
+    found = printed("benchmarks.resume", environment)
     assert found.keys() >= GROUPS
     for group in GROUPS:
         assert found[group]["n"] >= 1
@@ -75,10 +85,19 @@ def test_the_quick_form_prints_one_line_of_json_with_every_kind_of_kill(environm
     assert found["agents"]["n"] == found["tools"]["n"] + found["tools_other"]["n"] >= 3
     assert found["tools"]["kinds"] == ["idempotent", "atomic"]
     assert found["peers_by_default"]["absurd"] == "120 s"
-    deadline = time.monotonic() + 10
-    while (left := started_by(environment)) and time.monotonic() < deadline:
-        time.sleep(0.05)  # the keeper of the servers ends a moment after them
-    assert left == []
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(240)  # 55 s are promised on an idle machine
+def test_a_rolling_restart_prints_one_line_of_json(environment: dict[str, str]) -> None:
+    """It ends with an error when a run failed or lost a step, or a worker did not leave in order."""
+    found = printed("benchmarks.rolling_restart", environment)
+    assert found["runs"] == 50
+    assert found["steps"] > found["runs"]
+    assert found["drain"]["n"] >= found["drain_handed_on"]["n"] >= 1
+    for values in (found["drain"], found["drain_handed_on"]):
+        assert 0 < values["p50_ms"] <= values["p99_ms"] <= values["max_ms"]
+    assert found["exit_s"].keys() == {"agents", "tools", "control"}
 
 
 def test_the_figures_are_those_of_the_kills() -> None:

@@ -170,3 +170,13 @@ def test_given_a_cancel_that_names_an_old_claim_then_the_claim_does_not_matter(w
     newer = world.turn(world.claim(claim.run))
     world.cancel(claim.run)
     assert world.requeue(newer) is None
+
+
+def test_given_a_joined_run_when_it_is_cancelled_then_its_calls_are_answered_once(world: World) -> None:
+    claim = world.waiting(a_call(0), a_call(1))
+    for call in world.calls(claim.run):
+        world.settle(world.call_claim(call), result=1)
+    assert world.run(claim.run)["status"] == "queued"
+    world.cancel(claim.run)
+    results = [one for one in world.messages(world.run(claim.run)["thread_id"]) if one["role"] == "tool"]
+    assert [one["content"][0]["outcome"] for one in results] == ["success", "success"]

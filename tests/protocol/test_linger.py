@@ -208,3 +208,14 @@ def test_given_a_lingering_leg_when_a_call_waits_for_a_person_then_it_still_find
     assert world.linger_claim(claim) == {"status": "requires_action"}
     assert (world.settle(held) or {})["lingering"] is True
     assert world.linger_claim(claim)["status"] == "running"
+
+
+def test_given_a_leg_that_lingered_when_another_leg_has_come_and_gone_then_it_may_not_claim(world: World) -> None:
+    """The run is queued again: only the leg's own row says that its time is over."""
+    claim = world.waiting(linger=timedelta(seconds=60))
+    joined(world, claim)
+    world.requeue(world.claim(claim.run))
+    before = world.dump()
+    assert world.linger_claim(claim) == {"status": "lost"}
+    assert world.linger_end(claim) == {}
+    assert world.dump() == before

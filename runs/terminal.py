@@ -26,7 +26,7 @@ from django.db import InterfaceError, OperationalError, connection
 from rich.console import Console, ConsoleOptions, ConsoleRenderable, RenderableType, RenderHook, RenderResult
 from rich.control import Control
 from rich.live import Live
-from rich.segment import Segment
+from rich.segment import ControlType, Segment
 from rich.text import Text
 
 from threads import clock
@@ -269,6 +269,7 @@ class RunView:
     def note(self, text: str, style: str = "", at: datetime | None = None) -> list[str]:
         """Add a remark that stays in sight; return the line that tells it."""
         with self._lock:
+            at = at or self._present()
             if at is not None and self.since is None:
                 self.since = at
             self.notes.append(Note(self._age(at), text, style))
@@ -714,7 +715,9 @@ class _AtOnce(RenderHook):
 
     def process_renderables(self, renderables: list[ConsoleRenderable]) -> list[ConsoleRenderable]:
         begin, end = Control(), Control()
-        begin.segment, end.segment = Segment("\x1b[?2026h", None, []), Segment("\x1b[?2026l", None, [])
+        # Only a segment with codes counts as one without width; which ones, nobody asks outside of old Windows.
+        codes = [(ControlType.HOME,)]
+        begin.segment, end.segment = Segment("\x1b[?2026h", None, codes), Segment("\x1b[?2026l", None, codes)
         return [begin, *renderables, end]
 
 

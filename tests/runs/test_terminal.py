@@ -13,7 +13,7 @@ import pytest
 from rich.cells import cell_len
 from rich.console import Console
 
-from runs.terminal import RunView, console_on, draws, follow, harmless, seconds
+from runs.terminal import RunView, console_on, drawing, draws, follow, harmless, seconds
 
 BEGIN = datetime(2026, 11, 21, 7, 0, tzinfo=UTC)
 RUN = "0199f000-0000-7000-8000-000000000001"
@@ -357,6 +357,21 @@ def test_only_a_terminal_is_drawn_on_and_without_colours_where_none_are_wanted(
     assert bool(coloured) is (expected and "NO_COLOR" not in environment)
     if not expected:
         assert written.splitlines() == lines_of(KILLED)
+
+
+def test_every_picture_on_a_terminal_is_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What has a terminal wait for the end of a picture takes no room in it."""
+    made = console(True, monkeypatch, COLUMNS="80", LINES="24")
+    view = RunView(RUN, agent="tester", since=BEGIN, clock=lambda: BEGIN + timedelta(seconds=9))
+    with drawing(view, made):
+        for event in PARALLEL:
+            view.apply(event.as_dict())
+        begun = len(made.file.getvalue())  # type: ignore[attr-defined]
+        made.print()  # draws anew
+        written = made.file.getvalue()[begun:]  # type: ignore[attr-defined]
+    plain = re.sub(r"\x1b\[[?0-9;]*[a-zA-Z]", "", written)
+    assert "waiting  9.0 s" in plain
+    assert written.count("\x1b[?2026h") == written.count("\x1b[?2026l") >= 1
 
 
 def test_a_long_line_is_not_broken_in_a_pipe(monkeypatch: pytest.MonkeyPatch) -> None:

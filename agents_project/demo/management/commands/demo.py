@@ -294,7 +294,7 @@ def _stay_up(supervisor: Supervisor, console: Console) -> None:
     python = os.path.relpath(sys.executable, embedded.PROJECT)
     purpose = os.environ.get("LONGHAUL_PURPOSE")
     prefix = (f"LONGHAUL_PURPOSE={shlex.quote(purpose)} " if purpose else "") + f"{shlex.quote(python)} manage.py"
-    job = "Test the test tool with the numbers 1-5, one after another, then give me the total."
+    job = "Test the test tool with the numbers 1-5, then give me the total."
     tell(
         console,
         [
@@ -303,8 +303,10 @@ def _stay_up(supervisor: Supervisor, console: Console) -> None:
             "another terminal:",
             "",
             f"  cd {shlex.quote(str(embedded.PROJECT))}",
-            f'  {prefix} run_agent tester "{job}" --follow',
-            f'  {prefix} run_agent auditor "Audit the installed package rich." --follow',
+            f"  {prefix} run_agent --follow tester \\",
+            f'    "{job}"',
+            f"  {prefix} run_agent --follow auditor \\",
+            '    "Audit the installed package rich."',
             "",
             f"  model     {supervisor.model_url}",
             f"  Postgres  {settings.DATABASE_URL}",

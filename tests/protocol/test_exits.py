@@ -221,3 +221,11 @@ def test_given_a_long_thread_when_a_turn_is_opened_then_the_last_messages_and_th
     answer = world.try_turn(claim, claim.leg, p_after=6) or {}
     assert [one[1] for one in answer["context"]] == [7, 8, 10]
     assert answer["pinned"] is None
+
+
+@pytest.mark.parametrize("reason", ["budget", "drained"])
+def test_given_a_leg_that_hands_over_then_it_counts_no_try_of_the_model(world: World, reason: str) -> None:
+    claim = world.running()
+    world.requeue(claim, reason)
+    run = world.run(claim.run)
+    assert (run["status"], run["model_tries"], run["retry_since"]) == ("queued", 0, None)

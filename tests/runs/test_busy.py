@@ -59,3 +59,11 @@ def _somebody_waits() -> bool:
     with connection.cursor() as cursor:
         cursor.execute("SELECT EXISTS (SELECT 1 FROM pg_locks WHERE NOT granted)")
         return bool(cursor.fetchone()[0])
+
+
+@pytest.mark.parametrize("status", ["queued", "waiting", "requires_action"])
+def test_a_run_that_nobody_holds_at_the_moment_occupies_its_thread_all_the_same(cast: Cast, status: str) -> None:
+    thread = Thread.objects.create()
+    occupant = cast().start("one", thread=thread)
+    Run.objects.filter(pk=occupant.pk).update(status=status)
+    assert cast().start("two", thread=thread).status == "held"

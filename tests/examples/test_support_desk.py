@@ -8,7 +8,8 @@ from __future__ import annotations
 import os
 import re
 import subprocess
-from pathlib import Path
+from collections.abc import Iterator
+from typing import TypeAlias
 
 import pytest
 
@@ -19,42 +20,50 @@ from tests.docs.page import ROOT, blocks, words
 
 README = "examples/support_desk/README.md"
 FOLDER = ROOT / "examples" / "support_desk"
+Started: TypeAlias = tuple[str, "subprocess.Popen[str]"]
 CLOSED = "redis://127.0.0.1:1/0"  # nothing listens on port 1
+COMMANDS = [command for block in blocks(README) if block.kind == "console" for command, _ in block.commands]
 
 
-@pytest.fixture
-def shell(servers: embedded.Servers) -> dict[str, str]:
-    """The environment of the example's owner."""
+@pytest.fixture(scope="module")
+def started(servers: embedded.Servers, tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Started]]:
+    """The commands of the example's page, begun at once; the second one where pytest is not installed."""
     here = database_from_url(servers.database_url)
     variables = {"PGHOST": "HOST", "PGPORT": "PORT", "PGUSER": "USER", "PGPASSWORD": "PASSWORD"}
-    return console.environment(
+    shell = console.environment(
         **{name: str(here[key]) for name, key in variables.items() if here[key]},
-        PGDATABASE=f"desk_{os.getpid()}",
         REDIS_URL=CLOSED,
         CELERY_BROKER_URL=CLOSED,
         PYTEST_ADDOPTS="-p no:cacheprovider",
     )
+    no_pytest = tmp_path_factory.mktemp("no_pytest")
+    (no_pytest / "pytest.py").write_text("raise ImportError('it is not installed here')")
+    more = [{}, {"PYTHONPATH": str(no_pytest), "PYTHONWARNINGS": "error"}]
+    begun = []
+    for number, (command, own) in enumerate(zip(COMMANDS, more, strict=True)):
+        environment = {**shell, **own, "PGDATABASE": f"desk_{os.getpid()}_{number}"}
+        process = subprocess.Popen(
+            words(command), cwd=FOLDER, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        begun.append((command, process))
+    yield begun
+    for _, process in begun:
+        process.kill()
+        process.communicate()
 
 
-COMMANDS = [command for block in blocks(README) if block.kind == "console" for command, _ in block.commands]
+def _said(started: Started) -> str:
+    command, process = started
+    said, _ = process.communicate(timeout=110)
+    assert process.returncode == 0, f"$ {command}\n{said}"
+    return said
 
 
-def _run(shell: dict[str, str], command: str) -> str:
-    done = subprocess.run(
-        words(command), cwd=FOLDER, env=shell, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=100
-    )
-    assert done.returncode == 0, f"$ {command}\n{done.stdout}"
-    return done.stdout
-
-
-def test_the_example_passes_its_own_tests_by_pytest_without_broker_worker_or_model(shell: dict[str, str]) -> None:
-    said = _run(shell, COMMANDS[0])
+def test_the_example_passes_its_own_tests_by_pytest_without_broker_worker_or_model(started: list[Started]) -> None:
+    said = _said(started[0])
     assert re.search(r"\d\d passed in", said), said
 
 
-def test_its_test_cases_pass_by_djangos_runner_where_pytest_is_not_installed(
-    shell: dict[str, str], tmp_path: Path
-) -> None:
-    (tmp_path / "pytest.py").write_text("raise ImportError('it is not installed here')")
-    said = _run(shell | {"PYTHONPATH": str(tmp_path), "PYTHONWARNINGS": "error"}, COMMANDS[1])
+def test_its_test_cases_pass_by_djangos_runner_where_pytest_is_not_installed(started: list[Started]) -> None:
+    said = _said(started[1])
     assert re.search(r"Ran \d\d tests in .*\n\nOK\n", said), said

@@ -439,6 +439,7 @@ def test_a_held_run_has_a_deadline_of_its_own(scripted_model: ScriptedModel) -> 
     first = clerk.start("one")
     second = clerk.start("two", thread=first.thread, limits={"deadline_seconds": 60})
     assert run_to_end(second).stop_reason == "deadline"
+    assert clock.now() - second.created_at < timedelta(minutes=3)
     first.refresh_from_db()
     assert first.status == "queued"
     assert run_to_end(first).output == "done"

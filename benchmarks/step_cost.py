@@ -35,6 +35,8 @@ SCRIPT = "benchmarks.script:steps"
 STEPS = 50
 WARM_UP_RUNS = 24  # more than any pool has processes, so that each has imported, connected and prepared
 AT_ONCE = 20  # runs
+CORES = os.cpu_count() or 1
+ABSURD_PROCESSES = 2 * CORES  # the best of those tried; README.md has the others
 RUN_TIMEOUT = timedelta(seconds=120)  # the slowest form needs 12 s for 20 runs; the machine may be three times slower
 
 # Who is measured, and who only measures: the model server and the load generator are shown beside the sum.
@@ -213,9 +215,9 @@ class Dbos:
     application = "dbos_transact"  # it calls itself so
     ORDERS = "longhaul-bench:dbos:orders"
 
-    def __init__(self, rig: Rig, processes: int | None = None) -> None:
+    def __init__(self, rig: Rig, processes: int = CORES) -> None:
         self._rig = rig
-        self._processes = processes or os.cpu_count() or 1
+        self._processes = processes
         rig.valkey.delete(f"{self.ORDERS}:launched")
 
     def start(self) -> None:
@@ -277,7 +279,7 @@ class AbsurdTasks:
     QUEUE = "bench"
     ORDERS = "longhaul-bench:absurd:orders"
 
-    def __init__(self, rig: Rig, processes: int = 10) -> None:
+    def __init__(self, rig: Rig, processes: int = ABSURD_PROCESSES) -> None:
         from absurd_sdk import Absurd
 
         self._rig = rig
@@ -334,7 +336,7 @@ class BareLoop:
 
     def __init__(self, rig: Rig) -> None:
         self._rig = rig
-        self._processes = os.cpu_count() or 1
+        self._processes = CORES
 
     def start(self) -> None:
         for number in range(1, self._processes + 1):
@@ -637,12 +639,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="one line of JSON instead of tables")
     parser.add_argument("--only", help=f"measure only some forms, with commas: {','.join(FORMS)}")
     parser.add_argument("--statements", action="store_true", help="show what Postgres is asked, statement by statement")
-    parser.add_argument(
-        "--celery-processes",
-        type=int,
-        default=AT_ONCE,
-        help="children of the raw Celery's steps worker (its model calls at once)",
-    )
+    for name, processes, what in (
+        ("celery", AT_ONCE, "children of the raw Celery's steps worker (its model calls at once)"),
+        ("dbos", CORES, "processes of DBOS"),
+        ("absurd", ABSURD_PROCESSES, "workers of absurd"),
+    ):
+        parser.add_argument(f"--{name}-processes", type=int, default=processes, help=f"{what}; default {processes}")
     given = parser.parse_args(arguments)
     wanted = given.only.split(",") if given.only else list(FORMS)
     if set(wanted) - set(FORMS):
@@ -654,9 +656,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         out.width = 160  # a pipe has no width; rich would take 80
     try:
         with Rig(SCRIPT) as rig:
-            forms: list[Form] = []
-            for name in wanted:
-                forms.append(CeleryChain(rig, given.celery_processes) if name == "celery" else FORMS[name](rig))
+            made: dict[str, Callable[[], Form]] = {
+                Longhaul.name: lambda: Longhaul(rig),
+                CeleryChain.name: lambda: CeleryChain(rig, given.celery_processes),
+                Dbos.name: lambda: Dbos(rig, given.dbos_processes),
+                AbsurdTasks.name: lambda: AbsurdTasks(rig, given.absurd_processes),
+                BareLoop.name: lambda: BareLoop(rig),
+            }
+            forms = [made[name]() for name in wanted]
             results, plan = collect(rig, forms, plan, console, begun)
     except RigError as error:
         console.print(str(error), style="red", markup=False, highlight=False)

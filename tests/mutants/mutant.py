@@ -68,7 +68,7 @@ class Exempt:
 
 @dataclass(frozen=True)
 class Later:
-    """A break of the model that touches what does not exist yet."""
+    """A rule whose code does not exist yet. `model`: the break's name in the model, or a word for the rule."""
 
     model: str
     rule: str
@@ -82,3 +82,8 @@ class Group:
     title: str
     mutants: Sequence[Mutant]
     exempt: Sequence[Exempt] = field(default=())
+
+
+def one(name: str, rule: str, file: str, old: str, new: str, *tests: str, model: str = "") -> Mutant:
+    """Return the mutant of one change, the usual one."""
+    return Mutant(name, rule, (Change(file, old, new),), tests, model)

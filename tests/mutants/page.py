@@ -21,17 +21,18 @@ def tables() -> str:
     said = ""
     for group in GROUPS:
         said += f"\n### {group.title}\n\n"
-        said += _row("rule", "mutant, in", "what fails") + _row("---", "---", "---")
+        said += _row("rule", "mutant", "removed in", "what fails") + _row(*["---"] * 4)
         for mutant in group.mutants:
-            said += _row(
-                mutant.rule, f"`{mutant.name}` {', '.join(f'`{file}`' for file in mutant.files)}", _tests(mutant)
-            )
+            name = f"`{mutant.name}`"
+            if mutant.model and mutant.model != mutant.name:
+                name += f" (model: `{mutant.model}`)"
+            said += _row(mutant.rule, name, ", ".join(f"`{file}`" for file in mutant.files), _tests(mutant))
     exempt = [each for group in GROUPS for each in group.exempt]
     said += "\n### Exempt\n\nTaken away alone, each of these breaks nothing, for another layer holds the same.\n\n"
     said += _row("rule", "name", "why", "both away") + _row("---", "---", "---", "---")
     for each in exempt:
         said += _row(each.rule, f"`{each.name}`", each.reason, f"`{each.together}`" if each.together else "")
-    said += "\n### Later, with their feature\n\nBreaks of the model that touch what is not there yet.\n\n"
+    said += "\n### Later, with their feature\n\nRules, and breaks of the model, that touch what is not there yet.\n\n"
     said += _row("break", "rule", "feature") + _row("---", "---", "---")
     for later in LATER:
         said += _row(f"`{later.model}`", later.rule, later.feature)

@@ -2,10 +2,29 @@
 
 from __future__ import annotations
 
-from tests.mutants.catalogue import claims
+from tests.mutants.catalogue import calls, claims, dispatch, ends, legs, presence
 from tests.mutants.mutant import Group, Later
 
-GROUPS: tuple[Group, ...] = (claims.CLAIMS, claims.FENCES)
+GROUPS: tuple[Group, ...] = (
+    dispatch.PUBLISH,
+    claims.CLAIMS,
+    claims.FENCES,
+    presence.PRESENT,
+    presence.WATCHER,
+    legs.POISON,
+    legs.BOUNDARIES,
+    legs.EXIT,
+    legs.LINGERS,
+    legs.DRAINS,
+    legs.TEXT,
+    calls.SETTLES,
+    calls.ATTEMPTS,
+    calls.ATOMIC,
+    calls.ORDER,
+    ends.ENDS,
+    ends.BUSY,
+    presence.DEADLINES,
+)
 MUTANTS = tuple(mutant for group in GROUPS for mutant in group.mutants)
 LATER: tuple[Later, ...] = (
     Later(
@@ -14,5 +33,12 @@ LATER: tuple[Later, ...] = (
         "deferred tools",
     ),
     Later("child_in_two", "A child run is inserted in the transaction that takes its call to waiting.", "child runs"),
+    Later("steer", "The step commit looks again for steering input before it ends the run.", "steering"),
+    Later("interrupt", "Cancel and the start of the next run are one transaction.", "interrupt and rollback"),
+    Later("deadline of a decision", "Approvals and deferred results are ended by the sweep.", "approvals"),
+    Later(
+        "room", "At most `max_dispatched` runs have a message out; the others are released in fair order.", "admission"
+    ),
+    Later("compaction", "A fold of the log gives the same before and after.", "retention"),
     Later("child_end_in_two", "A child run ends in the transaction that settles the call.", "child runs"),
 )

@@ -524,10 +524,11 @@ class RunView:
 
     def _progress(self, canvas: Canvas) -> Text:
         line = Text("steps    ")
-        line.append(f"{self.steps}" + (f"/{self.expected}" if self.expected else ""), "bold")
+        steps = min(self.steps, self.expected or self.steps)  # the answer at the end may be one more
+        line.append(f"{steps}" + (f"/{self.expected}" if self.expected else ""), "bold")
         if self.expected:
             cells = max(10, min(40, canvas.width - 40))
-            done = round(cells * min(self.steps, self.expected) / self.expected)
+            done = round(cells * steps / self.expected)
             line.append("  ").append(canvas.marks["done"] * done, "green")
             line.append(canvas.marks["to do"] * (cells - done), "dim")
         line.append(f"  {self.settled} tool call{'' if self.settled == 1 else 's'} settled", "dim")

@@ -39,7 +39,7 @@ _LOOK_SECONDS = 0.025
 # What Celery is told, by kind. -c of the agents worker is greenlets: each holds a stream.
 POOLS = {
     "agents": ("-P", "gevent", "-c", "100"),
-    "tools": ("-P", "prefork", "-c", "4"),
+    "tools": ("-P", "prefork", "-c", "3"),
     "control": ("-P", "threads", "-c", "2"),
 }
 

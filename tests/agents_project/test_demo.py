@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -15,12 +16,13 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from agents_project import embedded
 from agents_project.demo import source
 from agents_project.demo.supervisor import DemoError, Supervisor
-from agents_project.demo.verdict import total_in
-from agents_project.demo.view import DemoView
+from agents_project.demo.verdict import Claim, Verdict, total_in
+from agents_project.demo.view import DemoView, show_report, summarize
 from agents_project.processes import Identity, running
 
 BEGIN = datetime(2026, 11, 21, 7, 0, tzinfo=UTC)
@@ -68,6 +70,57 @@ def test_a_tools_kill_is_over_when_a_call_starts_again() -> None:
     assert not [line for line in view.apply({"type": "leg.started", "leg": 2, **later}) if "after the kill" in line]
     started = {"type": "tool_call.started", "tool_call": "c", "name": "test_tool", "attempt": 2}
     assert view.apply({**started, **later})[-1].endswith("tools run again on tools-2, 1000 ms after the kill")
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_a_kill_is_drawn_with_the_time_since_then_with_who_went_on(width: int) -> None:
+    # Given a run whose holder is killed
+    at = [BEGIN + timedelta(seconds=3.5)]
+    view = DemoView("0" * 36, agent="tester", since=BEGIN, expected=50, clock=lambda: at[0])
+    view.processes = {"agents-1": True, "agents-2": True, "tools-1": True, "control-1": False}
+    leg = {"type": "leg.started", "leg": 1, "epoch": 1, "worker": "agents-1@host"}
+    view.apply({**leg, "at": (BEGIN + timedelta(seconds=1)).isoformat()})
+    assert "workers  agents-1 has the run  agents-2  tools-1  control-1 starts" in drawn(view, width)
+    view.killed("agents", "agents-1", 4711, BEGIN + timedelta(seconds=3), "while it streamed step 13", "agents-3")
+    # Then the time runs beside it, on a line that fits
+    kill = "  3.0 s  kill -9 agents-1 while it streamed step 13"
+    assert f"{kill}{'0.50 s ...':>{width - len(kill)}}" in drawn(view, width)
+    at[0] += timedelta(seconds=1)
+    assert f"{kill}{'1.5 s ...':>{width - len(kill)}}" in drawn(view, width)
+    assert "workers  agents-2  tools-1  control-1 starts  agents-1 killed" in drawn(view, width)
+    # Until another worker has the run
+    view.apply({**leg, "leg": 2, "worker": "agents-2@host", "at": (BEGIN + timedelta(seconds=3.42)).isoformat()})
+    assert f"{kill}{'on agents-2 after 420 ms':>{width - len(kill)}}" in drawn(view, width)
+    assert any(line.startswith("workers  agents-2 has the run") for line in drawn(view, width))
+
+
+def drawn(view: DemoView, width: int) -> list[str]:
+    """Return the lines of a drawing on a terminal of 24 lines, which must fit."""
+    console = Console(file=io.StringIO(), width=width, height=24, force_terminal=True, color_system=None)
+    with console.capture() as capture:
+        console.print(view)
+    lines = [line.rstrip() for line in capture.get().splitlines()]
+    assert max(map(len, lines)) <= width
+    assert len(lines) < 24
+    return lines
+
+
+@pytest.mark.parametrize("terminal", [True, False], ids=["terminal", "pipe"])
+def test_the_claims_are_told_one_a_line_of_80_columns(terminal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    claims = (Claim("one call a step, each settled once", True, "50 calls"), Claim("x" * 70, False, "it was not " * 2))
+    figures = {"steps": 6, "legs": 2, "duration_s": 7.1, "report": "# Audit\n\n| a | b |\n|---|--:|\n| `c` | 1 |"}
+    console = Console(file=io.StringIO(), width=80, force_terminal=terminal, color_system=None)
+    show_report(console, Verdict(claims, figures))
+    summarize(console, Verdict(claims, figures))
+    lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    if terminal:
+        assert f"yes  one call a step, each settled once{'50 calls':>41}" in lines
+        assert max(map(len, lines)) <= 80
+        assert "6 steps in 2 legs, 7.1 s" in lines[-1]
+    else:  # the report was told while it streamed
+        assert lines[:3] == ["", "What the database says:", "  yes  one call a step, each settled once (50 calls)"]
+        assert lines[3].startswith("  NO   xxx")
 
 
 def test_a_second_demo_of_a_project_is_refused_and_told_of_the_first(tmp_path: Path) -> None:

@@ -198,24 +198,27 @@ class _Stage:
         plan = Sabotage(supervisor, run.pk, kinds)
         deadline = None if self.limit is None else time.monotonic() + self.limit.total_seconds()
         looked = 0.0
-        with drawing(view, self.console) if draws(self.console) else nullcontext():
-            reader.start()
-            while reader.is_alive():
-                kill = plan.look()
-                if kill is not None:
-                    successor = supervisor.start_worker(kill.kind)
-                    doing = _doing(kill, view)
-                    reader.told(view.killed(kill.kind, kill.worker, kill.pid, kill.at, doing, successor))
-                if time.monotonic() - looked > _PRESENT_SECONDS:
-                    looked = time.monotonic()
-                    supervisor.replace_the_dead()
-                    present = supervisor.present()
-                    view.processes = {name: name in present for name in supervisor.kinds}
-                if deadline is not None and time.monotonic() > deadline:
-                    raise DemoError(
-                        f"The run did not end within {LIMIT.seconds} s: {run.why()}. Logs: {supervisor.logs}"
-                    )
-                reader.join(_LOOK_SECONDS)
+        try:
+            with drawing(view, self.console) if draws(self.console) else nullcontext():
+                reader.start()
+                while reader.is_alive():
+                    kill = plan.look()
+                    if kill is not None:
+                        successor = supervisor.start_worker(kill.kind)
+                        doing = _doing(kill, view)
+                        reader.told(view.killed(kill.kind, kill.worker, kill.pid, kill.at, doing, successor))
+                    if time.monotonic() - looked > _PRESENT_SECONDS:
+                        looked = time.monotonic()
+                        supervisor.replace_the_dead()
+                        present = supervisor.present()
+                        view.processes = {name: name in present for name in supervisor.kinds}
+                    if deadline is not None and time.monotonic() > deadline:
+                        raise DemoError(
+                            f"The run did not end within {LIMIT.seconds} s: {run.why()}. Logs: {supervisor.logs}"
+                        )
+                    reader.join(_LOOK_SECONDS)
+        finally:
+            reader.left = True
         if reader.failure is not None:
             raise reader.failure
         self.shown += 1
@@ -269,9 +272,10 @@ class _Reader(threading.Thread):
         super().__init__(name="demo reader", daemon=True)
         self.run_row, self.view, self.console = run, view, console
         self.failure: BaseException | None = None
+        self.left = False  # nobody waits for it any more: the demo ends, and the servers under it
 
     def told(self, lines: list[str]) -> None:
-        if not draws(self.console):
+        if not self.left and not draws(self.console):
             tell(self.console, lines)
 
     def run(self) -> None:

@@ -138,15 +138,15 @@ class Moves:
                 if process.up != "up" or process.kind != ("A" if kind == "run" else "T"):
                     continue
                 if process.draining:
-                    if kind == "run" and process.jobs and self.scenario.sweep:
-                        # It came before the worker stopped consuming: `advance` does nothing.
+                    # What comes before the worker stops consuming is passed on: the message is where it was.
+                    if kind == "run" and process.jobs and "drain_drops_messages" in self.broken:
                         yield self._act(
                             f"{self._name(index)} drains and drops the message of {name}", "P", _drop(message)
                         )
                     continue
                 if len(process.jobs) >= (2 if kind == "run" else 1):
                     continue
-                if process.beat and "claim_while_absent" not in self.broken:
+                if process.closed or (process.beat and "claim_while_absent" not in self.broken):
                     continue
 
                 def claim(
@@ -263,7 +263,9 @@ class Moves:
                 def look(after: World, opens: bool = opens) -> Published | None:
                     if not opens:
                         after.left = after.left._replace(budgets=after.left.budgets - 1)
-                    return self.rules.look(after, number, job, opens=opens, present=not process.beat)
+                    return self.rules.look(
+                        after, number, job, opens=opens, present=not process.beat and not process.closed
+                    )
 
                 what = f"{this} looks" + (" and claims" if own and run.status == QUEUED else ", its leg is over")
                 yield from self._commit(what + ("" if opens else ", its budget is used"), "P", look)
@@ -306,7 +308,7 @@ class Moves:
 
             yield from self._commit(f"{this} settles", "P", settle, number)
             yield from self._unanswered(f"{this} settles", settle, number, job)
-            if self._world.left.errors and attempt < 2:
+            if self._world.left.errors and attempt < 2 and self._world.calls[index].kind != "N":
 
                 def retry(after: World, job: Job = job) -> Published | None:
                     after.left = after.left._replace(errors=after.left.errors - 1)
@@ -356,7 +358,7 @@ class Moves:
 
             def leave(after: World) -> None:
                 after.rename({number: LEFT})
-                after.process(number, up="down", lock=False, beat=0, draining=False, cut=0)
+                after.process(number, up="down", lock=False, beat=0, draining=False, cut=0, doomed=False, closed=False)
 
             yield self._act(f"{name} leaves, its presence last", "P", leave)
         elif "drain_releases_presence_first" in self.broken and process.lock:
@@ -365,14 +367,16 @@ class Moves:
 
             def forget(after: World) -> None:
                 after.rename({number: LEFT})
-                after.process(number, up="down", lock=False, beat=0, draining=False, cut=0, jobs=())
+                after.process(
+                    number, up="down", lock=False, beat=0, draining=False, cut=0, doomed=False, closed=False, jobs=()
+                )
 
             yield self._act(f"{name} leaves in the middle of its call", "P", forget)
 
     def _kill(self, world: World, number: int) -> None:
         process = world.processes[number]
         world.rename({number: JUST_DEAD if process.beat == 0 else DEAD})
-        world.process(number, up="down", lock=False, beat=0, draining=False, jobs=(), cut=0)
+        world.process(number, up="down", lock=False, beat=0, draining=False, jobs=(), cut=0, doomed=False, closed=False)
 
     def _presence(self, number: int, process: Process) -> Iterator[Move]:
         name, world = self._name(number), self._world
@@ -381,11 +385,17 @@ class Moves:
             yield self._act(f"{name} is started again", "P", lambda after: after.process(number, up="up", lock=True))
             return
         leaving = process.draining and "drain_releases_presence_first" in self.broken
-        if process.up == "up" and (not process.lock or process.beat) and not leaving:
+        if process.up == "up" and process.closed and not holds:
+            # It may begin a new life sooner; what its old one holds stays with that one, which is what matters here.
+            yield self._act(
+                f"{name} begins a new life", "P", lambda after: after.process(number, lock=True, beat=0, closed=False)
+            )
+        elif process.up == "up" and (not process.lock or process.beat) and not leaving and not process.closed:
             yield self._act(
                 f"{name} locks and beats again", "P", lambda after: after.process(number, lock=True, beat=0)
             )
-        if (process.up == "stalled" or not process.lock) and process.beat < 2 and not leaving:
+        mute = process.up == "stalled" or not process.lock or process.closed
+        if mute and process.beat < 2 and not leaving:
 
             def silent(after: World) -> None:
                 after.process(number, beat=process.beat + 1, cut=2)
@@ -446,11 +456,34 @@ class Moves:
         """What the watcher sees of a holder: (its lock is free, a beat is missed too or it is past the TTL)."""
         if isinstance(holder, int):
             process = self._world.processes[holder]
-            return not process.lock or process.beat == 2, process.beat == 2 or (not process.lock and process.beat > 0)
+            gone = not process.lock or process.closed or process.beat == 2
+            silent = process.beat == 2 or (gone and process.beat > 0)
+            return gone, silent or (process.closed and "closed_life_at_once" in self.broken)
         return True, holder != JUST_DEAD
 
     def _sweep(self) -> Iterator[Move]:
         world, rules = self._world, self.rules
+        for number, process in enumerate(world.processes):
+            # Two moves: a claim that is under way asks whether its life is open before the watcher closes it.
+            dead = process.up != "down" and not process.closed and (not process.lock or process.beat == 2)
+            if process.doomed and (dead or "close_by_an_old_look" in self.broken):
+                yield self._act(
+                    f"the watcher closes the life of {self._name(number)}",
+                    "P",
+                    lambda after, number=number: after.process(number, doomed=False, closed=True),  # type: ignore[misc]
+                )
+            elif process.doomed:
+                yield self._act(
+                    f"the watcher finds {self._name(number)} alive again",
+                    "P",
+                    lambda after, number=number: after.process(number, doomed=False),  # type: ignore[misc]
+                )
+            elif dead and number not in world.holders():
+                yield self._act(
+                    f"the watcher finds {self._name(number)} dead, with nothing to take from it",
+                    "P",
+                    lambda after, number=number: after.process(number, doomed=True),  # type: ignore[misc]
+                )
         for number, run in enumerate(world.runs):
             due = run.due == DUE or (run.due == AFTER_LINGER and run.linger != AHEAD)
             if run.status == QUEUED and due and not run.late and "no_sweep" not in self.broken:

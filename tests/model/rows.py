@@ -70,6 +70,8 @@ class Process(NamedTuple):
     lock: bool = True
     beat: int = 0  # 0 fresh, 1 missed, 2 past the TTL
     draining: bool = False
+    doomed: bool = False  # the watcher saw it dead, and nothing of it left to take
+    closed: bool = False  # its life is over (gone_at), whatever the process thinks
     jobs: tuple[Job, ...] = ()
     cut: int = 0
 
@@ -168,43 +170,42 @@ def canonical(world: World) -> None:
     when everything has ended.
     """
     runs, calls = world.runs, world.calls
-    processes = []
     for number, process in enumerate(world.processes):
         if process.kind == "A" and process.jobs:
-            jobs = sorted(
-                (at, run, int(epoch == runs[run].epoch), int(leg in runs[run].legs))
-                for at, run, epoch, leg in process.jobs
-            )
-            process = process._replace(jobs=tuple(jobs))
-        if not process.jobs and (process.cut or process.beat):
-            held = number in world.holders()
-            # The silence of an idle process matters when it claims: then it must beat first.
-            process = process._replace(cut=process.cut if held else 0)
-        processes.append(process)
-    world.processes = tuple(processes)
-    kept = []
-    for message in world.messages:
-        if message[0] == "run":
-            run = runs[message[1]]
-            ahead = message[2] - run.seq
-            if ahead > 0 or (ahead == 0 and run.status == QUEUED):
-                kept.append(("run", message[1], ahead + 1, 0))
-        else:
-            call = calls[message[1]]
-            named, present = message[2:], (call.round, call.attempt)
-            if named > present or (named == present and call.status == REQUESTED):
-                kept.append(message)
-    world.messages = frozenset(kept)
-    world.runs = tuple(
-        run._replace(epoch=1, seq=1, legs=(1,) * len(run.legs)) if run.seq or run.epoch else run for run in runs
-    )
+            jobs = []
+            for job in process.jobs:
+                at, its_run, epoch, leg = job
+                run = runs[its_run]
+                jobs.append((at, its_run, int(epoch == run.epoch), int(leg in run.legs)))
+            jobs.sort()
+            if process.jobs != (folded := tuple(jobs)):
+                world.process(number, jobs=folded)
+        elif process.cut and not process.jobs and number not in world.holders():
+            world.process(number, cut=0)
+    if world.messages:
+        kept = []
+        for message in world.messages:
+            if message[0] == "run":
+                run = runs[message[1]]
+                ahead = message[2] - run.seq
+                if ahead > 0 or (ahead == 0 and run.status == QUEUED):
+                    kept.append(message if run.seq == 1 else ("run", message[1], ahead + 1, 0))
+            else:
+                call = calls[message[1]]
+                named, present = message[2:], (call.round, call.attempt)
+                if named > present or (named == present and call.status == REQUESTED):
+                    kept.append(message)
+        world.messages = frozenset(kept)
+    for number, run in enumerate(runs):
+        legs = (1,) * len(run.legs)
+        if run.seq and (run.epoch != 1 or run.seq != 1 or run.legs != legs):
+            world.run(number, epoch=1, seq=1, legs=legs)
     if not world.left.starts and all(run.ended for run in runs):
         world.left = Left()
     for number in range(len(world.processes) - 1):
         here, there = world.processes[number : number + 2]
         if here.kind == there.kind and _rank(world, number) > _rank(world, number + 1):
-            world.process(number, **there._asdict())
-            world.process(number + 1, **here._asdict())
+            world.processes = (*world.processes[:number], there, here, *world.processes[number + 2 :])
             world.rename({number: number + 1, number + 1: number})
 
 

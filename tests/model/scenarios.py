@@ -52,14 +52,15 @@ def of(kinds: str) -> frozenset[str]:
 
 QUICK = [
     # legs: fences, reclaim, poison
-    Scenario("legs", "AA", faults=1, kinds=of("crash stall blip lose ack"), errors=1, cancels=1),
-    Scenario("poison", "AA", faults=2, kinds=of("crash stall ack"), errors=1, poison=2, drains=1),
+    Scenario("legs", "AA", faults=1, kinds=of("crash ack lose"), errors=1, cancels=1),
+    Scenario("poison", "AA", faults=2, kinds=of("crash stall"), poison=2),
     # calls: claim, settle, join, reclaim, give-back
     Scenario("calls", "ATT", "PN", linger=False, faults=1, kinds=of("crash blip lose ack"), frail="T", cancels=1),
-    Scenario("calls_atomic", "ATT", "@", linger=False, faults=2, kinds=of("crash blip stall ack"), frail="T", errors=1),
+    Scenario("calls_atomic", "ATT", "@", linger=False, faults=2, kinds=of("crash blip"), frail="T"),
+    Scenario("calls_closed", "ATT", "PP", linger=False, faults=1, kinds=of("blip"), frail="T"),
     # linger
     Scenario("linger", "AAT", "I", rounds=2, faults=1, kinds=of("crash ack lose"), cancels=1, budgets=1),
-    Scenario("linger_stall", "AAT", "I", rounds=1, faults=1, kinds=of("stall blip"), frail="A"),
+    Scenario("linger_stall", "AAT", "I", faults=1, kinds=of("stall"), frail="A"),
     # the held queue
     Scenario("held", "AA", starts=2, cancels=1, faults=1, kinds=of("crash ack lose")),
     Scenario("held_poison", "A", starts=1, faults=1, kinds=of("crash"), poison=1),
@@ -74,22 +75,25 @@ QUICK = [
     Scenario("prompt_held", "A", starts=2, cancels=1, drains=1, sweep=False),
 ]
 LARGE = [
+    Scenario("large_legs", "AA", faults=2, kinds=of("crash blip"), errors=1),
+    Scenario("large_stall", "AA", faults=2, kinds=of("stall ack"), errors=1, cancels=1),
+    Scenario("large_poison", "AAT", "I", faults=3, kinds=of("crash ack"), frail="A", poison=3, errors=1),
+    Scenario("large_calls", "ATT", "IPN", linger=False, faults=2, kinds=of("crash ack"), frail="T"),
     Scenario(
-        "large_legs", "AA", faults=2, kinds=of("crash stall blip lose ack"), errors=1, cancels=1, drains=1, starts=1
+        "large_calls_blip", "ATT", "PN", linger=False, faults=2, kinds=of("crash blip lose"), frail="T", cancels=1
     ),
-    Scenario("large_poison", "AA", "I", faults=3, kinds=of("crash stall ack"), frail="A", poison=3, errors=1),
-    Scenario("large_calls", "ATT", "IPN", linger=False, faults=2, kinds=of("crash blip lose ack"), frail="T"),
     Scenario(
-        "large_atomic", "ATT", "@I", linger=False, faults=2, kinds=of("crash stall blip ack"), frail="T", cancels=1
+        "large_atomic", "ATT", "@I", linger=False, faults=1, kinds=of("crash stall blip ack"), frail="T", cancels=1
     ),
-    Scenario("large_linger", "AAT", "I", rounds=2, faults=2, kinds=of("crash stall ack lose"), cancels=1, budgets=1),
-    Scenario("large_linger_calls", "AT", "IN", rounds=2, faults=2, kinds=of("crash blip ack"), budgets=1, errors=1),
+    Scenario("large_linger", "AAT", "I", rounds=2, faults=2, kinds=of("crash ack lose"), cancels=1, budgets=1),
+    Scenario("large_linger_stall", "AAT", "I", faults=1, kinds=of("stall blip"), frail="A", drains=1),
+    Scenario("large_linger_calls", "AT", "IN", rounds=2, faults=2, kinds=of("crash ack"), budgets=1, errors=1),
     Scenario("large_held", "AA", starts=3, cancels=2, faults=2, kinds=of("crash ack lose"), deletes=1),
-    Scenario("large_drain", "AATT", "IN", rounds=1, drains=2, faults=1, kinds=of("crash stall ack"), errors=1),
+    Scenario("large_drain", "AATT", "IN", drains=2, faults=1, kinds=of("crash ack")),
     Scenario(
         "large_whole", "AAT", "I", rounds=2, starts=1, cancels=1, drains=1, faults=1, kinds=of("crash ack"), errors=1
     ),
-    Scenario("large_prompt", "AATT", "IP", rounds=2, drains=2, errors=1, budgets=1, starts=1, cancels=1, sweep=False),
+    Scenario("large_prompt", "AATT", "IP", rounds=2, drains=1, errors=1, budgets=1, starts=1, cancels=1, sweep=False),
 ]
 SCENARIOS = {scenario.name: scenario for scenario in (*QUICK, *LARGE)}
 
@@ -184,6 +188,7 @@ BREAKS = {
     "drain_forgets_calls": Break("drain", "a draining tools worker leaves in the middle of a call"),
     "drain_drops_whole_answer": Break("drain", "a draining worker hands over though the model's answer is whole"),
     "drain_unpublished": Break("prompt_linger", "a drained run is not published"),
+    "drain_drops_messages": Break("prompt_linger", "a draining worker takes a message and does nothing with it"),
     "drain_lingers_on": Break(
         "prompt_linger",
         "a draining worker's legs linger on",
@@ -194,14 +199,20 @@ BREAKS = {
     "no_fence_commit": Break("legs", "the commit of a step does not ask for the fence"),
     "no_fence_requeue": Break("legs", "a hand-over does not ask for the fence"),
     "exit_leaves_pending": Break("legs", "the pending message is ended by the next claim, not by the exit"),
-    "no_sweep": Break("legs", "nothing publishes a queued run again"),
-    "no_give_back": Break("legs", "a worker does not give back what it does not know it holds"),
+    "no_sweep": Break("held", "nothing publishes a queued run again"),
+    "no_give_back": Break("held", "a worker does not give back what it does not know it holds"),
     "poison_counts_claims": Break("poison", "every claim counts toward poison"),
     "claim_while_absent": Break("poison", "a worker claims before it has beaten again"),
     "publish_before_commit": Break("prompt_linger", "a message goes out before the commit of what it names"),
     "settle_without_run_lock": Break("calls", "a settlement looks at the siblings before it locks the run"),
     "no_call_republish": Break("calls", "nothing publishes a requested call again"),
     "reclaim_without_presence": Break("calls", "a running call is taken from a worker that is present"),
+    "closed_life_at_once": Break(
+        "calls_closed", "what names a life that was closed a moment ago is taken though no beat was missed"
+    ),
+    "close_by_an_old_look": Break(
+        "poison", "the watcher closes a life that has locked and beaten again since it was seen dead"
+    ),
     "non_idempotent_runs_again": Break("calls", "an idempotent=False call of a dead worker runs again"),
     "stale_reclaim": Break(
         "calls_atomic", "a sweep reclaims a call by what it saw earlier, without holder and attempt"

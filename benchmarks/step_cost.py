@@ -254,13 +254,13 @@ class Dbos:
         found = self._rig.connection.execute(
             "SELECT (SELECT count(*) FROM dbos.workflow_status WHERE workflow_uuid = ANY(%(ids)s)"
             "   AND status = 'SUCCESS'),"
-            " (SELECT count(*) FROM dbos.operation_outputs WHERE workflow_uuid = ANY(%(ids)s)"
-            "   AND function_name = 'take' AND error IS NULL)",
-            {"ids": ids},
+            " (SELECT count(*) FROM (SELECT FROM dbos.operation_outputs WHERE workflow_uuid = ANY(%(ids)s)"
+            "   AND function_name = 'take' AND error IS NULL GROUP BY workflow_uuid HAVING count(*) = %(steps)s) as_asked)",
+            {"ids": ids, "steps": steps},
         ).fetchone()
-        if found != (runs, runs * steps):
+        if found != (runs, runs):
             raise RigError(
-                f"DBOS, {runs} runs of {steps} steps: (ended well, tools called) is {found}.\n{self._rig.logs()}"
+                f"DBOS, {runs} runs of {steps} steps: (ended well, called as many tools) is {found}.\n{self._rig.logs()}"
             )
         return ended - started
 
@@ -315,12 +315,13 @@ class AbsurdTasks:
         self._order("rest")
         found = connection.execute(
             "SELECT (SELECT count(*) FROM absurd.t_bench WHERE task_id = ANY(%(ids)s) AND state = 'completed'),"
-            " (SELECT count(*) FROM absurd.c_bench WHERE task_id = ANY(%(ids)s) AND checkpoint_name ~ '^take(#|$)')",
-            {"ids": ids},
+            " (SELECT count(*) FROM (SELECT FROM absurd.c_bench WHERE task_id = ANY(%(ids)s)"
+            "   AND checkpoint_name ~ '^take(#|$)' GROUP BY task_id HAVING count(*) = %(steps)s) as_asked)",
+            {"ids": ids, "steps": steps},
         ).fetchone()
-        if found != (runs, runs * steps):
+        if found != (runs, runs):
             raise RigError(
-                f"absurd, {runs} runs of {steps} steps: (ended well, tools called) is {found}.\n{self._rig.logs()}"
+                f"absurd, {runs} runs of {steps} steps: (ended well, called as many tools) is {found}.\n{self._rig.logs()}"
             )
         return ended - started
 

@@ -150,6 +150,8 @@ class Sweep:
         self.watcher = Watcher(patient=patient)
         self._publishes = publishes  # False: a rehearsal, whose transaction is rolled back
         self._patience = PATIENCE
+        # Of lives that are dead by their lock alone: what an earlier look could not take, for somebody held the row.
+        self._owed: dict[UUID, set[tuple[UUID, int]]] = {}
 
     def _announce(self, answer: Mapping[str, Any]) -> None:
         if self._publishes:
@@ -160,7 +162,9 @@ class Sweep:
         done = Done()
         self._patience = PATIENCE
         with messages.until_refused():
-            for life, missed in self.watcher.dead().items():
+            dead = self.watcher.dead()
+            self._owed = {life: rows for life, rows in self._owed.items() if life in dead}
+            for life, missed in dead.items():
                 self._bury(life, missed, done)
             self._publish(done)
         return done
@@ -179,21 +183,36 @@ class Sweep:
     # -- the dead --
 
     def _bury(self, life: UUID, missed: bool, done: Done) -> None:
-        """Take everything from a dead life: runs at once, calls as they declare themselves; then close it."""
+        """Take everything from a dead life: runs at once, calls as they declare themselves; then close it.
+
+        From one that is dead by its lock alone once: what it claims after that shows that it lives and has only lost its
+        connection, which it mends within two seconds. If not, a beat is missed, and all is taken.
+        """
+        owed = None if missed else self._owed.get(life)
+        kept: set[tuple[UUID, int]] = set()
         left = False
         for run_id, epoch in self._rows(
             "SELECT id, epoch FROM longhaul_runs_run WHERE holder = %s AND status = 'running'", life
         ):
-            left |= not self._reclaim_run(run_id, epoch, life, done)
+            if owed is not None and (run_id, epoch) not in owed:
+                left = True
+            elif not self._reclaim_run(run_id, epoch, life, done):
+                kept.add((run_id, epoch))
         for call_id, attempt, safe in self._rows(
             "SELECT id, attempt, atomic OR coalesce(idempotent, false) FROM longhaul_tools_toolcall"
             " WHERE holder = %s AND status = 'running'",
             life,
         ):
+            if owed is not None and (call_id, attempt) not in owed:
+                left = True
+                continue
             if safe or missed:
-                left |= not self._reclaim_call(call_id, attempt, life, done)
+                if not self._reclaim_call(call_id, attempt, life, done):
+                    kept.add((call_id, attempt))
             else:
                 left = True  # its effect may be half done: only when a beat is missed too
+        self._owed[life] = kept
+        left |= bool(kept)
         if left:
             return
         try:

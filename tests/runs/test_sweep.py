@@ -406,6 +406,28 @@ def test_any_other_call_is_taken_when_a_beat_is_missed_too(
     assert [sent_call for sent_call, *_ in sent.calls] == ([call.id] if then == "retrying" else [])
 
 
+def test_a_process_that_lost_its_lock_and_lives_loses_what_it_held_once(
+    world: World, passes: Sweep, sent: Sent, process: Process
+) -> None:
+    """It locks again within two seconds, in which the watcher looks eight times; a run of five losses has failed as poison."""
+    call = process.calls()
+    run, again = process.speaks(), process.calls(idempotent=True, max_attempts=3)
+    passes.look()
+    process.die()
+    done = passes.look()
+    assert (done.reclaimed_runs, done.reclaimed_calls) == ([run.run], [again.id])
+    claim, retried = world.claim(run.run, process.id), world.call_claim(again.id, process.id)
+    for _ in range(8):
+        assert not passes.look().reclaimed_runs
+    assert world.run(run.run)["epoch"] == claim.epoch
+    assert world.tool_call(again.id)["attempt"] == retried.attempt
+    # What is silent for a beat is taken all the same: it has died meanwhile.
+    world.ahead(4 * SECOND)
+    done = passes.look()
+    assert (done.reclaimed_runs, set(done.reclaimed_calls)) == ([run.run], {call.id, again.id})
+    assert done.dead_workers == [process.id]
+
+
 # --- lost holders, and what passed its time
 
 

@@ -7,7 +7,8 @@ from typing import Any
 
 from runs import Agent, agents, engine, lifecycle
 from runs.models import Run
-from runs.pytest_longhaul import ScriptedModel, _worker, call, run_to_end
+from runs.pytest_longhaul import ScriptedModel, call, run_to_end
+from runs.testing.inline_worker import working
 from threads.ids import new_id
 from tools import ToolFailed, tool
 from tools import execution as tool_execution
@@ -49,7 +50,7 @@ class State:
     def preparing(self) -> Run:
         """Claimed, before its turn is opened."""
         run = self.queued()
-        with _worker() as present:
+        with working() as present:
             answer = lifecycle.claim(
                 run.pk, run.dispatch_seq, worker=present.id, worker_name="agents@a", task_id="", leg=new_id()
             )
@@ -59,7 +60,7 @@ class State:
     def running(self) -> Run:
         """Its model is asked, and has said something."""
         run = self.queued()
-        with _worker() as present:
+        with working() as present:
             worker = present.id
             lifecycle.claim(run.pk, 1, worker=worker, worker_name="agents@a", task_id="", leg=new_id())
             message = new_id()
@@ -73,7 +74,7 @@ class State:
         """For two calls that nobody has taken yet."""
         run = self.queued()
         self.model.say(["I look.", call("look_up", number=1), call("refund", number=2)])
-        with _worker() as present:
+        with working() as present:
             engine.advance(run.pk, run.dispatch_seq, engine.Process(present))
         run.refresh_from_db()
         assert run.status == "waiting"
@@ -83,7 +84,7 @@ class State:
         """Its first call is settled, its second one runs."""
         run = self.waiting()
         first, second = ToolCall.objects.filter(run_id=run.pk).order_by("index")
-        with _worker() as present:
+        with working() as present:
             tool_execution.execute(first.pk, 1, presence=present)
             tool_lifecycle.claim(second.pk, 1, worker=present.id, worker_name="tools@a", task_id="", alone=False)
         return run
@@ -100,7 +101,7 @@ class State:
         """Its first call runs again, for its worker was lost."""
         run = self.waiting()
         first = ToolCall.objects.filter(run_id=run.pk).order_by("index")[0]
-        with _worker() as present:
+        with working() as present:
             tool_lifecycle.claim(first.pk, 1, worker=present.id, worker_name="tools@a", task_id="", alone=False)
             tool_lifecycle.reclaim(first.pk, 1, holder=present.id)
         return run
@@ -108,7 +109,7 @@ class State:
     def joined(self) -> Run:
         """Both calls are settled, so it is queued again."""
         run = self.waiting()
-        with _worker() as present:
+        with working() as present:
             for each in ToolCall.objects.filter(run_id=run.pk).order_by("-index"):
                 tool_execution.execute(each.pk, 1, presence=present)
         return run

@@ -17,8 +17,9 @@ from runs import engine, explain, lifecycle
 from runs.agents import Agent
 from runs.models import Event, Run, StopReason
 from runs.providers.port import ProviderError
-from runs.pytest_longhaul import ScriptedModel, _worker, call, move_clock, run_to_end
+from runs.pytest_longhaul import ScriptedModel, call, move_clock, run_to_end
 from runs.sweep import SWEEP_LOCK
+from runs.testing.inline_worker import working
 from tests.protocol.rows import wait_until
 from tests.runs.invariant_cases import STATES, State
 from tests.runs.scenes import Cast
@@ -226,7 +227,7 @@ def waiting(agent: Agent, scripted_model: ScriptedModel, *calls: Any) -> Run:
     scripted_model.say(list(calls))
     run = agent.start("hello")
     by = worker("agents")
-    with _worker() as present:
+    with working() as present:
         engine.advance(run.pk, 1, engine.Process(present))
     by.delete()
     run.refresh_from_db()
@@ -289,7 +290,7 @@ def test_a_settled_call_and_those_of_earlier_steps_are_not_waited_for(
     scripted_model.say(call("look_up", number=1))
     run = waiting(agent, scripted_model, call("look_up", number=2), call("look_up", number=3))
     assert run.steps == 1
-    with _worker() as present:
+    with working() as present:
         execution.execute(ToolCall.objects.get(run_id=run.pk).pk, 1, presence=present)
         run.refresh_from_db()
         engine.advance(run.pk, run.dispatch_seq, engine.Process(present))
@@ -351,7 +352,7 @@ def test_a_run_that_moves_while_it_is_explained_is_explained_as_it_is(
     agent: Agent, scripted_model: ScriptedModel
 ) -> None:
     run = waiting(agent, scripted_model, call("look_up", number=1))
-    with _worker() as present:
+    with working() as present:
         execution.execute(ToolCall.objects.get(run_id=run.pk).pk, 1, presence=present)
     assert run.status == "waiting", "as it was read"
     assert explain.explain(run).why.startswith("queued for")

@@ -35,6 +35,7 @@ from runs.pytest_longhaul import (
     run_to_end,
     scripted,
 )
+from runs.testing import inline_worker
 from tests.docs import page
 from tests.runs.scenes import Cast, Together, asked, payloads, rows, texts, types
 from threads import clock
@@ -600,7 +601,7 @@ def test_a_run_that_is_held_behind_one_that_waits_for_a_person_says_so(scripted_
 
 @pytest.mark.django_db
 def test_a_run_that_goes_on_and_on_is_given_up(scripted_model: ScriptedModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pytest_longhaul, "MAX_TURNS", 8)
+    monkeypatch.setattr(inline_worker, "MAX_TURNS", 8)
     scripted_model.answer = lambda messages: call("note", word="again")
     with pytest.raises(AssertionError, match="did not end in 8 legs and calls"):
         run_to_end(clerk.start("hello"))
@@ -766,12 +767,10 @@ def test_the_functions_need_no_pytest() -> None:
 def test_the_page_on_testing_names_all_of_it() -> None:
     rows = [page.code(name)[0] for name, _ in page.table("docs/testing.md", "Testing your agents")]
     told = {row.partition("(")[0]: row for row in rows}
-    public = {
-        name
-        for name, value in vars(pytest_longhaul).items()
-        if getattr(value, "__module__", "") == pytest_longhaul.__name__ and not name.startswith("_")
+    assert set(told) == set(pytest_longhaul.__all__) - {"CallTool", "Reply", "ScriptedModel"} | {
+        "scripted_model",
+        "longhaul_clock",
     }
-    assert set(told) == public - {"CallTool", "ScriptedModel"} | {"scripted_model", "longhaul_clock"}
     for name in ("run_to_end", "assert_invariants", "move_clock"):
         given = re.sub(
             r"\*, |: [^,=)]+", "", str(inspect.signature(getattr(pytest_longhaul, name))).partition(" ->")[0]

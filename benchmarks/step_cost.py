@@ -431,7 +431,7 @@ class Plan:
     late: float
 
 
-FULL = Plan(at_once=AT_ONCE, fewer=20, bare=20, least=3, most=9, singles=3, counted_runs=20, until=420, late=420)
+FULL = Plan(at_once=AT_ONCE, fewer=20, bare=20, least=2, most=9, singles=3, counted_runs=20, until=420, late=420)
 QUICK = Plan(at_once=AT_ONCE, fewer=6, bare=8, least=1, most=3, singles=1, counted_runs=4, until=65, late=35)
 
 

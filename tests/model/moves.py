@@ -213,8 +213,17 @@ class Moves:
                 yield self._act(f"{this} the model has spoken", "P", _step(number, job, ("n", run_number, epoch, leg)))
                 if self._world.left.errors:
                     yield self._act(f"{this} the model fails", "E", _error(number, job, ("e", run_number, epoch, leg)))
+                if self._world.left.faults and "hang" in self.scenario.kinds:
+                    yield self._act(
+                        f"{this} the model falls silent", "X", _step(number, job, ("w", run_number, epoch, leg))
+                    )
                 if process.draining:
                     yield from self._hand_over(f"{this} the grace is over,", number, job, "drained")
+            elif at == "w":
+                if process.draining and "drain_waits_for_streams" not in self.broken:
+                    yield from self._hand_over(f"{this} the grace is over,", number, job, "drained")
+                if self._world.runs[run_number].epoch != epoch or self._world.runs[run_number].status != RUNNING:
+                    yield self._act(f"{this} its fence is gone, it is stopped", "P", _step(number, job, None))
             elif at == "n":
                 if process.draining and "drain_drops_whole_answer" in self.broken:
                     yield from self._hand_over(this, number, job, "drained")
@@ -358,7 +367,17 @@ class Moves:
 
             def leave(after: World) -> None:
                 after.rename({number: LEFT})
-                after.process(number, up="down", lock=False, beat=0, draining=False, cut=0, doomed=False, closed=False)
+                after.process(
+                    number,
+                    up="down",
+                    lock=False,
+                    beat=0,
+                    draining=False,
+                    cut=0,
+                    taken=False,
+                    doomed=False,
+                    closed=False,
+                )
 
             yield self._act(f"{name} leaves, its presence last", "P", leave)
         elif "drain_releases_presence_first" in self.broken and process.lock:
@@ -368,7 +387,16 @@ class Moves:
             def forget(after: World) -> None:
                 after.rename({number: LEFT})
                 after.process(
-                    number, up="down", lock=False, beat=0, draining=False, cut=0, doomed=False, closed=False, jobs=()
+                    number,
+                    up="down",
+                    lock=False,
+                    beat=0,
+                    draining=False,
+                    cut=0,
+                    taken=False,
+                    doomed=False,
+                    closed=False,
+                    jobs=(),
                 )
 
             yield self._act(f"{name} leaves in the middle of its call", "P", forget)
@@ -376,7 +404,18 @@ class Moves:
     def _kill(self, world: World, number: int) -> None:
         process = world.processes[number]
         world.rename({number: JUST_DEAD if process.beat == 0 else DEAD})
-        world.process(number, up="down", lock=False, beat=0, draining=False, jobs=(), cut=0, doomed=False, closed=False)
+        world.process(
+            number,
+            up="down",
+            lock=False,
+            beat=0,
+            draining=False,
+            jobs=(),
+            cut=0,
+            taken=False,
+            doomed=False,
+            closed=False,
+        )
 
     def _presence(self, number: int, process: Process) -> Iterator[Move]:
         name, world = self._name(number), self._world
@@ -388,11 +427,15 @@ class Moves:
         if process.up == "up" and process.closed and not holds:
             # It may begin a new life sooner; what its old one holds stays with that one, which is what matters here.
             yield self._act(
-                f"{name} begins a new life", "P", lambda after: after.process(number, lock=True, beat=0, closed=False)
+                f"{name} begins a new life",
+                "P",
+                lambda after: after.process(number, lock=True, beat=0, taken=False, closed=False),
             )
         elif process.up == "up" and (not process.lock or process.beat) and not leaving and not process.closed:
             yield self._act(
-                f"{name} locks and beats again", "P", lambda after: after.process(number, lock=True, beat=0)
+                f"{name} locks and beats again",
+                "P",
+                lambda after: after.process(number, lock=True, beat=0, taken=False),
             )
         mute = process.up == "stalled" or not process.lock or process.closed
         if mute and process.beat < 2 and not leaving:
@@ -482,7 +525,7 @@ class Moves:
                 yield self._act(
                     f"the watcher finds {self._name(number)} dead, with nothing to take from it",
                     "P",
-                    lambda after, number=number: after.process(number, doomed=True),  # type: ignore[misc]
+                    lambda after, number=number: after.process(number, doomed=True, taken=True),  # type: ignore[misc]
                 )
         for number, run in enumerate(world.runs):
             due = run.due == DUE or (run.due == AFTER_LINGER and run.linger != AHEAD)
@@ -491,11 +534,17 @@ class Moves:
                 if message not in world.messages:
                     yield self._act(f"the sweep publishes run {number + 1} again", "S", _publish(message))
             if run.status == RUNNING:
-                gone, _ = self._lost(run.holder)
-                if gone:
+                gone, missed = self._lost(run.holder)
+                gone = gone and self._takes(run.holder, run.bare, missed)
+                # leg_deadline passes when the model is silent, and nowhere else, for it leaves room enough
+                silent = any(job[:3] == ("w", number, run.epoch) for process in world.processes for job in process.jobs)
+                if gone or (silent and "no_leg_deadline" not in self.broken):
 
                     def take(after: World, number: int = number) -> Published:
-                        self._needless(after, after.runs[number].holder)
+                        holder = after.runs[number].holder
+                        self._needless(after, holder)
+                        if isinstance(holder, int) and not after.processes[holder].lock:
+                            after.process(holder, taken=True)
                         return rules.reclaim(after, number)
 
                     yield from self._commit(f"the sweep reclaims run {number + 1}", "S", take)
@@ -506,18 +555,22 @@ class Moves:
                     yield self._act(f"the sweep publishes call {index + 1} again", "S", _publish(message))
             if call.status == EXECUTING:
                 gone, missed = self._lost(call.holder)
-                if (gone and (call.kind in "I@" or missed)) or "reclaim_without_presence" in self.broken:
+                once = self._takes(call.holder, call.bare, missed)
+                if (gone and ((call.kind in "I@" and once) or missed)) or "reclaim_without_presence" in self.broken:
                     if "stale_reclaim" in self.broken:
                         yield self._act(
                             f"a second sweep sees call {index + 1} orphaned",
                             "E",
                             lambda after, index=index: setattr(after, "stale", index + 1),  # type: ignore[misc]
                         )
-                    yield from self._commit(
-                        f"the sweep reclaims call {index + 1}",
-                        "S",
-                        lambda after, index=index: rules.reclaim_call(after, index),  # type: ignore[misc]
-                    )
+
+                    def take_call(after: World, index: int = index) -> Published:
+                        holder = after.calls[index].holder
+                        if isinstance(holder, int) and not after.processes[holder].lock:
+                            after.process(holder, taken=True)
+                        return rules.reclaim_call(after, index)
+
+                    yield from self._commit(f"the sweep reclaims call {index + 1}", "S", take_call)
                 if world.stale == index + 1:
 
                     def stale(after: World, index: int = index) -> Published:
@@ -525,6 +578,12 @@ class Moves:
                         return rules.reclaim_call(after, index)
 
                     yield from self._commit(f"the second sweep reclaims call {index + 1}", "E", stale)
+
+    def _takes(self, holder: Holder, bare: bool, missed: bool) -> bool:
+        """What a process claims after its lock was seen free is left to it until a beat is missed, or its life is closed."""
+        if not bare or missed or not isinstance(holder, int) or "taken_at_every_look" in self.broken:
+            return True
+        return self._world.processes[holder].closed or self._world.processes[holder].lock
 
     def _needless(self, after: World, holder: Holder) -> None:
         if isinstance(holder, int) and after.processes[holder].beat == 2 and after.processes[holder].cut < 2:

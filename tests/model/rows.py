@@ -24,7 +24,7 @@ JUST_DEAD, DEAD, LEFT = "dead now", "dead", "left"
 
 Holder = int | str | None
 # A leg in its process: (where it is, run, epoch, leg). A tool's attempt: (where it is, call, round, attempt).
-# Legs: `b` at a boundary, `h` its budget is used, `m` the model speaks, `n` its answer is whole, `e` it failed,
+# Legs: `b` at a boundary, `h` its budget is used, `m` the model speaks, `w` it says nothing any more, `n` its answer is whole, `e` it failed,
 # `l` lingers, `g` gives up. Attempts: `x` to be executed, `s` to be settled; `z`, `Z` are of a break.
 Job = tuple[str, int, int, int]
 # A message: ("run", run, dispatch_seq, 0) or ("call", call, round, attempt).
@@ -46,11 +46,12 @@ class Run(NamedTuple):
     due: int = NEVER
     joined: bool = True
     ended: bool = False  # its terminal event is written
+    bare: bool = False  # claimed after that: its holder lives, though its lock is free
     flagged: bool = False  # only in a break
 
 
 class Call(NamedTuple):
-    """A call of the first run. `kind`: I idempotent, P plain, N idempotent=False, @ atomic."""
+    """A call of the first run. `kind`: I idempotent, P plain, N idempotent=False, @ atomic, B one that the model got wrong."""
 
     kind: str
     status: str = UNMADE
@@ -60,6 +61,7 @@ class Call(NamedTuple):
     effect: int = 0
     outcome: str = ""
     late: bool = False
+    bare: bool = False
 
 
 class Process(NamedTuple):
@@ -70,6 +72,7 @@ class Process(NamedTuple):
     lock: bool = True
     beat: int = 0  # 0 fresh, 1 missed, 2 past the TTL
     draining: bool = False
+    taken: bool = False  # its lock was seen free, and what it held then was taken or is about to be
     doomed: bool = False  # the watcher saw it dead, and nothing of it left to take
     closed: bool = False  # its life is over (gone_at), whatever the process thinks
     jobs: tuple[Job, ...] = ()

@@ -195,6 +195,7 @@ class Rules:
             status=RUNNING,
             epoch=leg,
             holder=process,
+            bare=world.processes[process].taken,
             due=NEVER,
             legs=(*kept, leg),
             linger=run.linger if self.broken & {"linger_outlives_claims", "linger_outlives_exits"} else NONE,
@@ -245,8 +246,18 @@ class Rules:
         world.run(number, step=step, lost=0, tries=0, pending=False)
         if number > 0 or not world.calls or step > self.scenario.rounds:
             return self.end(world, number, COMPLETED)
-        for index in range(len(world.calls)):
-            world.call(index, status=REQUESTED, round=step, attempt=1, holder=None, effect=0, outcome="", late=False)
+        for index, call in enumerate(world.calls):
+            bad = call.kind == "B"
+            world.call(
+                index,
+                status=SETTLED if bad else REQUESTED,
+                round=step,
+                attempt=1,
+                holder=None,
+                effect=int(bad),
+                outcome="failed" if bad else "",
+                late=False,
+            )
         lingers = self.scenario.linger and not world.processes[process].draining
         linger = AHEAD if lingers else run.linger if "linger_outlives_exits" in self.broken else NONE
         world.run(number, status=WAITING, holder=None, joined=False, linger=linger, due=NEVER)
@@ -254,7 +265,9 @@ class Rules:
             world.job(process, None, ("l", number, epoch, leg))
         else:
             self.leg_end(world, number)
-        return [("call", index, step, 1) for index in range(len(world.calls))]
+        if all(call.kind == "B" for call in world.calls) and "bad_calls_join_late" not in self.broken:
+            return self.changed(world)
+        return [("call", index, step, 1) for index, call in enumerate(world.calls) if call.status == REQUESTED]
 
     def requeue(self, world: World, process: int, job: Job, reason: str) -> Published | None:
         """longhaul_run_requeue: a leg hands over (`budget`, `drained`) or its model is to be tried again (`retry`)."""
@@ -296,7 +309,7 @@ class Rules:
 
     def without_fault(self, world: World) -> None:
         if world.left.faults == self.scenario.faults:
-            world.fail("drain: something was taken from a worker that had no fault")
+            world.fail("5: something was taken from a worker that had no fault")
 
     def cancel(self, world: World, number: int) -> Published:
         """longhaul_run_cancel: a transition, not a flag."""
@@ -343,11 +356,12 @@ class Rules:
         if "lingerer_claims_old_seq" in self.broken:
             return None  # the join has raised it: the row does not match
         self.left_alone(world, process)
+        bare = world.processes[process].taken
         changes: dict[str, object] = {}
         if not self.broken & {"linger_outlives_claims", "linger_outlives_exits"}:
             changes["linger"] = NONE
         epoch = run.epoch + ("lingerer_keeps_epoch" not in self.broken)
-        world.run(number, status=RUNNING, epoch=epoch, holder=process, due=NEVER, **changes)
+        world.run(number, status=RUNNING, epoch=epoch, holder=process, due=NEVER, bare=bare, **changes)
         if opens:
             self.begin_turn(world, number)
         world.job(process, None, ("m" if opens else "h", number, epoch, leg))
@@ -383,7 +397,7 @@ class Rules:
         if (call.status, call.round, call.attempt) != (REQUESTED, round, attempt) or call.late:
             return None
         self.record(world, 0)
-        world.call(index, status=EXECUTING, holder=process)
+        world.call(index, status=EXECUTING, holder=process, bare=world.processes[process].taken)
         world.process(process, cut=int(not world.processes[process].lock))
         world.job(process, None, ("x", index, round, attempt))
         return []

@@ -1,4 +1,15 @@
-"""What is tried, and how the protocol can be broken."""
+"""What is tried, and how the protocol can be broken.
+
+Bounds: one thread with at most four runs, three calls in a step, two steps with calls, two processes of a kind, two legs at
+once in a process, three faults a history. A transaction is one move: lock waits, isolation and lock order are tested on
+Postgres (tests/protocol). Time is order only: "ahead" and "passed", never how long. A way to an end is enough: that
+workers are started again and that no move waits for ever is taken for granted.
+
+Not modelled: what does not exist yet (approvals, deferred results, children, steer, interrupt, admission under
+`max_dispatched`); deltas and the flusher, and the cutting of Postgres itself, which tests/runs and tests/workers try for
+real; doubled messages, for a claim that another took leaves no row that a second copy could match; the deadline of a run,
+which is a cancel by the sweep; limits; prefork parents that beat for their children.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +21,7 @@ class Scenario:
     """Who is there, and how often what comes from outside may happen.
 
     processes: one letter each, A agents, T tools. calls: the kinds of the first run's calls, made anew in each of its
-    `rounds`; later runs of the thread have none. kinds: the faults that may happen (crash, stall, blip, lose, ack),
+    `rounds`; later runs of the thread have none. kinds: the faults that may happen (crash, stall, blip, lose, ack, hang),
     `faults` in all, to processes of the kinds in `frail`. sweep False: nothing may need the sweep (but for timers).
     poison: losses in a row that end a run.
     """
@@ -54,6 +65,8 @@ QUICK = [
     # legs: fences, reclaim, poison
     Scenario("legs", "AA", faults=1, kinds=of("crash ack lose"), errors=1, cancels=1),
     Scenario("poison", "AA", faults=2, kinds=of("crash stall"), poison=2),
+    Scenario("blip", "A", faults=1, kinds=of("blip"), cancels=1),
+    Scenario("hang", "A", faults=1, kinds=of("hang"), starts=1, cancels=1, drains=1),
     # calls: claim, settle, join, reclaim, give-back
     Scenario("calls", "ATT", "PN", linger=False, faults=1, kinds=of("crash blip lose ack"), frail="T", cancels=1),
     Scenario("calls_atomic", "ATT", "@", linger=False, faults=2, kinds=of("crash blip"), frail="T"),
@@ -61,6 +74,7 @@ QUICK = [
     # linger
     Scenario("linger", "AAT", "I", rounds=2, faults=1, kinds=of("crash ack lose"), cancels=1, budgets=1),
     Scenario("linger_stall", "AAT", "I", faults=1, kinds=of("stall"), frail="A"),
+    Scenario("linger_bad_calls", "A", "B", rounds=2, budgets=1, drains=1, sweep=False),
     # the held queue
     Scenario("held", "AA", starts=2, cancels=1, faults=1, kinds=of("crash ack lose")),
     Scenario("held_poison", "A", starts=1, faults=1, kinds=of("crash"), poison=1),
@@ -75,7 +89,8 @@ QUICK = [
     Scenario("prompt_held", "A", starts=2, cancels=1, drains=1, sweep=False),
 ]
 LARGE = [
-    Scenario("large_legs", "AA", faults=2, kinds=of("crash blip"), errors=1),
+    Scenario("large_legs", "AA", faults=2, kinds=of("crash ack lose"), errors=1, cancels=1, drains=1),
+    Scenario("large_blip", "AA", faults=1, kinds=of("blip"), errors=1, cancels=1, drains=1),
     Scenario("large_stall", "AA", faults=2, kinds=of("stall ack"), errors=1, cancels=1),
     Scenario("large_poison", "AAT", "I", faults=3, kinds=of("crash ack"), frail="A", poison=3, errors=1),
     Scenario("large_calls", "ATT", "IPN", linger=False, faults=2, kinds=of("crash ack"), frail="T"),
@@ -164,6 +179,7 @@ BREAKS = {
         "the join publishes though a leg lingers",
         harmless="the message and the lingerer meet at the claim, one of them finds no row; it costs a message",
     ),
+    "bad_calls_join_late": Break("linger_bad_calls", "a step whose calls all came settled is not joined by its commit"),
     # -- the held queue --
     "cancel_releases_none": Break("held", "a cancel leaves the held runs where they are"),
     "poison_releases_none": Break("held_poison", "a failure leaves the held runs where they are"),
@@ -188,6 +204,11 @@ BREAKS = {
     "drain_forgets_calls": Break("drain", "a draining tools worker leaves in the middle of a call"),
     "drain_drops_whole_answer": Break("drain", "a draining worker hands over though the model's answer is whole"),
     "drain_unpublished": Break("prompt_linger", "a drained run is not published"),
+    "drain_waits_for_streams": Break(
+        "hang",
+        "a draining worker waits for a model that has fallen silent beyond the grace",
+        harmless="the run is taken at its leg_deadline, and the leg is stopped; until then the worker does not leave",
+    ),
     "drain_drops_messages": Break("prompt_linger", "a draining worker takes a message and does nothing with it"),
     "drain_lingers_on": Break(
         "prompt_linger",
@@ -201,6 +222,7 @@ BREAKS = {
     "exit_leaves_pending": Break("legs", "the pending message is ended by the next claim, not by the exit"),
     "no_sweep": Break("held", "nothing publishes a queued run again"),
     "no_give_back": Break("held", "a worker does not give back what it does not know it holds"),
+    "no_leg_deadline": Break("hang", "a leg whose model falls silent is not taken from a worker that is present"),
     "poison_counts_claims": Break("poison", "every claim counts toward poison"),
     "claim_while_absent": Break("poison", "a worker claims before it has beaten again"),
     "publish_before_commit": Break("prompt_linger", "a message goes out before the commit of what it names"),
@@ -209,6 +231,9 @@ BREAKS = {
     "reclaim_without_presence": Break("calls", "a running call is taken from a worker that is present"),
     "closed_life_at_once": Break(
         "calls_closed", "what names a life that was closed a moment ago is taken though no beat was missed"
+    ),
+    "taken_at_every_look": Break(
+        "blip", "what a process claims while its lock is gone is taken at every look of the watcher, though it lives"
     ),
     "close_by_an_old_look": Break(
         "poison", "the watcher closes a life that has locked and beaten again since it was seen dead"

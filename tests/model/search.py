@@ -92,7 +92,7 @@ def _story(moves: Moves, world: World, path: list[Key]) -> Iterator[str]:
 
 
 def _stuck(keys: list[Key], edges_from: array[int], edges_to: array[int]) -> int | None:
-    """Return the first state from which the protocol's own moves reach no end."""
+    """Return a state from which the protocol's own moves reach no end: the first that has none, or the first of all."""
     heads, nexts = array("i", [-1]) * len(keys), array("i", [-1]) * len(edges_from)
     for edge, there in enumerate(edges_to):
         nexts[edge], heads[there] = heads[there], edge
@@ -108,5 +108,8 @@ def _stuck(keys: list[Key], edges_from: array[int], edges_to: array[int]) -> int
                 good[here] = 1
                 stack.append(here)
             edge = nexts[edge]
-    stuck = good.find(0)
-    return None if stuck < 0 else stuck
+    first = good.find(0)
+    if first < 0:
+        return None
+    moving = set(edges_from)
+    return next((here for here in range(first, len(keys)) if not good[here] and here not in moving), first)

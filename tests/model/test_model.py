@@ -49,7 +49,7 @@ def test_the_table_tells_a_break_in_words(capsys: pytest.CaptureFixture[str]) ->
     told = capsys.readouterr().out
     assert "What if a drained leg counts as lost?" in told
     assert "agents-0 gets SIGTERM" in told
-    assert "=> drain: a loss was counted though no worker was lost" in told
+    assert "=> 5: more losses were counted than workers were lost" in told
 
 
 def test_the_table_as_json(capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import sys
 from collections.abc import Callable, Iterator
 from datetime import timedelta
@@ -38,6 +39,12 @@ FILES = {
         '        """What it costs."""\n'
         "    @total.setter\n"
         "    def total(self, value):\n        pass\n"
+        "    @override\n"
+        "    def ship(self):\n        pass\n"
+        "    @typing.overload\n"
+        "    def pack(self, at: int): ...\n"
+        "    def pack(self, at):\n"
+        '        """Pack it."""\n'
         "    def _secret(self):\n        pass\n"
         "def place():\n" + "    pass\n" * 60 + "def _private():\n    import lazy_one\n"
     ),
@@ -144,9 +151,9 @@ def test_public_names_without_docstrings_are_counted_by_the_rules_that_are_told(
         "by_kind": {"function": 1},
         "examples": ["shopkit.open_shop"],
     }
-    # the module, `Order`, `pay`, `total` (once, without its setter), `place`; nothing with an underscore
+    # the module, `Order`, `pay`, `total` and `pack` (once), `place`; `ship` has its words elsewhere; nothing with an underscore
     orders = audit.undocumented("shopkit", "shopkit.orders")
-    assert (orders["public"], orders["by_kind"]) == (5, {"function": 1, "method": 1, "module": 1})
+    assert (orders["public"], orders["by_kind"]) == (6, {"function": 1, "method": 1, "module": 1})
     assert orders["examples"] == ["shopkit.orders.place", "shopkit.orders.Order.pay"]
     # a part means all below it; what cannot be parsed is told; what is nested is nobody's interface
     stock = audit.undocumented("shopkit", "shopkit.stock")
@@ -164,7 +171,7 @@ def test_the_largest_functions_are_told_with_their_places(site: Path) -> None:
     line = FILES["shopkit/orders.py"].splitlines().index("def place():") + 1
     assert found["largest"][0] == {"name": "shopkit.orders.place", "lines": 61, "at": f"shopkit/orders.py:{line}"}
     assert len(found["largest"]) == 2
-    assert (found["functions"], found["over_50_lines"]) == (10, 1)
+    assert (found["functions"], found["over_50_lines"]) == (13, 1)
 
 
 def test_imports_are_told_with_how_they_are_declared_and_guarded(site: Path) -> None:
@@ -236,10 +243,15 @@ def test_the_model_asks_for_several_tools_at_once_and_looks_at_every_part(site: 
         ["package_facts", "list_modules"],
         ["largest_functions", "imports", "undocumented", "undocumented", "undocumented"],
     ]
-    _, steps = talk("celery")
+    said, steps = talk("celery")
     assert [len(step) for step in steps] == [2, 5, 5, 5, 7]
     looked = [arguments["module"] for step in steps for name, arguments in step if name == "undocumented"]
     assert looked == [part["name"] for part in audit.list_modules("celery")["parts"]["largest"][: scripts.AUDITED]]
+    # And the worst parts stand first in the report
+    without = [int(row) for row in re.findall(r"^\| `celery.*\| ([\d,]+) \| \d+% \|$", said, re.MULTILINE)]
+    assert len(without) == report.ROWS
+    assert without == sorted(without, reverse=True)
+    assert len(audit.undocumented("celery")["examples"]) == audit.EXAMPLES
 
 
 def test_the_report_has_the_numbers_of_the_results_and_what_to_do_about_them(site: Path) -> None:
@@ -247,11 +259,11 @@ def test_the_report_has_the_numbers_of_the_results_and_what_to_do_about_them(sit
     assert said.startswith("# Audit of Shop-Kit 1.4\n")
     whole = audit.undocumented("shopkit")
     assert f"{whole['undocumented']} of {whole['public']} public names have none" in said
-    assert "| `shopkit.orders` | 1 | 5 | 3 | 60% |" in said
+    assert "| `shopkit.orders` | 1 | 6 | 3 | 50% |" in said
     assert "| 61 | `orders.place` | shopkit/orders.py:" in said
     assert "Imported unguarded, declared nowhere: nowhere." in said
     assert "1 file could not be parsed." in said
-    assert "1. Document `shopkit.orders`: 3 of its 5 public names say nothing, `orders.place` among them." in said
+    assert "1. Document `shopkit.orders`: 3 of its 6 public names say nothing, `orders.place` among them." in said
     assert "2. Split `orders.place`" in said
     assert "3. Declare `nowhere`, or guard its import" in said
 

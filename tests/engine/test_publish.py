@@ -10,7 +10,7 @@ from uuid import UUID
 import pytest
 from django.db import transaction
 
-from runs import agents, engine
+from runs import agents, bells, engine
 from runs.agents import Agent
 from runs.models import Run
 from runs.pytest_longhaul import ScriptedModel, assert_invariants, call
@@ -111,3 +111,12 @@ def test_what_a_tool_tells_its_readers_rings_after_its_commit_and_never_when_it_
             assert ring.call_count == 0
         assert ring.call_count == 1
     assert [event.payload for event in run.events() if event.type == "data"] == [{"data": "said"}]
+
+
+def test_deleting_a_thread_tells_the_legs_of_its_runs(scripted_model: ScriptedModel) -> None:
+    """They may wait for a silent model, or for their calls."""
+    run = clerk().start("one", thread=Thread.objects.create())
+    with mock.patch("runs.bells.ring") as ring:
+        run.thread.delete()
+    rung = {channel for called in ring.call_args_list for channel in called.args[0]}
+    assert bells.leg_channel(run.pk) in rung

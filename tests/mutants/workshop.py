@@ -60,9 +60,11 @@ class Workshop:
         self.copy = Path(self._folder.name).resolve() / "project"
         self._report = self.copy.parent / "report.json"
         self._output = self.copy.parent / "output"
+        self._child = 0  # the session of the pytest that runs
         shutil.copytree(PROJECT, self.copy, ignore=shutil.ignore_patterns(*LEFT_OUT))
         if (PROJECT / ".venv").exists():
             (self.copy / ".venv").symlink_to(PROJECT / ".venv")
+        self._ours = not (os.environ.get("DATABASE_URL") or os.environ.get("REDIS_URL"))
         if not (os.environ.get("DATABASE_URL") and os.environ.get("REDIS_URL")):
             os.environ["LONGHAUL_PURPOSE"] = embedded.reserve(os.environ.get("LONGHAUL_PURPOSE") or "mutants")
         self.servers = embedded.ensure(durable=False)
@@ -78,6 +80,7 @@ class Workshop:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._end_child()
         self._nursery.kill()
         self._nursery.wait()
         with psycopg.connect(self._url, autocommit=True) as to:
@@ -119,6 +122,12 @@ class Workshop:
 
     # -- the tests --
 
+    def _end_child(self) -> None:
+        child, self._child = self._child, 0
+        if child:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(child, signal.SIGKILL)
+
     def _ask(self, request: dict[str, Any]) -> None:
         assert self._nursery.stdin is not None
         self._nursery.stdin.write(json.dumps(request) + "\n")
@@ -141,21 +150,21 @@ class Workshop:
     def _pytest(self, tests: Sequence[str], *options: str, patience: float = PATIENCE_SECONDS) -> tuple[Any, str]:
         """Run the tests in the copy. Returns the plugin's report (None: it never came) and what pytest printed."""
         self._report.unlink(missing_ok=True)
-        redis.Redis.from_url(os.environ["REDIS_URL"]).flushall()
+        if self._ours:  # what a mutant's tests left there; a server that somebody named may hold more than that
+            redis.Redis.from_url(os.environ["REDIS_URL"]).flushall()
         arguments = [
             "-p", "tests.mutants.verdict", "-p", "no:cacheprovider", "-q", "--tb=short", f"--timeout={TEST_SECONDS}",
             "-W", "ignore::pytest.PytestAssertRewriteWarning",  # the nursery has imported a plugin or two
             *options, *tests,
         ]  # fmt: skip
         self._ask({"arguments": arguments, "output": str(self._output)})
-        pid = self._answer()["pid"]
+        pid = self._child = self._answer()["pid"]
         assert self._nursery.stdout is not None
         ended = select.select([self._nursery.stdout], [], [], patience)[0]
         if not ended:
             os.killpg(pid, signal.SIGKILL)
         self._answer()
-        with contextlib.suppress(ProcessLookupError):  # what a test has started and a broken one has not ended
-            os.killpg(pid, signal.SIGKILL)
+        self._end_child()  # and what a test has started and a broken one has not ended
         output = self._output.read_text(errors="replace")
         if not self._report.exists():
             return None, output

@@ -175,3 +175,15 @@ def test_given_a_backend_that_is_not_the_attempts_any_more_when_reclaimed_then_i
         world.call_reclaim(held)
         assert world.settle(held, result=1, db=body) is None, "its guard refuses it, so its own work is rolled back"
         body.execute("ROLLBACK")
+
+
+def test_given_a_call_that_its_holder_has_claimed_again_when_an_old_look_reclaims_then_nothing_is_taken(
+    world: World,
+) -> None:
+    """The holder is the same: only the attempt tells."""
+    held = a_running_call(world)
+    world.call_reclaim(held)
+    world.call_claim(held.id, held.worker)
+    before = world.dump()
+    assert world.call_reclaim(held) is None
+    assert world.dump() == before

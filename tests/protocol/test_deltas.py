@@ -167,3 +167,19 @@ def test_given_rows_of_other_messages_in_a_batch_then_the_seq_counts_only_what_w
     assert sorted(row["state"] for row in rows) == ["lost"] * 6 + ["written"]
     assert texts(world, claim) == [("now", 1)]
     assert world.run(claim.run)["last_seq"] == world.events(claim.run)[-1]["seq"]
+
+
+def test_given_a_batch_without_an_answer_when_its_step_commits_then_the_commit_writes_only_what_is_not_there(
+    world: World,
+) -> None:
+    claim = world.running()
+    world.speak(claim, "one ", "two ")
+    message = str(claim.message)
+    texts = enumerate(["one ", "two ", "three"], 1)
+    world.commit(claim, events=[["text.delta", n, {"message": message, "text": text}] for n, text in texts])
+    deltas = [event for event in world.events(claim.run) if event["type"] == "text.delta"]
+    assert [(delta["ordinal"], delta["payload"]["text"]) for delta in deltas] == [
+        (1, "one "),
+        (2, "two "),
+        (3, "three"),
+    ]

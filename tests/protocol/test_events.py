@@ -117,3 +117,18 @@ def test_longhaul_uuid7_is_one(world: World) -> None:
     assert len(set(ids)) == 50
     millis = int(world.db.one("SELECT extract(epoch FROM clock_timestamp()) * 1000"))
     assert abs((ids[-1].int >> 80) - millis) < 10_000
+
+
+def test_given_two_calls_of_a_run_that_are_claimed_at_once_then_each_has_a_seq_of_its_own(
+    world: World, db_b: Database
+) -> None:
+    claim = world.waiting(a_call(0), a_call(1))
+    one, two = world.calls(claim.run)
+    start, worker = world.run(claim.run)["last_seq"], world.worker("tools@b")
+    with world.db.transaction():
+        world.call_claim(one)
+        late = db_b.in_background(World(db_b).try_call_claim, two, 1, worker)
+        wait_until(lambda: waits_for_a_lock(world.db, db_b))
+    assert late.result() is not None
+    told = [(event["seq"], event["payload"]["tool_call"]) for event in world.events(claim.run, start)]
+    assert told == [(start + 1, str(one)), (start + 2, str(two))]

@@ -219,3 +219,9 @@ def test_given_a_leg_that_lingered_when_another_leg_has_come_and_gone_then_it_ma
     assert world.linger_claim(claim) == {"status": "lost"}
     assert world.linger_end(claim) == {}
     assert world.dump() == before
+
+
+def test_given_a_step_without_calls_then_nobody_lingers(world: World) -> None:
+    claim = world.running()
+    world.commit(claim, linger=LINGER)
+    assert world.run(claim.run)["linger_until"] is None

@@ -81,13 +81,21 @@ SETTLES = Group(
             f"{SETTLE}two_last_settlements_at_once_then_exactly_one_of_them_joins",
             model="settle_without_run_lock",
         ),
-        one(
+        Mutant(
             "settle_after_the_end",
             "A result that comes after its run's end changes nothing.",
-            CALLS,
-            "    IF (longhaul_run_lock(v_run_id)).thread_id IS NOT NULL THEN\n",
-            f"    IF EXISTS (SELECT 1 FROM longhaul_runs_run WHERE id = v_run_id AND status IN {_LIVE}) THEN\n",
-            f"{CANCEL}a_settle_while_the_run_is_cancelled_then_it_is_refused",
+            [
+                Change(
+                    CALLS,
+                    "    IF (longhaul_run_lock(v_run_id)).thread_id IS NOT NULL THEN\n",
+                    "    PERFORM longhaul_run_lock(v_run_id);\n    IF true THEN\n",
+                ),
+                Change(CALLS, _SETTLE_GUARD, "        WHERE id = p_call AND attempt = p_attempt\n"),
+            ],
+            [
+                f"{CANCEL}a_settle_while_the_run_is_cancelled_then_it_is_refused",
+                f"{CANCEL}open_calls_when_a_run_is_cancelled_then_they_are_settled_and_answered_in_order",
+            ],
         ),
         one(
             "settlement_given_up",
@@ -147,6 +155,14 @@ SETTLES = Group(
             f"{SETTLE}each_mix_of_open_calls_then_the_status_follows_from_them[awaiting_child-unknown]",
         ),
     ],
+    [
+        Exempt(
+            "settle_of_a_live_run_only",
+            "A settlement asks whether its run is live.",
+            "The end of a run settles its calls in the same transaction, and a settled call is not settled again.",
+            together="settle_after_the_end",
+        ),
+    ],
 )
 
 ATTEMPTS = Group(
@@ -199,7 +215,7 @@ ATTEMPTS = Group(
             CALLS,
             _RECLAIM_GUARD,
             _RECLAIM_GUARD.replace(" AND attempt = p_attempt", ""),
-            f"{CALL_RECLAIM}a_look_that_saw_something_else_when_it_reclaims_then_nothing_is_taken",
+            f"{CALL_RECLAIM}a_call_that_its_holder_has_claimed_again_when_an_old_look_reclaims_then_nothing_is_taken",
             model="stale_reclaim",
         ),
         one(

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from tests.mutants.catalogue.places import BAD_INPUT, BUSY_START, CANCEL, HELD, LEGS, LOG, LOST, START
-from tests.mutants.mutant import Change, Group, Mutant, one
+from tests.mutants.catalogue.places import BAD_INPUT, BUSY_START, CANCEL, HELD, LEGS, LOG, LOST, PUBLISHED, START
+from tests.mutants.mutant import Change, Exempt, Group, Mutant, one
 
 _OLDEST = f"{HELD}held_runs_when_the_occupant_ends_then_the_oldest_is_queued_and_its_input_has_a_place"
 _CLOSED = f"{CANCEL}open_calls_when_a_run_is_cancelled_then_they_are_settled_and_answered_in_order"
@@ -253,12 +253,21 @@ BUSY = Group(
             f"{BAD_INPUT}a_thread_deleted_while_a_run_starts_on_it",
         ),
         one(
+            "deleted_run_is_not_cancelled",
+            "Deleting a live run cancels it first: its thread is free for the next.",
+            "runs/apps.py",
+            "        instance.cancel()\n",
+            "        pass\n",
+            "tests/engine/test_legs.py::test_deleting_the_run_that_occupies_a_thread_frees_it",
+        ),
+        Mutant(
             "delete_forgets_the_runs",
-            "It cancels its live runs first.",
-            "threads/models.py",
-            "            transcript.vacate(self.pk)\n",
-            "",
-            f"{BAD_INPUT}a_thread_deleted_under_a_running_run_stops_its_leg_which_writes_nothing_more",
+            "Deleting a thread cancels its live runs first: their legs are told.",
+            [
+                Change("threads/models.py", "            transcript.vacate(self.pk)\n", ""),
+                Change("runs/apps.py", "        instance.cancel()\n", "        pass\n"),
+            ],
+            [f"{PUBLISHED}deleting_a_thread_tells_the_legs_of_its_runs"],
         ),
         one(
             "busy_reject_enqueues",
@@ -283,6 +292,14 @@ BUSY = Group(
             "        if lock_occupant(thread.pk):\n            for message",
             "        if lock_occupant(thread.pk) and False:\n            for message",
             "tests/engine/test_context.py::test_a_message_saved_by_hand_during_a_run_is_shown_at_the_next_boundary",
+        ),
+    ],
+    [
+        Exempt(
+            "delete_without_vacate",
+            "Deleting a thread cancels the held runs, then the occupant, before it deletes any.",
+            "Each run that is deleted is cancelled by that: this only keeps one from being released in between.",
+            together="delete_forgets_the_runs",
         ),
     ],
 )

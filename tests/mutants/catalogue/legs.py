@@ -71,8 +71,8 @@ BOUNDARIES = Group(
             "budget_never_used",
             "A leg whose time is used hands over at the next boundary.",
             "runs/engine.py",
-            "        if self.committed and self._used:\n",
-            "        if False:\n",
+            "        used = self._used\n",
+            "        used = False\n",
             f"{ENGINE}a_leg_hands_over_when_its_time_is_used",
         ),
         one(
@@ -139,6 +139,15 @@ BOUNDARIES = Group(
             "pending_ordinal = 0, leg_deadline = v_now + p_model_time, last_seq = last_seq + 1",
             "pending_ordinal = 0, last_seq = last_seq + 1",
             f"{EXITS}a_turn_when_it_is_opened_then_its_message_has_a_place_and_the_leg_a_deadline",
+        ),
+    ],
+    [
+        Exempt(
+            "held_claim_looks_at_time_and_drain",
+            "A boundary under a claim that is held looks at the time and at a drain.",
+            "A leg comes there only before its first step so far, just after it looked: each further turn is opened by the claim"
+            " that follows a linger, with looks of its own.",
+            together="budget_never_used`, `boundary_of_a_draining_worker",
         ),
     ],
 )
@@ -442,7 +451,7 @@ TEXT = Group(
             LEGS,
             "    WHERE e.value->>1 IS NULL OR (e.value->>1)::integer > v_run.pending_ordinal;  -- a batch",
             "    ;  -- a batch",
-            f"{FLUSHER}a_commit_takes_a_batch_over_that_was_not_answered",
+            f"{DELTA}a_batch_without_an_answer_when_its_step_commits_then_the_commit_writes_only_what_is_not_there",
             model="flush_retry_blind",
         ),
         one(
@@ -514,16 +523,26 @@ TEXT = Group(
             "    RETURN now() + coalesce((SELECT ahead FROM longhaul_threads_clock LIMIT 1), interval '0');\n",
             f"{EVENTS}longhaul_now_moves_on_inside_a_transaction",
         ),
-        one(
+        Mutant(
             "seq_without_the_run",
             "A `seq` is given out under the run's lock: order of `seq` is order of commits.",
-            LOG,
-            "    UPDATE longhaul_runs_run SET last_seq = last_seq + 1 WHERE id = p_run RETURNING last_seq INTO v_seq;\n"
-            "    INSERT INTO longhaul_runs_event (run_id, seq, type, at, epoch, payload)",
-            "    SELECT coalesce(max(seq), 0) + 1 INTO v_seq FROM longhaul_runs_event WHERE run_id = p_run;\n"
-            "    UPDATE longhaul_runs_run SET last_seq = v_seq WHERE id = p_run;\n"
-            "    INSERT INTO longhaul_runs_event (run_id, seq, type, at, epoch, payload)",
-            f"{EVENTS}given_two_writers_at_once_then_the_second_gets_the_seq_after_the_first_commit",
+            [
+                Change(
+                    LOG,
+                    "    UPDATE longhaul_runs_run r SET last_seq = last_seq + 1\n"
+                    "    WHERE r.id = p_run AND r.status IN ('held', 'queued', 'running', 'waiting', 'requires_action')\n"
+                    "    RETURNING r.thread_id, r.owner_id::text, r.agent, r.deadline, r.overrides, r.last_seq\n",
+                    "    SELECT r.thread_id, r.owner_id::text, r.agent, r.deadline, r.overrides, r.last_seq + 1\n",
+                ),
+                Change(
+                    LOG,
+                    "         longhaul_run_append.overrides, v_seq;\n    IF NOT FOUND THEN RETURN; END IF;\n",
+                    "         longhaul_run_append.overrides, v_seq\n    FROM longhaul_runs_run r WHERE r.id = p_run AND r.status"
+                    " IN ('held', 'queued', 'running', 'waiting', 'requires_action');\n    IF NOT FOUND THEN RETURN; END IF;\n"
+                    "    UPDATE longhaul_runs_run SET last_seq = v_seq WHERE id = p_run;\n",
+                ),
+            ],
+            [f"{EVENTS}given_two_calls_of_a_run_that_are_claimed_at_once_then_each_has_a_seq_of_its_own"],
         ),
     ],
     [
@@ -577,7 +596,7 @@ LINGERS = Group(
             LEGS,
             "        linger_until = CASE WHEN v_waits AND NOT v_leg_ends THEN v_now + p_linger END",
             "        linger_until = v_now + p_linger",
-            "tests/protocol/test_edges.py::test_given_a_step_with_neither_calls_nor_an_end_then_the_leg_goes_on",
+            f"{LINGER}a_step_without_calls_then_nobody_lingers",
         ),
         one(
             "claim_keeps_linger_until",
@@ -718,13 +737,22 @@ DRAINS = Group(
             "        return\n",
             f"{ENGINE}a_draining_worker_claims_nothing_and_passes_the_message_on",
         ),
-        one(
+        Mutant(
             "boundary_of_a_draining_worker",
             "At its next boundary a leg of a draining worker hands over.",
-            "runs/engine.py",
-            '        if self.process.draining:\n            self._requeue("drained")\n            return True\n',
-            "",
-            f"{DRAIN}a_leg_at_a_boundary_of_a_draining_worker_hands_over",
+            [
+                Change(
+                    "runs/engine.py",
+                    "        if self.process.draining or self.process.flusher is None:\n",
+                    "        if self.process.flusher is None:\n",
+                ),
+                Change(
+                    "runs/engine.py",
+                    '            if self.process.draining:\n                self._give_up("drained")\n                return None\n',
+                    "",
+                ),
+            ],
+            [f"{DRAIN}a_leg_at_a_boundary_of_a_draining_worker_hands_over"],
         ),
         one(
             "stream_outlives_the_grace",
@@ -767,12 +795,28 @@ DRAINS = Group(
             f"{RECLAIM}legs_that_end_themselves_then_they_do_not_count_toward_poison[drained]",
         ),
         one(
+            "lingers_on_though_woken",
+            "A leg that lingers looks at the drain whenever it wakes,",
+            "runs/engine.py",
+            '            if self.process.draining:\n                self._give_up("drained")\n                return None\n',
+            "",
+            f"{DRAIN}a_leg_that_lingers_ends_at_once_when_its_worker_drains",
+        ),
+        one(
             "drain_lingers_on",
-            "A leg that lingers ends at once when its worker drains.",
+            "and is woken by it.",
             "runs/engine.py",
             "            if claim.wake is not None:\n                claim.wake.set()\n",
             "            pass\n",
             f"{DRAIN}a_leg_that_lingers_ends_at_once_when_its_worker_drains",
+        ),
+    ],
+    [
+        Exempt(
+            "commit_of_a_draining_worker_lingers",
+            "A commit under a draining worker is told of no linger.",
+            "The leg looks at the drain before it waits, and gives up: the commit only saves that.",
+            together="boundary_of_a_draining_worker",
         ),
     ],
 )

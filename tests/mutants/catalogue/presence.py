@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tests.mutants.catalogue.places import CALLS, ENGINE, LOST, PRESENCE, SWEEP
-from tests.mutants.mutant import Group, one
+from tests.mutants.mutant import Change, Group, Mutant, one
 
 KEEPS = "tools/presence.py"
 SWEEPS = "runs/sweep.py"
@@ -58,8 +58,8 @@ PRESENT = Group(
             "giving_back_waits",
             "Giving back waits for no lock so long that a beat is missed.",
             KEEPS,
-            "        to.execute(f\"SET lock_timeout = '{patience}ms'\")\n        for holding",
-            "        for holding",
+            "_PATIENCE = 250\n",
+            "_PATIENCE = 2_500\n",
             f"{PRESENCE}what_somebody_else_holds_is_given_back_later_and_keeps_no_beat_back",
         ),
         one(
@@ -142,14 +142,16 @@ PRESENT = Group(
 WATCHER = Group(
     "Watcher",
     [
-        one(
+        Mutant(
             "reclaim_without_presence",
             "Nothing is taken from a worker that is present.",
-            SWEEPS,
-            "for id, key, held, silent in rows if not held and (id, key) in self._seen}",
-            "for id, key, held, silent in rows}",
-            f"{PRESENCE}lock_held_and_silent_is_dead_by_time",
-            f"{SWEEP}a_lock_that_was_free_for_a_moment_is_no_death",
+            [
+                Change(SWEEPS, "silent in rows if not held and (id, key) in self._seen}", "silent in rows}"),
+                Change(
+                    SWEEPS, "session.execute(_WORKERS).fetchall() if not held}", "session.execute(_WORKERS).fetchall()}"
+                ),
+            ],
+            [f"{PRESENCE}lock_held_and_beating_is_alive_for_ever"],
             model="reclaim_without_presence",
         ),
         one(

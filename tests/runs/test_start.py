@@ -370,3 +370,21 @@ async def test_a_start_from_async_code(agent: Agent) -> None:
     await sync_to_async(
         lambda: connection.close()
     )()  # of the thread that async code uses: the test database is dropped
+
+
+@pytest.mark.django_db(transaction=True)
+def test_a_key_that_is_used_between_the_look_and_the_insert_gives_the_run_of_the_faster(agent: Agent) -> None:
+    known = admission._known
+    faster: list[Run | None] = []
+
+    def look(*key: Any) -> Run | None:
+        if not faster:
+            faster.append(None)
+            faster.extend(Together(lambda: agent.start("hello", idempotency_key="k")).join())
+            return None  # what was there when we looked
+        return known(*key)
+
+    with mock.patch.object(admission, "_known", look):
+        run = agent.start("hello", idempotency_key="k")
+    assert run == faster[1] == Run.objects.get()
+    assert_invariants()

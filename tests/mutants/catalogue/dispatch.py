@@ -97,7 +97,7 @@ PUBLISH = Group(
             "runs/admission.py",
             _LATE_LOOK,
             "    except ZeroDivisionError:\n",
-            f"{START}two_starts_at_once_with_one_key_are_one_run",
+            f"{START}a_key_that_is_used_between_the_look_and_the_insert_gives_the_run_of_the_faster",
         ),
     ],
     [

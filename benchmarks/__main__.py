@@ -14,7 +14,7 @@ MODULES = ("step_cost", "resume", "rolling_restart", "flat_cost", "memory", "pro
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("module", nargs="*", help=f"which ones (default: all of {', '.join(MODULES)})")
-    parser.add_argument("--quick", action="store_true", help="fewer repetitions: each module ends in under 55 s")
+    parser.add_argument("--quick", action="store_true", help="fewer repetitions: a module ends in one to two minutes")
     parser.add_argument("--json", action="store_true", help="one line of JSON a module instead of tables")
     given = parser.parse_args(arguments)
     unknown = set(given.module) - set(MODULES)

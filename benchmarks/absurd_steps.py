@@ -19,28 +19,12 @@ import os
 import threading
 from typing import Any
 
-import httpx2
 import redis
 from absurd_sdk import Absurd
 
 from agents_project.processes import die_with_parent
-from benchmarks.celery_chain import INSTRUCTIONS, TOOLS
-
-
-@functools.cache
-def _client() -> httpx2.Client:
-    return httpx2.Client(
-        base_url=os.environ["OPENAI_BASE_URL"],
-        headers={"Authorization": f"Bearer {os.environ['OPENAI_API_KEY']}"},
-        timeout=60,
-    )
-
-
-def _ask(messages: list[dict[str, Any]]) -> dict[str, Any]:
-    response = _client().post("chat/completions", json={"model": "bench", "messages": messages, "tools": TOOLS})
-    response.raise_for_status()
-    message: dict[str, Any] = response.json()["choices"][0]["message"]
-    return message
+from benchmarks import model_calls
+from benchmarks.celery_chain import INSTRUCTIONS
 
 
 def take(number: int) -> int:
@@ -55,7 +39,7 @@ def converse(params: dict[str, Any], context: Any) -> int:
     ]
     called = 0
     while True:
-        message = context.step("ask", lambda: _ask(messages))
+        message = context.step("ask", lambda: model_calls.ask(params["client"], messages))
         calls = message.get("tool_calls") or []
         if not calls:
             return called

@@ -1,7 +1,7 @@
 """The same work on DBOS: a run is a workflow, each model call and each tool call is a step of it.
 
 A process of this module launches DBOS, says so on a Valkey list, takes orders from another one,
-`{"runs": [workflow id, ...], "prompt"}`, and starts those workflows, a thread each. It serves until it is killed.
+`{"runs": [workflow id, ...], "client", "prompt"}`, and starts those workflows, a thread each. It serves until it is killed.
 
 The driver stands in `step_cost`.
 """
@@ -9,34 +9,21 @@ The driver stands in `step_cost`.
 from __future__ import annotations
 
 import argparse
-import functools
 import json
 import os
 from typing import Any
 
-import httpx2
 import redis
 from dbos import DBOS, DBOSConfig, SetWorkflowID
 
-from benchmarks.celery_chain import INSTRUCTIONS, TOOLS
-
-
-@functools.cache
-def _client() -> httpx2.Client:
-    return httpx2.Client(
-        base_url=os.environ["OPENAI_BASE_URL"],
-        headers={"Authorization": f"Bearer {os.environ['OPENAI_API_KEY']}"},
-        timeout=60,
-    )
+from benchmarks import model_calls
+from benchmarks.celery_chain import INSTRUCTIONS
 
 
 @DBOS.step(name="ask")
-def ask(messages: list[dict[str, Any]]) -> dict[str, Any]:
+def ask(client: str, messages: list[dict[str, Any]]) -> dict[str, Any]:
     """One model call; its answer is what DBOS stores."""
-    response = _client().post("chat/completions", json={"model": "bench", "messages": messages, "tools": TOOLS})
-    response.raise_for_status()
-    message: dict[str, Any] = response.json()["choices"][0]["message"]
-    return message
+    return model_calls.ask(client, messages)
 
 
 @DBOS.step(name="take")
@@ -46,7 +33,7 @@ def take(number: int) -> int:
 
 
 @DBOS.workflow(name="converse")
-def converse(prompt: str) -> int:
+def converse(client: str, prompt: str) -> int:
     """Run the loop to the model's final text; return how many tools were called."""
     messages: list[dict[str, Any]] = [
         {"role": "system", "content": INSTRUCTIONS},
@@ -54,7 +41,7 @@ def converse(prompt: str) -> int:
     ]
     called = 0
     while True:
-        message = ask(messages)
+        message = ask(client, messages)
         calls = message.get("tool_calls") or []
         if not calls:
             return called
@@ -88,7 +75,7 @@ def main() -> None:
         asked = json.loads(order[1])
         for run in asked["runs"]:
             with SetWorkflowID(run):
-                DBOS.start_workflow(converse, asked["prompt"])
+                DBOS.start_workflow(converse, asked["client"], asked["prompt"])
 
 
 if __name__ == "__main__":

@@ -20,9 +20,10 @@ from rich.table import Table
 
 from benchmarks import command
 from benchmarks.cpu import spent
+from benchmarks.forms import Longhaul
 from benchmarks.rig import Reading, Rig, RigError
 from benchmarks.script import prompt
-from benchmarks.step_cost import OUTSIDE, WARM_UP_RUNS, Longhaul
+from benchmarks.step_cost import OUTSIDE, WARM_UP_RUNS
 
 SCRIPT = "benchmarks.script:count"
 BAR = 1.2

@@ -20,6 +20,7 @@ from uuid import UUID
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks import command
 from benchmarks.rig import Rig, RigError
 from benchmarks.speech import SENTENCE
 from benchmarks.workers import Workers, check_invariants, percentile, prepare, spread
@@ -289,28 +290,12 @@ def tables(found: dict[str, Any]) -> list[Table]:
 def main(arguments: Sequence[str] | None = None) -> int:
     begun = time.monotonic()
     parser = argparse.ArgumentParser(prog="python -m benchmarks.resume", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="fewer kills: ends in under 55 s")
-    parser.add_argument("--json", action="store_true", help="one line of JSON instead of tables")
-    given = parser.parse_args(arguments)
-    console = Console(stderr=True, log_path=False)
-    out = Console()
-    if not out.is_terminal:
-        out.width = 160  # a pipe has no width; rich would take 80
-    try:
+
+    def measured(given: argparse.Namespace, console: Console) -> command.Figures:
         with Rig(SCRIPT) as rig:
-            kills = collect(rig, QUICK if given.quick else FULL, console, begun)
-    except RigError as error:
-        console.print(str(error), style="red", markup=False, highlight=False)
-        return 1
-    except KeyboardInterrupt:
-        return 130
-    found = {**figures(kills), "duration_s": round(time.monotonic() - begun, 1)}
-    if given.json:
-        print(json.dumps(found))
-        return 0
-    for table in tables(found):
-        out.print(table)
-    return 0
+            return figures(collect(rig, QUICK if given.quick else FULL, console, begun))
+
+    return command.run(parser, measured, tables, arguments, quick="fewer kills: ends in under 55 s")
 
 
 if __name__ == "__main__":

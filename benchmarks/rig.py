@@ -145,6 +145,10 @@ class Rig:
         self._children.kill(name)
         del self._roles[name]
 
+    def has_started(self, name: str) -> bool:
+        """Return whether a process of this name was started, by whoever."""
+        return name in self._roles
+
     def check_processes(self) -> None:
         """Raise RigError, with the end of its log, when a process that was started has ended."""
         for name in self._children:

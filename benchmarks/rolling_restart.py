@@ -23,6 +23,7 @@ from uuid import UUID
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks import command
 from benchmarks.rig import Rig, RigError
 from benchmarks.speech import ENOUGH, SENTENCE
 from benchmarks.workers import Workers, check_invariants, percentile, prepare, spread
@@ -208,33 +209,17 @@ def tables(found: dict[str, Any]) -> list[Table]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    begun = time.monotonic()
     parser = argparse.ArgumentParser(prog="python -m benchmarks.rolling_restart", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="all new workers start at once: ends in under 55 s")
-    parser.add_argument("--json", action="store_true", help="one line of JSON instead of a table")
-    given = parser.parse_args(arguments)
-    console = Console(stderr=True, log_path=False)
-    out = Console()
-    if not out.is_terminal:
-        out.width = 160  # a pipe has no width; rich would take 80
-    try:
+
+    def measured(given: argparse.Namespace, console: Console) -> command.Figures:
         with tempfile.TemporaryDirectory(prefix="longhaul-bench-") as folder:
             enough = Path(folder) / "enough"
             os.environ[ENOUGH] = str(enough)
             with Rig(SCRIPT) as rig:
-                found = measure(rig, enough, console, given.quick)
-    except RigError as error:
-        console.print(str(error), style="red", markup=False, highlight=False)
-        return 1
-    except KeyboardInterrupt:
-        return 130
-    found["duration_s"] = round(time.monotonic() - begun, 1)
-    if given.json:
-        print(json.dumps(found))
-        return 0
-    for table in tables(found):
-        out.print(table)
-    return 0
+                return measure(rig, enough, console, given.quick)
+
+    quick = "all new workers start at once: ends in under 55 s"
+    return command.run(parser, measured, tables, arguments, quick=quick)
 
 
 if __name__ == "__main__":

@@ -2,78 +2,19 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-import time
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
-
 import pytest
 
-from agents_project import embedded
-from agents_project.processes import running
 from benchmarks.resume import Kill, figures
 from benchmarks.workers import percentile
+from tests.benchmarks.conftest import Quick
 
-PROJECT = Path(__file__).resolve().parent.parent.parent
 GROUPS = {"agents", "tools", "tools_idempotent", "tools_atomic", "tools_other"}
-
-
-@pytest.fixture
-def environment() -> Iterator[dict[str, str]]:
-    """The environment of a user who set nothing: the benchmark brings its own servers."""
-    purpose = f"resume-test-{os.getpid()}"
-    given = {
-        name: value
-        for name, value in os.environ.items()
-        if name not in ("DATABASE_URL", "REDIS_URL", "CELERY_BROKER_URL", "DJANGO_SETTINGS_MODULE")
-    }
-    yield {**given, "LONGHAUL_PURPOSE": purpose}
-    assert embedded.remove(purpose), "the servers of the benchmark are still in use after its end"
-
-
-def started_by(environment: dict[str, str]) -> list[str]:
-    """Return the commands of the living processes that have this environment's purpose."""
-    mark = f"LONGHAUL_PURPOSE={environment['LONGHAUL_PURPOSE']}".encode()
-    found = []
-    for process in running():
-        try:
-            variables = Path(f"/proc/{process.pid}/environ").read_bytes().split(b"\0")
-        except OSError:
-            continue  # it ended just now, or is another user's
-        if mark in variables:
-            found.append(process.command)
-    return found
-
-
-def printed(module: str, environment: dict[str, str]) -> dict[str, Any]:
-    """Run the quick form of a benchmark, see that nothing of it is left, and return the line that it printed."""
-    done = subprocess.run(
-        [sys.executable, "-m", module, "--quick", "--json"],
-        cwd=PROJECT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    lines = done.stdout.splitlines()
-    assert len(lines) == 1
-    deadline = time.monotonic() + 10
-    while (left := started_by(environment)) and time.monotonic() < deadline:
-        time.sleep(0.05)  # the keeper of the servers ends a moment after them
-    assert left == []
-    found: dict[str, Any] = json.loads(lines[0])
-    return found
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(240)  # 55 s are promised on an idle machine
-def test_the_quick_form_prints_one_line_of_json_with_every_kind_of_kill(environment: dict[str, str]) -> None:
-    found = printed("benchmarks.resume", environment)
+def test_the_quick_form_prints_one_line_of_json_with_every_kind_of_kill(quick: Quick) -> None:
+    found = quick("resume")
     assert found.keys() >= GROUPS
     for group in GROUPS:
         assert found[group]["n"] >= 1
@@ -89,9 +30,9 @@ def test_the_quick_form_prints_one_line_of_json_with_every_kind_of_kill(environm
 
 @pytest.mark.slow
 @pytest.mark.timeout(240)  # 55 s are promised on an idle machine
-def test_a_rolling_restart_prints_one_line_of_json(environment: dict[str, str]) -> None:
+def test_a_rolling_restart_prints_one_line_of_json(quick: Quick) -> None:
     """It ends with an error when a run failed or lost a step, or a worker did not leave in order."""
-    found = printed("benchmarks.rolling_restart", environment)
+    found = quick("rolling_restart")
     assert found["runs"] == 50
     assert found["steps"] > found["runs"]
     assert found["drain"]["n"] >= found["drain_handed_on"]["n"] >= 1

@@ -16,7 +16,7 @@ export UV_PYTHON_DOWNLOADS := never
 help: ## say what there is
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1|\2/p' Makefile | awk -F'|' '{ printf "%-16s %s\n", $$1, $$2 }'
 
-demo: .venv/ready ## an agent, 50 tool calls, two kills, on servers of its own; DEMO_ARGS="--once"
+demo: .venv/ready ## 50 tool calls, two kills, an audit of a package, on servers of its own; DEMO_ARGS="--once"
 	@exec $(PYTHON) manage.py demo $(DEMO_ARGS)
 
 test: .venv/ready ## the tests that are quick; TEST_ARGS="-k claim"

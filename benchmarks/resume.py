@@ -7,7 +7,6 @@ its kind up; then it is replaced. All times are Postgres's. README.md tells how 
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import sys
 import time

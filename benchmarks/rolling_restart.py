@@ -7,11 +7,9 @@ stands still when its leg was drained, until its next leg. README.md tells how.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 import tempfile
-import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass

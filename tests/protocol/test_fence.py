@@ -21,7 +21,9 @@ WRITES: dict[str, Callable[[World, Claim], Any]] = {
     "step_commit at the end": lambda world, claim: world.try_commit(claim, end=ENDED),
     "requeue": lambda world, claim: world.requeue(claim, error={"code": "server"}, usage={"model": "m"}),
     "finish": lambda world, claim: world.finish(claim),
-    "deltas_write": lambda world, claim: {row["state"] for row in world.speak(claim, "late", first=2)} - {"lost"} or None,
+    "deltas_write": lambda world, claim: (
+        {row["state"] for row in world.speak(claim, "late", first=2)} - {"lost"} or None
+    ),
 }
 
 LOST: dict[str, Callable[[World, Claim], Claim]] = {

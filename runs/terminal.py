@@ -40,6 +40,7 @@ _CALLS = 10  # that are in sight, where there is room
 _NOTES = 16
 _RECENT = 200  # calls that are remembered, to be shown settled
 _CHAIN_LINES = 2
+_SHORTEST_LINK = 9  # cells of the chain: `1 lost` and an arrow
 _WIDEST = 120
 _LOWEST = 16  # lines of a drawing, on however low a terminal
 
@@ -81,6 +82,11 @@ def harmless(text: str) -> str:
     return _CONTROL.sub("", text.replace("\r\n", "\n").replace("\t", " "))
 
 
+def one_line(text: str) -> str:
+    """Return harmless text without its line breaks: what tools and models say of a failure often has some."""
+    return " ".join(harmless(text).split())
+
+
 def short(value: Any, limit: int = 100) -> str:
     """Return a JSON value as one line of at most `limit` characters."""
     text = harmless(json.dumps(value, ensure_ascii=False, default=str)).replace("\n", " ")
@@ -118,7 +124,7 @@ class LegSeen:
 @dataclass
 class CallSeen:
     name: str
-    arguments: Mapping[str, Any] = field(default_factory=dict)
+    arguments: Mapping[str, Any] | str = field(default_factory=dict)  # a text: what the model wrote is no JSON object
     status: str = "requested"
     attempt: int = 1
     worker: str = ""
@@ -129,8 +135,9 @@ class CallSeen:
     took: timedelta = timedelta()
 
     def __str__(self) -> str:
-        inner = ", ".join(f"{name}={short(value, 40)}" for name, value in self.arguments.items())
-        return harmless(f"{self.name}({inner[:120]})")
+        given = self.arguments
+        inner = given if isinstance(given, str) else ", ".join(f"{k}={short(v, 40)}" for k, v in given.items())
+        return one_line(f"{self.name}({inner[:120]})")
 
 
 @dataclass
@@ -303,7 +310,7 @@ class RunView:
 
     def _why(self) -> str:
         error = self.error or {}
-        return harmless(f"{error.get('code', '')}: {error.get('message', '')}".strip(": "))
+        return one_line(f"{error.get('code', '')}: {error.get('message', '')}".strip(": "))
 
     def _leg(self, verb: str, event: Mapping[str, Any]) -> Iterator[str]:
         number, worker = int(event["leg"]), str(event.get("worker", ""))
@@ -352,7 +359,7 @@ class RunView:
     def _asked_at_once(self, content: Any) -> Iterator[str]:
         parts = [part for part in content if part.get("type") == "tool_call"] if isinstance(content, list) else []
         if len(parts) > 1:
-            names = Counter(harmless(str(part.get("name", ""))) for part in parts)
+            names = Counter(one_line(str(part.get("name", ""))) for part in parts)
             said = ", ".join(name if count == 1 else f"{count} {name}" for name, count in names.items())
             yield f"{len(parts)} tool calls at once: {said}"
 
@@ -409,13 +416,13 @@ class RunView:
                 if call.attempt > 1:
                     yield f"{call} starts again on {call.worker}, attempt {call.attempt}"
             case "progress":
-                fraction, said = event.get("fraction"), harmless(str(event.get("note") or ""))
+                fraction, said = event.get("fraction"), one_line(str(event.get("note") or ""))
                 call.note = " ".join(filter(None, ("" if fraction is None else f"{fraction:.0%}", said)))
             case "retrying":
                 call.status, call.attempt = "retrying", int(event.get("attempt", call.attempt + 1))
                 error = event.get("error") or {}
                 code = error.get("code", "failed")
-                why = "its worker died" if code == "worker_lost" else harmless(str(error.get("message") or code))
+                why = "its worker died" if code == "worker_lost" else one_line(str(error.get("message") or code))
                 yield from self.note_only(f"{call} will be tried again: {why}", "red")
             case "settled":
                 self.settled += 1
@@ -431,7 +438,7 @@ class RunView:
                     yield f"{call} -> {call.result}{took}{where}"
                 else:
                     error = event.get("error") or {}
-                    why = call.result = harmless(str(error.get("message") or error.get("code") or ""))
+                    why = call.result = one_line(str(error.get("message") or error.get("code") or ""))
                     yield from self.note_only(f"{call} {event.get('outcome')}: {why}".rstrip(": "), "red")
             case "denied" | "assigned" | "extended" | "approved":
                 yield f"{call} {verb}"
@@ -442,7 +449,7 @@ class RunView:
     def _error(self, verb: str, event: Mapping[str, Any]) -> Iterator[str]:
         error = event.get("error") if isinstance(event.get("error"), Mapping) else event
         assert isinstance(error, Mapping)
-        said = harmless(f"{error.get('code', '')}: {error.get('message', '')}".strip(": "))
+        said = one_line(f"{error.get('code', '')}: {error.get('message', '')}".strip(": "))
         yield from self.note_only(f"error: {said}", "red")
 
     def _data(self, verb: str, event: Mapping[str, Any]) -> Iterator[str]:
@@ -502,8 +509,10 @@ class RunView:
 
     def _chain(self, canvas: Canvas) -> list[Text]:
         """Return the legs, each with how it ended; of a chain longer than two lines the last ones."""
+        # More than so many do not fit: to try with all of a thousand legs, ten times a second, takes more than a core.
+        least = max(0, len(self.legs) - _CHAIN_LINES * canvas.width // _SHORTEST_LINK)
         links: list[Text] = []
-        for leg in self.legs:
+        for leg in self.legs[least:]:
             link = Text(f"{leg.number} ", "bold")
             if leg.reason:
                 link.append(leg.reason, _STYLES.get(leg.reason, "default"))
@@ -514,9 +523,9 @@ class RunView:
             waits = {"": "not started"}.get(self.status, self.status.replace("_", " "))
             links.append(Text(f"({waits})", "yellow"))
         arrow = Text(f" {canvas.marks['then']} ", "dim")
-        for first in range(len(self.legs) + 1):
+        for first in range(least, len(self.legs) + 1):
             earlier = [Text(f"({first} earlier)", "dim")] if first else []
-            lines = canvas.flow("legs     ", [*earlier, *links[first:]], arrow)
+            lines = canvas.flow("legs     ", [*earlier, *links[first - least :]], arrow)
             if len(lines) <= _CHAIN_LINES:
                 break
         self._chain_lines = max(self._chain_lines, len(lines))

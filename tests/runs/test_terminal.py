@@ -13,7 +13,7 @@ import pytest
 from rich.cells import cell_len
 from rich.console import Console
 
-from runs.terminal import RunView, console_on, drawing, draws, follow, harmless, seconds
+from runs.terminal import Canvas, RunView, console_on, drawing, draws, follow, harmless, seconds
 
 BEGIN = datetime(2026, 11, 21, 7, 0, tzinfo=UTC)
 RUN = "0199f000-0000-7000-8000-000000000001"
@@ -157,6 +157,54 @@ def test_no_moment_of_the_drawing_is_wider_or_higher_than_its_terminal(width: in
     # And what is most worth to be seen is seen, whatever else there is
     assert any("39 on agents-1" in line for line in lines)
     assert any("note 19" in line for line in lines)
+
+
+def test_of_a_long_chain_only_the_legs_that_may_fit_are_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A picture is drawn ten times a second, of a run that may have a thousand legs."""
+    tried: list[int] = []
+    flow = Canvas.flow
+
+    def counting(canvas: Canvas, label: str, items: Any, between: Any) -> Any:
+        tried.append(len(items))
+        return flow(canvas, label, items, between)
+
+    monkeypatch.setattr(Canvas, "flow", counting)
+    view = RunView(RUN, agent="tester")
+    for n in range(1, 501):
+        for kind, fields in (("leg.started", {}), ("leg.ended", {"reason": "lost"})):
+            view.apply({"type": kind, "leg": n, "epoch": n, "worker": "a@host", **fields})
+    for width in (60, 120):
+        text = "\n".join(drawn(view, width))
+        assert "500 lost" in text
+        assert re.search(r"\(4\d\d earlier\)", text)
+    assert sum(tried) < 1000
+
+
+def test_whatever_models_and_tools_say_is_one_line() -> None:
+    # Given calls with arguments that are no JSON object, or have line breaks everywhere, and errors of several lines
+    error = {"code": "tool_failed", "message": "1 error\n  number\n    is missing"}
+    view = RunView(RUN, agent="tester")
+    told = []
+    for event in record(
+        (0, "tool_call.created", {"tool_call": "a", "name": "look", "arguments": "{bad\njson"}),
+        (0, "tool_call.created", {"tool_call": "b", "name": "look\nup", "arguments": {"at\nonce": "one\ntwo"}}),
+        (1, "tool_call.started", {"tool_call": "b", "name": "look\nup", "attempt": 1, "worker": "tools-1@host"}),
+        (1, "tool_call.progress", {"tool_call": "b", "fraction": 0.5, "note": "half\nof it"}),
+        (2, "tool_call.retrying", {"tool_call": "b", "attempt": 2, "error": error}),
+        (3, "tool_call.settled", {"tool_call": "a", "name": "look", "outcome": "failed", "error": error}),
+        (4, "error", {"error": error}),
+        (5, "run.failed", {"stop_reason": "model_error", "error": error}),
+    ):
+        told += view.apply(event.as_dict())
+        assert not [line for line in drawn(view) if line.startswith((" is missing", "up(", "json"))]
+    # Then each is told in a line of its own
+    assert not [line for line in told if "\n" in line]
+    assert [line[12:] for line in told] == [
+        'look up(at once="one\\ntwo") will be tried again: 1 error number is missing',
+        "look({bad json) failed: 1 error number is missing",
+        "error: tool_failed: 1 error number is missing",
+        "run failed (model_error): tool_failed: 1 error number is missing",
+    ]
 
 
 def test_what_was_drawn_does_not_jump_when_calls_come_and_go() -> None:

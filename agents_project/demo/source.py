@@ -131,7 +131,8 @@ def find(name: str) -> Package:
 @cache  # it reads the metadata of everything that is installed
 def importers() -> Mapping[str, Sequence[str]]:
     """Return for each name that can be imported the distributions that bring it."""
-    return metadata.packages_distributions()
+    # What is left of one that was half removed has no name.
+    return {name: [each for each in owners if each] for name, owners in metadata.packages_distributions().items()}
 
 
 def _distribution(name: str) -> metadata.Distribution | None:
@@ -201,8 +202,8 @@ def _of_path(name: str) -> Package | None:
 
 
 def _module(path: PurePosixPath) -> str | None:
-    """Return the dotted name of a file by its path, None for what nobody can import."""
-    if path.suffix != ".py":
+    """Return the dotted name of a file by its path, None for what nobody imports: an editable install brings a finder."""
+    if path.suffix != ".py" or path.name.startswith("__editable__"):
         return None
     names = [*path.parts[:-1], path.stem]
     if not all(name.isidentifier() for name in names):
@@ -217,7 +218,8 @@ def _unknown(name: str) -> str:
     for each in importers():
         known.setdefault(each.lower(), each)
     for distribution in metadata.distributions():
-        known[distribution.name.lower()] = distribution.name
+        if distribution.name:
+            known[distribution.name.lower()] = distribution.name
     said = f"The package {name!r} is not installed here"
     whole = known.get(name.partition(".")[0].lower())
     if whole is not None and "." in name:
@@ -390,12 +392,16 @@ def _imports(tree: ast.Module) -> Iterator[Import]:
         elif isinstance(node, ast.Try) and any(map(_catches_absence, node.handlers)):
             waiting += [(True, child) for child in [*node.body, *node.handlers]]
             waiting += [(guarded, child) for child in [*node.orelse, *node.finalbody]]
-        elif isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
+        elif isinstance(node, ast.If) and any(map(_is_type_checking, ast.walk(node.test))):
             waiting += [(True, child) for child in node.body]
             waiting += [(guarded, child) for child in node.orelse]
         elif not isinstance(node, ast.expr):
             inside = guarded or isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
             waiting += [(inside, child) for child in ast.iter_child_nodes(node)]
+
+
+def _is_type_checking(node: ast.AST) -> bool:
+    return isinstance(node, ast.Name | ast.Attribute) and _last_name(node) == "TYPE_CHECKING"
 
 
 def _catches_absence(handler: ast.ExceptHandler) -> bool:

@@ -119,6 +119,27 @@ def test_what_is_not_installed_is_answered_with_what_comes_close(site: Path, nam
     assert str(refused.value) == str(caught.value)
 
 
+def test_what_is_left_of_a_package_that_was_half_removed_has_no_name_and_does_no_harm(site: Path) -> None:
+    left = site / "~hop_kit-1.3.dist-info"
+    left.mkdir()
+    (left / "top_level.txt").write_text("shopkit\n")
+    assert source.find("shopkit").version == "1.4"
+    with pytest.raises(source.NotFound, match="Did you mean shopkit"):
+        source.find("shopkitt")
+    assert audit.imports("shopkit")["others"]["count"] == 4
+
+
+def test_the_finder_of_an_editable_install_is_not_its_package(site: Path) -> None:
+    finder = site / "__editable___linked_1_0_finder.py"
+    finder.write_text("def find(): pass\n")
+    about = site / "linked-1.0.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text("Name: linked\nVersion: 1.0\n")
+    (about / "RECORD").write_text(f"{finder.name},,\n")
+    with pytest.raises(source.NotFound, match="linked is installed, but has no Python source there"):
+        source.find("linked")
+
+
 def test_a_module_of_python_itself_is_a_package_too() -> None:
     assert [each.module for each in source.find("json").files] == [
         "json", "json.decoder", "json.encoder", "json.scanner", "json.tool",
@@ -183,6 +204,15 @@ def test_imports_are_told_with_how_they_are_declared_and_guarded(site: Path) -> 
         {"name": "kombu", "declared": "required", "modules": 1, "unguarded": 1},
         {"name": "lazy_one", "declared": "no", "modules": 1, "unguarded": 0},
     ]
+
+
+def test_imports_for_type_checkers_are_guarded_however_deep_a_condition_is(site: Path) -> None:
+    deep = " + ".join(["1"] * 1500)
+    (site / "shopkit/stock/shelf.py").write_text(
+        f"if {deep}:\n    import kombu\nif typing.TYPE_CHECKING:\n    import nowhere\n"
+    )
+    listed = audit.imports("shopkit", "shopkit.stock")["others"]["listed"]
+    assert {each["name"]: each["unguarded"] for each in listed} == {"kombu": 1, "nowhere": 0}
 
 
 def test_an_unknown_module_is_answered_with_those_that_come_close(site: Path) -> None:

@@ -428,6 +428,21 @@ def test_a_process_that_lost_its_lock_and_lives_loses_what_it_held_once(
     assert done.dead_workers == [process.id]
 
 
+def test_a_process_that_has_locked_again_and_is_killed_loses_what_it_holds_at_once(
+    world: World, passes: Sweep, sent: Sent, process: Process
+) -> None:
+    process.calls()  # for its sake the life stays open until a beat is missed
+    run = process.speaks()
+    passes.look()
+    process.die()
+    assert passes.look().reclaimed_runs == [run.run]
+    process.lock()
+    assert not passes.look()
+    world.claim(run.run, process.id)
+    process.die()
+    assert passes.look().reclaimed_runs == [run.run]
+
+
 # --- lost holders, and what passed its time
 
 

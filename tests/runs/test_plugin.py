@@ -397,7 +397,8 @@ def test_who_moves_the_clock_by_hand_sees_what_is_not_due(scripted_model: Script
     else:
         scripted_model.say(call("flaky", fails=1), "done")
     run = clerk.start("hello")
-    with pytest.raises(AssertionError, match=r"Nothing is due for (240|300)\.\d s, .* (4|5) min"):
+    # Some of the wait is over when it is told, on a busy machine more.
+    with pytest.raises(AssertionError, match=r"Nothing is due for (2[34]|29|30)\d\.\d s, .* [345] min"):
         run_to_end(run, moves_clock=False)
     assert not run.finished
     move_clock(timedelta(minutes=6))

@@ -1,11 +1,12 @@
 """The agent that answers tickets, and what it can do. A tool of each kind: see docs/tools.md of Longhaul."""
 
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from django.core.mail import send_mail
 from django.db import transaction
 from django.db.models import Sum
+from pydantic import Field
 
 from desk import carrier
 from desk.models import Note, Order, Refund, Ticket
@@ -14,6 +15,10 @@ from tools import ModelRetry, RetryPolicy, ToolContext, ToolFailed, tool
 
 if TYPE_CHECKING:
     from runs import Run
+
+
+# A model may say anything: a refund of -500 would be a debt.
+Cents = Annotated[int, Field(gt=0)]
 
 
 def order_of(ctx: ToolContext, number: int) -> Order:
@@ -48,7 +53,7 @@ def track_parcel(number: int, ctx: ToolContext) -> dict[str, Any]:
 
 
 @tool(atomic=True)
-def refund(number: int, cents: int, ctx: ToolContext) -> dict[str, Any]:
+def refund(number: int, cents: Cents, ctx: ToolContext) -> dict[str, Any]:
     """Refund an order, or a part of it.
 
     Args:
@@ -74,7 +79,7 @@ def tell_the_books(pk: int) -> None:
 
 
 @tool(idempotent=False)
-def send_voucher(cents: int, ctx: ToolContext) -> str:
+def send_voucher(cents: Cents, ctx: ToolContext) -> str:
     """Mail the customer a voucher. At most once: a second one would be a gift.
 
     Args:

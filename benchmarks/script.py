@@ -38,7 +38,7 @@ def count(call: ModelCall) -> Reply:
 
 
 def slow(call: ModelCall) -> Reply:
-    """Speak for as many seconds as the prompt says, a chunk of 20 characters a second."""
+    """Speak for as many seconds as the prompt says, a chunk of 21 characters a second."""
     seconds = int(_asked(call, SECONDS))
     return [Text("and twenty characters" * seconds, chunk_chars=21, delay=1.0)]
 

@@ -188,6 +188,7 @@ def figures(results: dict[str, Results], at_once: int) -> dict[str, Any]:
     by_form: dict[str, Any] = {}
     for name, result in results.items():
         by_form[name] = {
+            "runs_at_once": result.many[0].steps // STEPS,
             "steps_per_s": _middle(sample.steps_per_s for sample in result.many),
             "cpu_ms_per_step": _middle(sample.cpu_ms() for sample in result.many),
             "cpu_ms_by_role": {
@@ -270,8 +271,9 @@ def tables(found: dict[str, Any]) -> list[Table]:
     for name, values in found["forms"].items():
         roles = values["cpu_ms_by_role"]
         workers = {role: value for role, value in roles.items() if role not in (*OUTSIDE, "postgres", "valkey")}
+        fewer = "" if values["runs_at_once"] == found["runs_at_once"] else f" ({values['runs_at_once']} at once)"
         speed.add_row(
-            FORMS[name].title,
+            FORMS[name].title + fewer,
             f"{values['steps_per_s']:.0f}",
             f"{values['cpu_ms_per_step']:.2f}",
             ", ".join(f"{role.removeprefix('celery ')} {value:.2f}" for role, value in workers.items()),

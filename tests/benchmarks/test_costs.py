@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 
 import pytest
 
+from benchmarks import step_cost
 from benchmarks.flat_cost import Cost, Stretch, figures
 from benchmarks.memory import resident
 from tests.benchmarks.conftest import Quick
@@ -53,6 +55,24 @@ def test_the_ratio_is_that_of_neighbours_and_leaves_out_who_only_measures() -> N
     assert found["cpu_ms"] == {"early": 20.0, "late": 22.0, "ratio": 1.3}
     assert found["own_wall_ms"] == {"early": 200.0, "late": 220.0, "ratio": 1.3}
     assert set(found["cpu_ms_by_role"]) == {"agents"}
+
+
+def test_a_form_that_is_measured_with_fewer_runs_at_once_says_so() -> None:
+    def sample(runs: int) -> step_cost.Sample:
+        return step_cost.Sample(runs * step_cost.STEPS, 1.0, {"model": 1.0, "load": 1.0, "postgres": 1.0}, 1, Counter())
+
+    results = {
+        name: step_cost.Results(many=[sample(runs)], single=[sample(1)])
+        for name, runs in (("longhaul", 20), ("celery", 20), ("dbos", 8))
+    }
+    found = step_cost.figures(results, 20)
+    assert {name: each["runs_at_once"] for name, each in found["forms"].items()} == {
+        "longhaul": 20,
+        "celery": 20,
+        "dbos": 8,
+    }
+    names = list(step_cost.tables(found)[0].columns[0].cells)
+    assert names == ["Longhaul", "raw Celery chain", "DBOS (8 at once)"]
 
 
 def test_resident_memory_grows_by_what_is_written() -> None:

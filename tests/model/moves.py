@@ -179,7 +179,6 @@ class Moves:
         rules, name = self.rules, self._name(number)
         for job in process.jobs:
             at, run_number, epoch, leg = job
-            run = self._world.runs[run_number]
             this = f"{name}, run {run_number + 1}:"
             if at.startswith(PLUS):
                 plain: Job = (at[1:], run_number, epoch, leg)
@@ -247,7 +246,6 @@ class Moves:
                     number,
                     job,
                 )
-            del run
 
     def _hand_over(self, this: str, number: int, job: Job, reason: str) -> Iterator[Move]:
         def write(after: World) -> Published | None:

@@ -376,8 +376,6 @@ class Rules:
             return None
         if leg not in run.legs and not self.broken & {"give_up_whose_leg_it_is", "give_up_whoever_runs"}:
             return None
-        if "give_up_leaves_all" in self.broken:
-            return None
         if run.ended:
             return None
         self.record(world, number)

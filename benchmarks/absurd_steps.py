@@ -24,7 +24,6 @@ from absurd_sdk import Absurd
 
 from agents_project.processes import die_with_parent
 from benchmarks import model_calls
-from benchmarks.celery_chain import INSTRUCTIONS
 
 
 def take(number: int) -> int:
@@ -34,7 +33,7 @@ def take(number: int) -> int:
 def converse(params: dict[str, Any], context: Any) -> int:
     """Run the loop to the model's final text; return how many tools were called."""
     messages: list[dict[str, Any]] = [
-        {"role": "system", "content": INSTRUCTIONS},
+        {"role": "system", "content": model_calls.INSTRUCTIONS},
         {"role": "user", "content": params["prompt"]},
     ]
     called = 0

@@ -9,14 +9,13 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import openai
 import redis
 
-from benchmarks.celery_chain import INSTRUCTIONS, TOOLS
+from benchmarks.model_calls import INSTRUCTIONS, ask_openai
 
 ORDERS = "longhaul-bench:bare:orders"
 ANSWERS = "longhaul-bench:bare:answers"
@@ -26,39 +25,12 @@ def take(number: int) -> int:
     return number
 
 
-def ask(client: openai.OpenAI, messages: Sequence[Any]) -> dict[str, Any]:
-    """Stream one answer; return it as the message that the next request holds."""
-    tools: list[Any] = TOOLS
-    text = ""
-    calls: dict[int, dict[str, Any]] = {}
-    stream = client.chat.completions.create(
-        model="bench",
-        messages=list(messages),
-        tools=tools,
-        stream=True,
-        stream_options={"include_usage": True},
-    )
-    for chunk in stream:
-        for choice in chunk.choices:
-            text += choice.delta.content or ""
-            for part in choice.delta.tool_calls or ():
-                call = calls.setdefault(
-                    part.index, {"id": "", "type": "function", "function": {"name": "", "arguments": ""}}
-                )
-                call["id"] += part.id or ""
-                if part.function is not None:
-                    call["function"]["name"] += part.function.name or ""
-                    call["function"]["arguments"] += part.function.arguments or ""
-    said: dict[str, Any] = {"role": "assistant", "content": text or None}
-    return {**said, "tool_calls": list(calls.values())} if calls else said
-
-
 def converse(client: openai.OpenAI, prompt: str) -> int:
     """Run the loop to the model's final text; return how many tools were called."""
     messages: list[Any] = [{"role": "system", "content": INSTRUCTIONS}, {"role": "user", "content": prompt}]
     called = 0
     while True:
-        message = ask(client, messages)
+        message = ask_openai(client, messages)
         if "tool_calls" not in message:
             return called
         messages.append(message)

@@ -20,30 +20,16 @@ import httpx2
 import psycopg
 from celery import Celery
 
+from benchmarks.model_calls import INSTRUCTIONS, TOOLS
+
 SCHEMA = """
 CREATE TABLE chain_run (id bigserial PRIMARY KEY, step integer NOT NULL DEFAULT 0, finished_at timestamptz);
 CREATE TABLE chain_message (
     id bigserial PRIMARY KEY, run_id bigint NOT NULL REFERENCES chain_run, step integer NOT NULL, role text NOT NULL,
     body jsonb NOT NULL, created_at timestamptz NOT NULL DEFAULT clock_timestamp());
 """
-INSTRUCTIONS = "Call the tool until you have enough."
-TOOLS = [
-    {
-        "type": "function",
-        "function": {
-            "name": "take",
-            "description": "Take a number.",
-            "parameters": {
-                "type": "object",
-                "properties": {"number": {"type": "integer", "description": "the number"}},
-                "required": ["number"],
-                "additionalProperties": False,
-            },
-        },
-    }
-]
 
-app = Celery("celery_chain", broker=os.environ.get("CELERY_BROKER_URL"))
+app = Celery("celery_chain", broker=os.environ.get("CELERY_BROKER_URL"), set_as_current=False)
 app.conf.update(
     task_acks_late=True,
     task_reject_on_worker_lost=True,

@@ -17,7 +17,6 @@ import redis
 from dbos import DBOS, DBOSConfig, SetWorkflowID
 
 from benchmarks import model_calls
-from benchmarks.celery_chain import INSTRUCTIONS
 
 
 @DBOS.step(name="ask")
@@ -36,7 +35,7 @@ def take(number: int) -> int:
 def converse(client: str, prompt: str) -> int:
     """Run the loop to the model's final text; return how many tools were called."""
     messages: list[dict[str, Any]] = [
-        {"role": "system", "content": INSTRUCTIONS},
+        {"role": "system", "content": model_calls.INSTRUCTIONS},
         {"role": "user", "content": prompt},
     ]
     called = 0

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any, ClassVar, Protocol
 
-from benchmarks import bare_loop, celery_chain
+from benchmarks import bare_loop
 from benchmarks.rig import READY_TIMEOUT, Rig, RigError
 from benchmarks.script import prompt
 from benchmarks.workers import QUIET, prepare
@@ -123,6 +123,10 @@ class CeleryChain:
     def __init__(self, rig: Rig, processes: int = AT_ONCE) -> None:
         self._rig = rig
         self._processes = {"steps": processes, "tools": 2}
+        # Not before: a module with a Celery app makes it the one of the process that imports it.
+        from benchmarks import celery_chain
+
+        self._first = celery_chain.step
         rig.connection.execute(celery_chain.SCHEMA)
         celery_chain.app.conf.update(broker_url=os.environ["CELERY_BROKER_URL"])
 
@@ -143,7 +147,7 @@ class CeleryChain:
         ids = [row[0] for row in rows]
         started = self._rig.now()
         for run in ids:
-            celery_chain.step.apply_async((run, 0, prompt(steps)))
+            self._first.apply_async((run, 0, prompt(steps)))
         ended = _await_rows(
             self._rig,
             "SELECT count(*), extract(epoch FROM max(finished_at))::float8 FROM chain_run"

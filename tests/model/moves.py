@@ -362,58 +362,15 @@ class Moves:
         if not process.draining:
             return
         if not process.jobs:
-
-            def leave(after: World) -> None:
-                after.rename({number: LEFT})
-                after.process(
-                    number,
-                    up="down",
-                    lock=False,
-                    beat=0,
-                    draining=False,
-                    cut=0,
-                    taken=False,
-                    doomed=False,
-                    closed=False,
-                )
-
-            yield self._act(f"{name} leaves, its presence last", "P", leave)
+            yield self._act(f"{name} leaves, its presence last", "P", lambda after: _end(after, number, LEFT))
         elif "drain_releases_presence_first" in self.broken and process.lock:
             yield self._act(f"{name} releases its presence", "P", lambda after: after.process(number, lock=False))
         elif "drain_forgets_calls" in self.broken and process.kind == "T":
-
-            def forget(after: World) -> None:
-                after.rename({number: LEFT})
-                after.process(
-                    number,
-                    up="down",
-                    lock=False,
-                    beat=0,
-                    draining=False,
-                    cut=0,
-                    taken=False,
-                    doomed=False,
-                    closed=False,
-                    jobs=(),
-                )
-
-            yield self._act(f"{name} leaves in the middle of its call", "P", forget)
+            what = f"{name} leaves in the middle of its call"
+            yield self._act(what, "P", lambda after: _end(after, number, LEFT))
 
     def _kill(self, world: World, number: int) -> None:
-        process = world.processes[number]
-        world.rename({number: JUST_DEAD if process.beat == 0 else DEAD})
-        world.process(
-            number,
-            up="down",
-            lock=False,
-            beat=0,
-            draining=False,
-            jobs=(),
-            cut=0,
-            taken=False,
-            doomed=False,
-            closed=False,
-        )
+        _end(world, number, JUST_DEAD if world.processes[number].beat == 0 else DEAD)
 
     def _presence(self, number: int, process: Process) -> Iterator[Move]:
         name, world = self._name(number), self._world
@@ -638,6 +595,23 @@ class Moves:
                     yield from self._commit("the thread is deleted", "E", lambda after: rules.delete(after, seen))
             else:
                 yield from self._commit("the thread is deleted", "E", rules.delete)
+
+
+def _end(world: World, number: int, name: Holder) -> None:
+    """End a process: what it holds names somebody who is no process any more, and who is started again knows nothing."""
+    world.rename({number: name})
+    world.process(
+        number,
+        up="down",
+        lock=False,
+        beat=0,
+        draining=False,
+        jobs=(),
+        cut=0,
+        taken=False,
+        doomed=False,
+        closed=False,
+    )
 
 
 def _drop(message: Message) -> Callable[[World], None]:

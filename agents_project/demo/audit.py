@@ -129,8 +129,7 @@ def imports(package: Name, module: Where = "") -> dict[str, Any]:
     """List what a package imports: modules of the standard library, and of others, with how these are declared.
 
     `declared` of another's module is required, extra (only an extra requires it) or no. `modules` is how many import it,
-    `unguarded` how many of them do so at once: not within a function, for type checkers only, or where its absence is
-    caught.
+    `unguarded` how many of them do so at once: not within a function, a condition or a `try`.
     """
     found = _find(package)
     files = _within(found, module)

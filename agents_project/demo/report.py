@@ -136,12 +136,14 @@ def _imports(found: dict[str, Any], facts: dict[str, Any], todo: list[str]) -> l
         lines.append(f"Required: {', '.join(required[:UNDECLARED])}.")
     bare = [each for each in others if each["declared"] == "no" and each["unguarded"]]
     if bare:
-        lines.append(f"Imported unguarded, declared nowhere: {', '.join(each['name'] for each in bare[:UNDECLARED])}.")
+        lines.append(
+            f"Imported at once, not among the requirements: {', '.join(each['name'] for each in bare[:UNDECLARED])}."
+        )
         if facts.get("requirements", {}).get("count") or facts.get("requirements_of_extras", {}).get("count"):
             first = bare[0]
             todo.append(
-                f"Declare `{first['name']}`, or guard its import: {_many(first['unguarded'], 'module')} cannot be"
-                " imported without it."
+                f"Declare `{first['name']}`, or guard its import: {_many(first['unguarded'], 'module')} import it at once,"
+                " and no requirement names it."
             )
     return lines
 

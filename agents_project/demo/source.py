@@ -76,7 +76,7 @@ class Function:
 
 @dataclass(frozen=True, slots=True)
 class Import:
-    """`name` is the top-level name; `guarded`: in a function, for type checkers only, or where its absence is caught."""
+    """`name` is the top-level name; `guarded`: in a function, or under a condition or a `try`."""
 
     name: str
     guarded: bool
@@ -226,7 +226,7 @@ def _unknown(name: str) -> str:
         return f"{said}: name a whole package, as {whole} is."
     close = get_close_matches(name.lower(), known, n=_SUGGESTED, cutoff=0.6)
     if not close:
-        return f"{said}. Those that are: python -m pip list."
+        return f"{said}. Those that are: {sys.executable} -m pip list."
     return f"{said}. Did you mean {' or '.join(dict.fromkeys(known[each] for each in close))}?"
 
 
@@ -378,6 +378,10 @@ def _functions(tree: ast.Module) -> Iterator[Function]:
                 waiting.append((prefix, child))
 
 
+# What stands in one of these need not happen when the module is imported, or may fail there unharmed.
+_CONDITIONAL = (ast.FunctionDef, ast.AsyncFunctionDef, ast.If, ast.Try, ast.TryStar, ast.With, ast.Match, ast.While)
+
+
 def _imports(tree: ast.Module) -> Iterator[Import]:
     """Yield the absolute imports, by their top-level names."""
     waiting: list[tuple[bool, ast.AST]] = [(False, tree)]
@@ -389,25 +393,9 @@ def _imports(tree: ast.Module) -> Iterator[Import]:
         elif isinstance(node, ast.ImportFrom):
             if not node.level and node.module:
                 yield Import(node.module.partition(".")[0], guarded)
-        elif isinstance(node, ast.Try) and any(map(_catches_absence, node.handlers)):
-            waiting += [(True, child) for child in [*node.body, *node.handlers]]
-            waiting += [(guarded, child) for child in [*node.orelse, *node.finalbody]]
-        elif isinstance(node, ast.If) and any(map(_is_type_checking, ast.walk(node.test))):
-            waiting += [(True, child) for child in node.body]
-            waiting += [(guarded, child) for child in node.orelse]
         elif not isinstance(node, ast.expr):
-            inside = guarded or isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+            inside = guarded or isinstance(node, _CONDITIONAL)
             waiting += [(inside, child) for child in ast.iter_child_nodes(node)]
-
-
-def _is_type_checking(node: ast.AST) -> bool:
-    return isinstance(node, ast.Name | ast.Attribute) and _last_name(node) == "TYPE_CHECKING"
-
-
-def _catches_absence(handler: ast.ExceptHandler) -> bool:
-    caught = handler.type.elts if isinstance(handler.type, ast.Tuple) else [handler.type] if handler.type else []
-    names = {_last_name(each) for each in caught}
-    return not names or bool(names & {"ImportError", "ModuleNotFoundError", "Exception", "BaseException"})
 
 
 # --- requirements ----------------------------------------------------------------------------------------------------

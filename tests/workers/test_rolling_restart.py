@@ -55,6 +55,11 @@ class Deploy:
     since: dict[str, datetime] = field(default_factory=dict)
     codes: dict[str, int] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
+    told: dict[str, int] = field(default_factory=dict)  # the length of each log at the beginning
+
+    def __post_init__(self) -> None:
+        """The workers may have had the deaths of other tests before this deploy: their logs tell of those."""
+        self.told = {log.stem: log.stat().st_size for log in self.workers.folder.glob("*.log")}
 
     def replace(self, **kinds: int) -> None:
         """Bring up so many new workers of each kind, and when they are present tell as many old ones to go."""
@@ -72,7 +77,8 @@ class Deploy:
             self.seconds[name] = time.monotonic() - began
 
     def logs(self) -> dict[str, str]:
-        return {name: (self.workers.folder / f"{name}.log").read_text(errors="replace") for name in self.codes}
+        logs = {name: (self.workers.folder / f"{name}.log").read_bytes() for name in self.codes}
+        return {name: log[self.told.get(name, 0) :].decode(errors="replace") for name, log in logs.items()}
 
 
 def streaming(count: int) -> list[Run]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Generator
 
 import pytest
@@ -20,6 +21,12 @@ def servers() -> embedded.Servers:
         broker_url=os.environ.get("CELERY_BROKER_URL", os.environ["REDIS_URL"]),
         folder=here.folder,
     )
+
+
+def pytest_configure() -> None:
+    """Let the processes of the tests hear Ctrl-C where a shell has started pytest in the background, and so deaf to it."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _refuse_skip(report: pytest.TestReport | pytest.CollectReport) -> None:

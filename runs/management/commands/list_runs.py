@@ -58,7 +58,7 @@ class Command(BaseCommand):
         table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
         # The id stays whole, for it is what the next command is given; the reason takes what is left.
         table.add_column("run", no_wrap=True, overflow="ignore", min_width=36)
-        table.add_column("age", no_wrap=True, justify="right", min_width=6)
+        table.add_column("age", no_wrap=True, justify="right", min_width=5)
         table.add_column("agent and why", overflow="fold", ratio=1)
         for run, told in rows[:limit]:
             text = Text(f"{harmless(run.agent)}: ", style="bold").append(Text(harmless(told.why), style=""))

@@ -7,26 +7,15 @@ from typing import Any
 
 import pytest
 
-from runs import agents, engine
-from runs.agents import Agent
+from runs import engine
 from runs.models import Run, Step
 from runs.providers.port import ModelRequest, ProviderError
 from runs.pytest_longhaul import CallTool, Reply, ScriptedModel, assert_invariants, call, run_to_end
+from tests.engine.tool_runs import clerk
 from tests.runs.scenes import agents_process, asked, texts
 from threads.models import Thread
-from tools import tool
 
 pytestmark = pytest.mark.django_db
-
-
-@tool
-def add(a: int, b: int) -> int:
-    """Add two numbers."""
-    return a + b
-
-
-def clerk(**options: Any) -> Agent:
-    return agents.registry.add(Agent(name="clerk", model="scripted:x", tools=[add], **options))
 
 
 def in_one_leg(run: Run) -> Run:

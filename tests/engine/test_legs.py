@@ -14,22 +14,12 @@ from runs.agents import Agent
 from runs.exceptions import UnknownAgent
 from runs.models import Leg, Run
 from runs.pytest_longhaul import CallTool, ScriptedModel, assert_invariants, call, run_to_end
+from tests.engine.tool_runs import clerk
 from tests.runs.scenes import agents_process, payloads
 from threads.models import Message, Thread
-from tools import tool
 from tools.models import ToolCall
 
 pytestmark = pytest.mark.django_db
-
-
-@tool
-def add(a: int, b: int) -> int:
-    """Add two numbers."""
-    return a + b
-
-
-def clerk(**options: Any) -> Agent:
-    return agents.registry.add(Agent(name="clerk", model="scripted:x", tools=[add], **options))
 
 
 def test_a_leg_whose_preparation_takes_its_whole_time_still_takes_a_step(scripted_model: ScriptedModel) -> None:

@@ -8,10 +8,22 @@ from runs import agents
 from runs.models import Event, Run
 from runs.pytest_longhaul import CallTool, ScriptedModel, call, run_to_end
 from threads.models import Message
+from tools import tool
 from tools.models import ToolCall
 from tools.registry import Tool
 
 SECRET = "postgres://root:hunter2@db"
+
+
+@tool
+def add(a: int, b: int) -> int:
+    """Add two numbers."""
+    return a + b
+
+
+def clerk(**options: Any) -> agents.Agent:
+    """An agent that can add."""
+    return agents.registry.add(agents.Agent(name="clerk", model="scripted:x", tools=[add], **options))
 
 
 def took(model: ScriptedModel, *tools: Tool, calls: list[CallTool] | None = None, **options: Any) -> Run:

@@ -16,11 +16,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import httpx2
 import psycopg
 from celery import Celery
 
-from benchmarks.model_calls import INSTRUCTIONS, TOOLS
+from benchmarks import model_calls
 
 SCHEMA = """
 CREATE TABLE chain_run (id bigserial PRIMARY KEY, step integer NOT NULL DEFAULT 0, finished_at timestamptz);
@@ -58,19 +57,10 @@ def _transaction() -> Iterator[psycopg.Connection[Any]]:
         raise
 
 
-@functools.cache
-def _client() -> httpx2.Client:
-    return httpx2.Client(
-        base_url=os.environ["OPENAI_BASE_URL"],
-        headers={"Authorization": f"Bearer {os.environ['OPENAI_API_KEY']}"},
-        timeout=60,
-    )
-
-
 def _conversation(prompt: str, answered: int) -> list[dict[str, Any]]:
     """Return the messages of a run whose first `answered` calls have their results."""
     messages: list[dict[str, Any]] = [
-        {"role": "system", "content": INSTRUCTIONS},
+        {"role": "system", "content": model_calls.INSTRUCTIONS},
         {"role": "user", "content": prompt},
     ]
     for number in range(1, answered + 1):
@@ -87,10 +77,7 @@ def _conversation(prompt: str, answered: int) -> list[dict[str, Any]]:
 @app.task(name="chain.step", queue="chain.steps")
 def step(run: int, answered: int, prompt: str) -> None:
     """One model turn: ask, store the answer, hand on to the tool or end."""
-    body = {"model": "bench", "messages": _conversation(prompt, answered), "tools": TOOLS}
-    response = _client().post("chat/completions", json=body)
-    response.raise_for_status()
-    message = response.json()["choices"][0]["message"]
+    message = model_calls.ask("httpx2", _conversation(prompt, answered))
     calls = message.get("tool_calls") or []
     with _transaction() as connection:
         connection.execute(

@@ -8,10 +8,12 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import httpx2
-import openai
+
+if TYPE_CHECKING:
+    import openai
 
 INSTRUCTIONS = "Call the tool until you have enough."
 TOOLS = [
@@ -34,6 +36,8 @@ CLIENTS = ("openai", "httpx2")
 
 @functools.cache
 def _openai() -> openai.OpenAI:
+    import openai  # only here: the processes of the chain have no use for it
+
     return openai.OpenAI(max_retries=0)
 
 

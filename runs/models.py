@@ -58,9 +58,14 @@ class Run(models.Model):
     """
 
     id = models.UUIDField(primary_key=True, default=new_id, editable=False)
-    thread = models.ForeignKey(Thread, on_delete=models.CASCADE, related_name="runs")
+    thread = models.ForeignKey(Thread, on_delete=models.CASCADE, related_name="runs", db_index=False)
     owner = models.ForeignKey(
-        settings.AUTH_USER_MODEL, on_delete=models.CASCADE, null=True, blank=True, related_name="longhaul_runs"
+        settings.AUTH_USER_MODEL,
+        on_delete=models.CASCADE,
+        null=True,
+        blank=True,
+        related_name="longhaul_runs",
+        db_index=False,
     )
     agent = models.CharField(max_length=200)
     status = models.CharField(max_length=16, choices=Status.choices, default=Status.QUEUED)
@@ -110,6 +115,7 @@ class Run(models.Model):
     finished_at = models.DateTimeField(null=True)
 
     class Meta:
+        permissions: ClassVar = [("cancel_run", "Can cancel run")]
         constraints: ClassVar = [
             models.UniqueConstraint(
                 fields=["thread"],
@@ -142,6 +148,8 @@ class Run(models.Model):
             ),
         ]
         indexes: ClassVar = [
+            models.Index(fields=["owner", "id"], name="longhaul_run_of_owner"),
+            models.Index(fields=["thread", "id"], name="longhaul_run_of_thread"),
             models.Index(fields=["next_publish_at"], name="longhaul_run_due", condition=models.Q(status="queued")),
             models.Index(fields=["holder"], name="longhaul_run_running", condition=models.Q(status="running")),
             models.Index(fields=["thread", "id"], name="longhaul_run_held", condition=models.Q(status="held")),

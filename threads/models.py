@@ -33,7 +33,12 @@ class Thread(models.Model):
 
     id = models.UUIDField(primary_key=True, default=new_id, editable=False)
     owner = models.ForeignKey(
-        settings.AUTH_USER_MODEL, on_delete=models.CASCADE, null=True, blank=True, related_name="longhaul_threads"
+        settings.AUTH_USER_MODEL,
+        on_delete=models.CASCADE,
+        null=True,
+        blank=True,
+        related_name="longhaul_threads",
+        db_index=False,
     )
     agent = models.CharField(max_length=200, blank=True, default="")
     title = models.CharField(max_length=500, blank=True, default="")
@@ -42,6 +47,9 @@ class Thread(models.Model):
     overrides = models.JSONField(default=dict, blank=True)
     archived_at = models.DateTimeField(null=True, blank=True)
     created_at = models.DateTimeField(db_default=Now(), editable=False)
+
+    class Meta:
+        indexes: ClassVar = [models.Index(fields=["owner", "id"], name="longhaul_thread_of_owner")]
 
     def __str__(self) -> str:
         return self.title or str(self.id)

@@ -65,10 +65,13 @@ class Migration(migrations.Migration):
                 ('queued_at', models.DateTimeField(null=True)),
                 ('started_at', models.DateTimeField(null=True)),
                 ('finished_at', models.DateTimeField(null=True)),
-                ('owner', models.ForeignKey(blank=True, null=True, on_delete=django.db.models.deletion.CASCADE, related_name='longhaul_runs', to=settings.AUTH_USER_MODEL)),
+                ('owner', models.ForeignKey(blank=True, db_index=False, null=True, on_delete=django.db.models.deletion.CASCADE, related_name='longhaul_runs', to=settings.AUTH_USER_MODEL)),
                 ('parent', models.ForeignKey(db_index=False, null=True, on_delete=django.db.models.deletion.SET_NULL, related_name='children', to='longhaul_runs.run')),
-                ('thread', models.ForeignKey(on_delete=django.db.models.deletion.CASCADE, related_name='runs', to='longhaul_threads.thread')),
+                ('thread', models.ForeignKey(db_index=False, on_delete=django.db.models.deletion.CASCADE, related_name='runs', to='longhaul_threads.thread')),
             ],
+            options={
+                'permissions': [('cancel_run', 'Can cancel run')],
+            },
         ),
         migrations.CreateModel(
             name='Leg',
@@ -137,6 +140,14 @@ class Migration(migrations.Migration):
             options={
                 'verbose_name_plural': 'usage',
             },
+        ),
+        migrations.AddIndex(
+            model_name='run',
+            index=models.Index(fields=['owner', 'id'], name='longhaul_run_of_owner'),
+        ),
+        migrations.AddIndex(
+            model_name='run',
+            index=models.Index(fields=['thread', 'id'], name='longhaul_run_of_thread'),
         ),
         migrations.AddIndex(
             model_name='run',

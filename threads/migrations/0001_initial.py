@@ -55,23 +55,8 @@ class Migration(migrations.Migration):
                 ('overrides', models.JSONField(blank=True, default=dict)),
                 ('archived_at', models.DateTimeField(blank=True, null=True)),
                 ('created_at', models.DateTimeField(db_default=threads.clock.Now(), editable=False)),
-                ('owner', models.ForeignKey(blank=True, null=True, on_delete=django.db.models.deletion.CASCADE, related_name='longhaul_threads', to=settings.AUTH_USER_MODEL)),
+                ('owner', models.ForeignKey(blank=True, db_index=False, null=True, on_delete=django.db.models.deletion.CASCADE, related_name='longhaul_threads', to=settings.AUTH_USER_MODEL)),
             ],
-        ),
-        migrations.CreateModel(
-            name='IdempotencyKey',
-            fields=[
-                ('id', models.UUIDField(default=threads.ids.new_id, editable=False, primary_key=True, serialize=False)),
-                ('key', models.CharField(max_length=200)),
-                ('fingerprint', models.CharField(max_length=64)),
-                ('status', models.SmallIntegerField(null=True)),
-                ('answer', models.JSONField(null=True)),
-                ('created_at', models.DateTimeField(db_default=threads.clock.Now(), editable=False)),
-                ('owner', models.ForeignKey(null=True, on_delete=django.db.models.deletion.CASCADE, related_name='longhaul_idempotency_keys', to=settings.AUTH_USER_MODEL)),
-            ],
-            options={
-                'constraints': [models.UniqueConstraint(fields=('owner', 'key'), name='longhaul_one_answer_an_idempotency_key', nulls_distinct=False)],
-            },
         ),
         migrations.CreateModel(
             name='Message',
@@ -89,9 +74,40 @@ class Migration(migrations.Migration):
                 ('created_at', models.DateTimeField(db_default=threads.clock.Now(), editable=False)),
                 ('thread', models.ForeignKey(db_index=False, on_delete=django.db.models.deletion.CASCADE, related_name='messages', to='longhaul_threads.thread')),
             ],
+        ),
+        migrations.CreateModel(
+            name='IdempotencyKey',
+            fields=[
+                ('id', models.UUIDField(default=threads.ids.new_id, editable=False, primary_key=True, serialize=False)),
+                ('key', models.CharField(max_length=200)),
+                ('fingerprint', models.CharField(max_length=64)),
+                ('status', models.SmallIntegerField(null=True)),
+                ('answer', models.JSONField(null=True)),
+                ('created_at', models.DateTimeField(db_default=threads.clock.Now(), editable=False)),
+                ('owner', models.ForeignKey(null=True, on_delete=django.db.models.deletion.CASCADE, related_name='longhaul_idempotency_keys', to=settings.AUTH_USER_MODEL)),
+            ],
             options={
-                'indexes': [models.Index(condition=models.Q(('run_id__isnull', False)), fields=['run_id', 'step'], name='longhaul_message_of_run'), models.Index(condition=models.Q(('position__isnull', True)), fields=['thread'], name='longhaul_message_waiting')],
-                'constraints': [models.UniqueConstraint(fields=('thread', 'position'), name='longhaul_one_message_a_position'), models.CheckConstraint(condition=models.Q(models.Q(('position__isnull', True), ('status', 'waiting')), models.Q(('status', 'waiting'), _negated=True), _connector='OR'), name='longhaul_a_waiting_message_has_no_place')],
+                'constraints': [models.UniqueConstraint(fields=('owner', 'key'), name='longhaul_one_answer_an_idempotency_key', nulls_distinct=False)],
             },
+        ),
+        migrations.AddIndex(
+            model_name='thread',
+            index=models.Index(fields=['owner', 'id'], name='longhaul_thread_of_owner'),
+        ),
+        migrations.AddIndex(
+            model_name='message',
+            index=models.Index(condition=models.Q(('run_id__isnull', False)), fields=['run_id', 'step'], name='longhaul_message_of_run'),
+        ),
+        migrations.AddIndex(
+            model_name='message',
+            index=models.Index(condition=models.Q(('position__isnull', True)), fields=['thread'], name='longhaul_message_waiting'),
+        ),
+        migrations.AddConstraint(
+            model_name='message',
+            constraint=models.UniqueConstraint(fields=('thread', 'position'), name='longhaul_one_message_a_position'),
+        ),
+        migrations.AddConstraint(
+            model_name='message',
+            constraint=models.CheckConstraint(condition=models.Q(models.Q(('position__isnull', True), ('status', 'waiting')), models.Q(('status', 'waiting'), _negated=True), _connector='OR'), name='longhaul_a_waiting_message_has_no_place'),
         ),
     ]

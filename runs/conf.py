@@ -26,7 +26,7 @@ class Key:
     """One key of `LONGHAUL`: its default, and what a value of it must be.
 
     `unit` is the length of one unit for a key that is a time, and None for any other. `least` is the lowest value.
-    `nullable` allows None.
+    `nullable` allows None. `begins` are the beginnings that a text may have, when it may not have any.
     """
 
     default: Any
@@ -34,6 +34,7 @@ class Key:
     unit: timedelta | None = None
     least: float | None = None
     nullable: bool = False
+    begins: tuple[str, ...] = ()
 
     def problem(self, value: object) -> str | None:
         """Return what is wrong with a value, as the end of a sentence ("must be ..."), or None."""
@@ -48,6 +49,8 @@ class Key:
             return f"must be at most {LONGEST / self.unit:g}; it is {value!r}"
         if isinstance(value, str) and not value:
             return "must not be empty"
+        if isinstance(value, str) and self.begins and not value.startswith(self.begins):
+            return f"must begin with {' or '.join(self.begins)}; it is {value!r}"
         return None
 
     @property
@@ -114,6 +117,7 @@ KEYS: Mapping[str, Key] = MappingProxyType(
         "TOOLS_QUEUE": _queue("longhaul.tools"),
         "CONTROL_QUEUE": _queue("longhaul.control"),
         "PRESENCE_TTL_SECONDS": _time(12, least=6),
+        "FLOWER_URL": Key(None, str, nullable=True, begins=("http://", "https://")),
     }
 )
 
@@ -153,6 +157,7 @@ class Settings:
     tools_queue: str
     control_queue: str
     presence_ttl: timedelta  # a beat older than this is a death; a claim needs a beat younger than half of 12 s
+    flower_url: str | None
     prices: Mapping[str, Price] = field(default_factory=dict)
 
     def policy(self) -> type | None:

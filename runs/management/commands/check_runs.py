@@ -11,8 +11,7 @@ from django.core.management import BaseCommand, CommandError
 from django.db import ProgrammingError
 
 from runs import invariants
-from runs.management.commands.list_runs import run_named
-from runs.terminal import harmless
+from runs.terminal import harmless, run_named
 
 
 class Command(BaseCommand):

@@ -10,8 +10,8 @@ from django.core.management import BaseCommand, CommandError
 from django.db import ProgrammingError
 
 from runs import explain
-from runs.management.commands.list_runs import as_json, run_named
-from runs.terminal import harmless
+from runs.management.commands.list_runs import as_json
+from runs.terminal import harmless, run_named
 from threads import clock
 
 

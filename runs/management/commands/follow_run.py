@@ -8,9 +8,9 @@ from typing import Any
 from django.core.management import BaseCommand, CommandError
 from django.db import ProgrammingError
 
-from runs.management.commands.list_runs import run_named
 from runs.management.commands.run_agent import absent_workers, show
 from runs.models import TERMINAL
+from runs.terminal import run_named
 
 
 class Command(BaseCommand):

@@ -8,13 +8,11 @@ from typing import Any
 
 from django.core.management import BaseCommand, CommandError
 from django.db import ProgrammingError
-from django.db.models import CharField, QuerySet
-from django.db.models.functions import Cast
+from django.db.models import QuerySet
 from rich.table import Table
 from rich.text import Text
 
 from runs import explain
-from runs.management.commands.run_agent import run_of
 from runs.models import LIVE, Run
 from runs.terminal import console_on, harmless
 from threads import clock
@@ -84,16 +82,3 @@ def as_json(run: Run, told: explain.Explanation) -> dict[str, Any]:
         "why": told.why,
         "mend": told.mend,
     }
-
-
-def run_named(id: str) -> Run:
-    """Return the run of this id, or the only one whose id begins or ends so. Raises CommandError, and lists some."""
-    part = id.strip().lower()
-    if len(part) < 36 and len(part) >= 4 and set(part) <= set("0123456789abcdef-"):
-        written = Run.objects.annotate(written=Cast("pk", CharField()))
-        found = list((written.filter(written__startswith=part) | written.filter(written__endswith=part))[:2])
-        if len(found) == 1:
-            return found[0]
-        if found:
-            raise CommandError(f"More than one run's id begins or ends with {id!r}: give more of it.")
-    return run_of(id)

@@ -18,6 +18,7 @@ from runs import agents, explain
 from runs.exceptions import LonghaulError
 from runs.models import Run
 from runs.terminal import RunView, console_on, database_clock, draws, follow, leave_broken_pipe, patient, tell
+from runs.terminal.naming import SHOWN, listed
 from threads import clock
 from threads.models import Thread
 
@@ -26,7 +27,6 @@ WITHOUT = {
     "tools": "its tool calls wait",
     "control": "what a dying worker leaves is not taken up",
 }
-_SHOWN = 10
 
 
 class Command(BaseCommand):
@@ -72,8 +72,8 @@ def user_named(name: str) -> Any:
     try:
         return users._default_manager.get_by_natural_key(name)
     except users.DoesNotExist:
-        some = users._default_manager.order_by("pk").values_list(users.USERNAME_FIELD, flat=True)[: _SHOWN + 1]
-        raise CommandError(f"There is no user {name!r}; there {_listed(some, 'manage.py createsuperuser')}") from None
+        some = users._default_manager.order_by("pk").values_list(users.USERNAME_FIELD, flat=True)[: SHOWN + 1]
+        raise CommandError(f"There is no user {name!r}; there {listed(some, 'manage.py createsuperuser')}") from None
 
 
 def thread_of(id: str) -> Thread:
@@ -81,27 +81,9 @@ def thread_of(id: str) -> Thread:
     try:
         return Thread.objects.get(pk=id)
     except (Thread.DoesNotExist, ValidationError, ValueError):
-        latest = Thread.objects.order_by("-created_at")[: _SHOWN + 1]
+        latest = Thread.objects.order_by("-created_at")[: SHOWN + 1]
         some = [f"{each.pk} {each.title}".rstrip() for each in latest]
-        raise CommandError(f"There is no thread {id!r}; there {_listed(some, 'leave out --thread')}") from None
-
-
-def run_of(id: str) -> Run:
-    """Return the run. Raises CommandError that names the latest ones."""
-    try:
-        return Run.objects.select_related("thread").get(pk=id)
-    except (Run.DoesNotExist, ValidationError, ValueError):
-        latest = Run.objects.order_by("-created_at")[: _SHOWN + 1]
-        some = [f"{each.pk} {each.agent} {each.status}" for each in latest]
-        raise CommandError(f"There is no run {id!r}; there {_listed(some, 'manage.py run_agent')}") from None
-
-
-def _listed(some: Iterable[str], otherwise: str) -> str:
-    shown = list(some)
-    if not shown:
-        return f"are none yet ({otherwise})."
-    lines = "".join(f"\n  {each}" for each in shown[:_SHOWN])
-    return f"are:{lines}" + ("\n  ..." if len(shown) > _SHOWN else "")
+        raise CommandError(f"There is no thread {id!r}; there {listed(some, 'leave out --thread')}") from None
 
 
 def absent_workers(kinds: Iterable[str]) -> str:

@@ -1,61 +1,31 @@
-"""A run in a terminal.
+"""What a reader has seen of a run, folded from its events and from nothing else: the same live, late or played again.
 
-`RunView` is folded from the run's events and from nothing else, so it shows the same live, late or played again. On a
-terminal it draws itself, again and again, from 80 columns and 24 lines on, without colours where NO_COLOR is set; in a
-pipe or on a dumb terminal it is told as plain lines, one a fact, the model's text as it fills a line.
+On a terminal it draws itself, again and again, from 80 columns and 24 lines on; in a pipe it is told as plain lines, one a
+fact, the model's text as it fills a line.
 """
 
 from __future__ import annotations
 
-import io
-import json
-import os
-import re
-import sys
 import threading
-import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from datetime import UTC, datetime, timedelta
-from typing import IO, Any, NoReturn, Protocol
+from datetime import datetime, timedelta
+from typing import Any
 from uuid import UUID
 
-from django.db import InterfaceError, OperationalError, connection
-from rich.console import Console, ConsoleOptions, ConsoleRenderable, RenderableType, RenderHook, RenderResult
-from rich.control import Control
-from rich.live import Live
-from rich.segment import ControlType, Segment
+from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.text import Text
 
-from threads import clock
+from runs.terminal.canvas import WIDTH, Canvas
+from runs.terminal.words import ENDS, harmless, one_line, place, seconds, short, text_of
 
-WIDTH = 80
-BROKEN_PIPE = 141  # the status of a program that SIGPIPE ended, as shells tell it
-PATIENCE = timedelta(minutes=5)  # how long a reader waits for a database that is away
 LONGEST_ROW = 200  # characters of a line that begins as a table's row does
-_AGAIN_SECONDS = 0.5
 _CALLS = 10  # that are in sight, where there is room
 _NOTES = 16
 _RECENT = 200  # calls that are remembered, to be shown settled
 _CHAIN_LINES = 2
 _SHORTEST_LINK = 9  # cells of the chain: `1 lost` and an arrow
-_WIDEST = 120
-_LOWEST = 16  # lines of a drawing, on however low a terminal
-
-# Why a leg ended, in words. The keys are the reasons of `leg.ended`.
-ENDS = {
-    "budget": "its time is up, the next leg goes on",
-    "tools": "nothing to do until its tool calls are settled",
-    "person": "a person or an outside system is asked",
-    "retry": "the model call failed and is tried again",
-    "drained": "its worker shuts down",
-    "lost": "its worker died",
-    "cancelled": "the run was cancelled",
-    "failed": "the run failed",
-    "finished": "the run is finished",
-}
 _STYLES = {
     "running": "cyan",
     "waiting": "cyan",
@@ -69,49 +39,6 @@ _STYLES = {
     "lost": "bold red",
     "finished": "green",
 }
-_MARKS = {
-    "then": "→", "rule": "─", "done": "━", "to do": "─", "runs": "●", "waits": "○", "good": "✓", "bad": "✗",
-}  # fmt: skip
-_ASCII = {"then": ">", "rule": "-", "done": "#", "to do": ".", "runs": "*", "waits": ".", "good": "+", "bad": "!"}
-_PLAIN = Console(file=io.StringIO(), width=WIDTH)  # to measure by
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
-
-
-def harmless(text: str) -> str:
-    """Return text of a model or tool without what a terminal would obey: escapes, controls, changes of direction."""
-    return _CONTROL.sub("", text.replace("\r\n", "\n").replace("\t", " "))
-
-
-def one_line(text: str) -> str:
-    """Return harmless text without its line breaks: what tools and models say of a failure often has some."""
-    return " ".join(harmless(text).split())
-
-
-def short(value: Any, limit: int = 100) -> str:
-    """Return a JSON value as one line of at most `limit` characters."""
-    text = harmless(json.dumps(value, ensure_ascii=False, default=str)).replace("\n", " ")
-    return text if len(text) <= limit else text[: limit - 3] + "..."
-
-
-def seconds(span: timedelta) -> str:
-    """Return `0.26 s`, `12.3 s`, `3 min 5 s`: as exact as a reader can use."""
-    total = max(span.total_seconds(), 0.0)
-    if total < 1:
-        return f"{total:.2f} s"
-    if total < 120:
-        return f"{total:.1f} s"
-    return f"{int(total // 60)} min {int(total % 60)} s"
-
-
-def place(worker: str) -> str:
-    """Return a worker's name without its host: `agents-1` of `agents-1@web3`."""
-    return harmless(worker).partition("@")[0]
-
-
-class SaysItself(Protocol):
-    """An event, as `Run.events()` yields it."""
-
-    def as_dict(self) -> dict[str, Any]: ...
 
 
 @dataclass
@@ -149,54 +76,6 @@ class Note:
     style: str = ""
     open: bool = False
     outcome: str = ""
-
-
-@dataclass(frozen=True)
-class Canvas:
-    """Where a view is drawn, in cells and lines, and the marks that its encoding knows."""
-
-    width: int
-    height: int
-    marks: Mapping[str, str]
-
-    @classmethod
-    def of(cls, console: Console, options: ConsoleOptions | None = None) -> Canvas:
-        width, ascii_only = (options or console.options).max_width, (options or console.options).ascii_only
-        # A line is left free: a drawing as high as the terminal scrolls when it ends.
-        return cls(min(width, _WIDEST), max(console.size.height - 1, _LOWEST), _ASCII if ascii_only else _MARKS)
-
-    def line(self, left: Text, right: Text | None = None) -> Text:
-        """Return one line that fits: `right` at its end, `left` cut where there is no room for all of it."""
-        end = right.cell_len + 2 if right and right.plain else 0
-        room = max(self.width - end, 8)
-        if left.cell_len > room:
-            left.truncate(room - 3)
-            left.append("...")
-        if not end or right is None:
-            return left
-        left.append(" " * (self.width - left.cell_len - right.cell_len)).append_text(right)
-        left.truncate(self.width)
-        return left
-
-    def flow(self, label: str, items: Sequence[Text], between: Text) -> list[Text]:
-        """Return the items in as many lines as they need, none broken; the later lines begin below the first item."""
-        lines = [Text(label)]
-        for number, item in enumerate(items):
-            joined = Text() if number == 0 else between.copy()
-            joined.append_text(item)
-            if lines[-1].cell_len + joined.cell_len > self.width and number:
-                lines.append(Text(" " * (len(label) - 1)))
-            lines[-1].append_text(joined)
-        for line in lines:
-            line.truncate(self.width)
-        return lines
-
-    def wrapped(self, text: str) -> list[str]:
-        """Return the text in lines of the width, broken between words; its own line breaks stay."""
-        lines: list[str] = []
-        for line in text.splitlines():
-            lines += [piece.plain.rstrip() for piece in Text(line).wrap(_PLAIN, self.width)] or [""]
-        return lines
 
 
 class RunView:
@@ -332,7 +211,7 @@ class RunView:
     def _said(self, verb: str, event: Mapping[str, Any]) -> Iterator[str]:
         message = str(event.get("message", ""))
         if event.get("role") == "user" and verb == "completed":
-            for line in _text_of(event.get("content")).splitlines() or [""]:
+            for line in text_of(event.get("content")).splitlines() or [""]:
                 yield f"user: {line}"
         elif event.get("role") != "assistant":
             return
@@ -350,7 +229,7 @@ class RunView:
             if message != self._message:  # the cursor stands behind its deltas
                 self._listen(message)
             if not self.text:
-                yield from self._delta("delta", {"message": message, "text": _text_of(event.get("content"))})
+                yield from self._delta("delta", {"message": message, "text": text_of(event.get("content"))})
             yield from self._rest_of_text()
             if not event.get("partial"):
                 self.steps = max(self.steps, int(event.get("step") or 0))
@@ -610,150 +489,3 @@ class RunView:
 
 def _moment(at: Any) -> datetime | None:
     return datetime.fromisoformat(at) if isinstance(at, str) else at
-
-
-def _text_of(content: Any) -> str:
-    if isinstance(content, str):
-        return harmless(content)
-    return harmless("".join(part.get("text", "") for part in content or [] if part.get("type") == "text"))
-
-
-class _Console(Console):
-    def on_broken_pipe(self) -> None:
-        leave_broken_pipe(self.file)
-
-
-def console_on(stream: IO[str]) -> Console:
-    """Return a console that writes to `stream`; what the stream's encoding does not know becomes `?`."""
-    reconfigure = getattr(stream, "reconfigure", None)
-    if reconfigure is not None:
-        reconfigure(errors="replace")
-    return _Console(file=stream, highlight=False, markup=False, emoji=False)
-
-
-def leave_broken_pipe(stream: IO[str]) -> NoReturn:
-    """End without a word, for whoever read the stream has left (`| head`). Raises SystemExit, as if by SIGPIPE."""
-    with suppress(OSError, ValueError, AttributeError):
-        # What is still in the stream's buffer would fail again when Python flushes it at the end.
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, stream.fileno())
-        os.close(nowhere)
-    raise SystemExit(BROKEN_PIPE)
-
-
-def database_clock() -> Callable[[], datetime]:
-    """Return a clock that shows the database's time, asked for once."""
-    ahead = clock.now() - datetime.now(UTC)
-    return lambda: datetime.now(UTC) + ahead
-
-
-def draws(console: Console) -> bool:
-    """Say whether the console is one to draw on, rather than to be told plain lines. NO_COLOR only takes the colours."""
-    return console.is_terminal and not console.is_dumb_terminal
-
-
-def tell(console: Console, lines: Iterable[str]) -> None:
-    """Print plain lines, at once and unchanged, however long."""
-    for line in lines:
-        console.print(line, soft_wrap=True, style=None)
-
-
-def patient(
-    read: Callable[[int], Iterable[SaysItself]],
-    view: RunView,
-    told: Callable[[list[str]], None],
-    patience: timedelta = PATIENCE,
-) -> Iterator[SaysItself]:
-    """Yield the events of `read(after)`, and go on at the view's cursor when the database was away in between.
-
-    The consumer applies each event to the view before it asks for the next one. `told` gets the lines that say it.
-    Raises OperationalError or InterfaceError, Django's, when it was away for longer than `patience`.
-    """
-    since: float | None = None
-    while True:
-        try:
-            for event in read(view.seq):
-                if since is not None:
-                    away = timedelta(seconds=time.monotonic() - since)
-                    told(view.note(f"the database is back after {seconds(away)}", "green"))
-                    since = None
-                yield event
-            return
-        except (OperationalError, InterfaceError):
-            now = time.monotonic()
-            if since is None:
-                since = now
-                told(view.note("the database is away; its events are waited for", "red"))
-            elif now - since > patience.total_seconds():
-                raise
-            with suppress(OperationalError, InterfaceError):
-                connection.close()  # a broken one would be kept, and fail again
-            time.sleep(_AGAIN_SECONDS)
-
-
-@contextmanager
-def unechoed() -> Iterator[None]:
-    """Keep what is typed off the screen: an echoed ^C or Enter moves the lines under a drawing, which doubles its head.
-
-    Keys still act as ever. Nothing happens where stdin is no terminal, or another process has it in the foreground.
-    """
-    try:
-        import termios  # not everywhere
-    except ImportError:
-        yield
-        return
-    try:
-        terminal = sys.stdin.fileno()
-        if os.tcgetpgrp(terminal) != os.getpgrp():  # to set it from the background would stop us
-            raise OSError
-        before = termios.tcgetattr(terminal)
-    except (OSError, ValueError, AttributeError, termios.error):
-        yield
-        return
-    silent = before.copy()
-    silent[3] &= ~termios.ECHO
-    termios.tcsetattr(terminal, termios.TCSADRAIN, silent)
-    try:
-        yield
-    finally:
-        with suppress(OSError, termios.error):
-            termios.tcsetattr(terminal, termios.TCSADRAIN, before)
-
-
-class _AtOnce(RenderHook):
-    """Has a terminal show each picture when it is whole, where it knows how (DEC mode 2026); others take no notice."""
-
-    def process_renderables(self, renderables: list[ConsoleRenderable]) -> list[ConsoleRenderable]:
-        begin, end = Control(), Control()
-        # Only a segment with codes counts as one without width; which ones, nobody asks outside of old Windows.
-        codes = [(ControlType.HOME,)]
-        begin.segment, end.segment = Segment("\x1b[?2026h", None, codes), Segment("\x1b[?2026l", None, codes)
-        return [begin, *renderables, end]
-
-
-@contextmanager
-def drawing(view: RunView, console: Console) -> Iterator[None]:
-    """Draw the view again and again while the body runs; its last picture stays."""
-    with unechoed(), Live(view, console=console, refresh_per_second=10):
-        console.push_render_hook(_AtOnce())
-        try:
-            yield
-        finally:
-            console.pop_render_hook()
-
-
-def follow(events: Iterable[SaysItself], view: RunView, console: Console) -> None:
-    """Show the run until its events end. Raises what the iterator raises; KeyboardInterrupt leaves the last picture."""
-    if not draws(console):
-        for event in events:
-            tell(console, view.apply(event.as_dict()))
-        return
-    last: list[str] = []
-    with drawing(view, console):
-        for event in events:
-            last = view.apply(event.as_dict()) or last
-    if view.finished:  # the picture shows only the end of a long answer
-        said = (
-            view.output if isinstance(view.output, str) else "" if view.output is None else short(view.output, 10_000)
-        )
-        tell(console, [*harmless(said).splitlines(), *last[-1:]])

@@ -1,0 +1,63 @@
+"""Reading a run's events for as long as it takes, also where the database goes away in between."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from datetime import UTC, datetime, timedelta
+from typing import Any, Protocol
+
+from django.db import InterfaceError, OperationalError, connection
+
+from runs.terminal.view import RunView
+from runs.terminal.words import seconds
+from threads import clock
+
+PATIENCE = timedelta(minutes=5)  # how long a reader waits for a database that is away
+_AGAIN_SECONDS = 0.5
+
+
+class SaysItself(Protocol):
+    """An event, as `Run.events()` yields it."""
+
+    def as_dict(self) -> dict[str, Any]: ...
+
+
+def database_clock() -> Callable[[], datetime]:
+    """Return a clock that shows the database's time, asked for once."""
+    ahead = clock.now() - datetime.now(UTC)
+    return lambda: datetime.now(UTC) + ahead
+
+
+def patient(
+    read: Callable[[int], Iterable[SaysItself]],
+    view: RunView,
+    told: Callable[[list[str]], None],
+    patience: timedelta = PATIENCE,
+) -> Iterator[SaysItself]:
+    """Yield the events of `read(after)`, and go on at the view's cursor when the database was away in between.
+
+    The consumer applies each event to the view before it asks for the next one. `told` gets the lines that say it.
+    Raises OperationalError or InterfaceError, Django's, when it was away for longer than `patience`.
+    """
+    since: float | None = None
+    while True:
+        try:
+            for event in read(view.seq):
+                if since is not None:
+                    away = timedelta(seconds=time.monotonic() - since)
+                    told(view.note(f"the database is back after {seconds(away)}", "green"))
+                    since = None
+                yield event
+            return
+        except (OperationalError, InterfaceError):
+            now = time.monotonic()
+            if since is None:
+                since = now
+                told(view.note("the database is away; its events are waited for", "red"))
+            elif now - since > patience.total_seconds():
+                raise
+            with suppress(OperationalError, InterfaceError):
+                connection.close()  # a broken one would be kept, and fail again
+            time.sleep(_AGAIN_SECONDS)

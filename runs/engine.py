@@ -459,7 +459,15 @@ class Leg:
         for call in calls:
             if "outcome" not in call:
                 tool = self.definition.tools[call["name"]]
-                tasks.publish(UUID(call["id"]), 1, tool.timeout, tool.queue or "")
+                tasks.publish(
+                    UUID(call["id"]),
+                    1,
+                    tool.timeout,
+                    tool.queue or "",
+                    tool.name,
+                    self.claim.run_id,
+                    self.definition.agent,
+                )
 
     def _calls(self, turn: Turn, answer: Answer) -> tuple[list[dict[str, Any]], list[list[Any]]]:
         """Return the rows of the calls, the bad ones settled with what the model is told, and the events of those."""

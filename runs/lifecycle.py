@@ -214,10 +214,10 @@ def record(run_id: UUID, type: str, payload: Mapping[str, Any]) -> None:
     database.call("SELECT longhaul_run_record(%s::uuid, %s::text, %s::jsonb)", (run_id, type, database.dumps(payload)))
 
 
-def due(limit: int = 200) -> list[tuple[UUID, int]]:
-    """Return (run, dispatch_seq) of the queued runs whose message is to be sent now; raises their next_publish_at."""
-    rows = database.rows_of("SELECT run_id, dispatch_seq FROM longhaul_runs_due(%s::int)", (limit,))
-    return [(row[0], row[1]) for row in rows]
+def due(limit: int = 200) -> list[tuple[UUID, int, str]]:
+    """Return (run, dispatch_seq, agent) of the queued runs whose message is to be sent now; raises their next_publish_at."""
+    rows = database.rows_of("SELECT run_id, dispatch_seq, agent FROM longhaul_runs_due(%s::int)", (limit,))
+    return [(row[0], row[1], row[2]) for row in rows]
 
 
 UNLIMITED_TOKENS = 2**62

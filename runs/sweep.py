@@ -30,7 +30,7 @@ from django.db import DatabaseError, InterfaceError, OperationalError, connectio
 
 from runs import admission, lifecycle
 from runs.conf import settings
-from runs.models import StopReason
+from runs.models import Run, StopReason
 from tools import lifecycle as calls
 from tools import messages, presence
 from tools import tasks as tool_tasks
@@ -293,14 +293,18 @@ class Sweep:
     # -- the overdue --
 
     def _publish(self, done: Done) -> None:
-        for run_id, dispatch_seq in lifecycle.due(BATCH):
+        for run_id, dispatch_seq, agent in lifecycle.due(BATCH):
             done.published_runs += 1
             if self._publishes:
-                admission.publish(run_id, dispatch_seq)
-        for call_id, attempt, timeout, queue in calls.due(BATCH):
-            done.published_calls += 1
-            if self._publishes:
-                tool_tasks.publish(call_id, attempt, timeout, queue)
+                admission.publish(run_id, dispatch_seq, agent)
+        due = calls.due(BATCH)
+        done.published_calls += len(due)
+        if due and self._publishes:
+            runs = {call.run_id for call in due}
+            agents: dict[UUID, str] = dict(Run.objects.filter(pk__in=runs).values_list("pk", "agent"))
+            for call in due:
+                agent = agents.get(call.run_id, "")
+                tool_tasks.publish(call.call_id, call.attempt, call.timeout, call.queue, call.name, call.run_id, agent)
 
     def _hurry(self) -> None:
         """Messages that the broker lost need not wait out their backoff: with fewer there than rows wait, all are due in a second."""

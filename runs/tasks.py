@@ -11,7 +11,7 @@ from kombu.exceptions import OperationalError as BrokerError
 
 from runs import admission, engine, worker
 from runs.conf import settings
-from tools import messages
+from tools import messages, task_ids
 
 logger = logging.getLogger("longhaul.runs")
 
@@ -37,9 +37,15 @@ def advance_run(self: Any, run_id: str, dispatch_seq: int) -> None:
     engine.advance(UUID(run_id), dispatch_seq, process, task_id=self.request.id or "")
 
 
-def publish(run_id: UUID, dispatch_seq: int) -> None:
-    """Send a run's message. Losing it costs a republish interval."""
+def publish(run_id: UUID, dispatch_seq: int, agent: str = "") -> None:
+    """Send a run's message. Losing it costs a republish interval. `agent` is what Flower shows beside the run."""
     try:
-        messages.send(advance_run, [str(run_id), dispatch_seq], queue=settings().agents_queue)
+        messages.send(
+            advance_run,
+            [str(run_id), dispatch_seq],
+            queue=settings().agents_queue,
+            task_id=task_ids.new("run", run_id, dispatch_seq),
+            shown=f"agent={agent} run={run_id} dispatch={dispatch_seq}",
+        )
     except (BrokerError, OSError) as error:
         logger.warning("Run %s waits for the broker to come back: %s", run_id, type(error.__cause__ or error).__name__)

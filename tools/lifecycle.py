@@ -6,6 +6,7 @@ Every function here is one round trip and, in autocommit, one commit. What the a
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 from uuid import UUID
@@ -101,9 +102,21 @@ def take_from_absent(call_id: UUID) -> Any:
     return reclaim(call_id, rows[0][0], holder=rows[0][1]) if rows else None
 
 
-def due(limit: int = 200) -> list[tuple[UUID, int, timedelta, str]]:
-    """Return (call, attempt, timeout, queue) of the calls whose message is to be sent now, and raise their next_publish_at."""
-    return [
-        (row[0], row[1], row[2], row[3])
-        for row in database.rows_of("SELECT * FROM longhaul_calls_due(%s::int)", (limit,))
-    ]
+@dataclass(frozen=True, slots=True)
+class Due:
+    """A call whose message is to be sent now."""
+
+    call_id: UUID
+    attempt: int
+    timeout: timedelta
+    queue: str
+    name: str
+    run_id: UUID
+
+
+def due(limit: int = 200) -> list[Due]:
+    """Return the calls whose message is to be sent now, and raise their next_publish_at."""
+    rows = database.rows_of(
+        "SELECT call_id, attempt, timeout, queue, name, run_id FROM longhaul_calls_due(%s::int)", (limit,)
+    )
+    return [Due(*row) for row in rows]

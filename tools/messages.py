@@ -12,7 +12,6 @@ import contextlib
 from collections.abc import Iterator
 from contextvars import ContextVar
 from typing import Any
-from uuid import uuid4
 
 import orjson
 from amqp.exceptions import AMQPError, ChannelError
@@ -89,24 +88,58 @@ def _reach(connection: Any) -> None:
 
 
 def send(
-    task: Any, args: list[Any], *, queue: str, soft_time_limit: int | None = None, time_limit: int | None = None
+    task: Any,
+    args: list[Any],
+    *,
+    queue: str,
+    task_id: str,
+    shown: str,
+    soft_time_limit: int | None = None,
+    time_limit: int | None = None,
 ) -> None:
-    """Send a message for `task` to the queue. Raises kombu's OperationalError, or OSError, when the broker is away."""
+    """Send a message for `task` to the queue. Raises kombu's OperationalError, or OSError, when the broker is away.
+
+    `shown` is what people see in place of the arguments, in Flower and in Celery's logs.
+    """
     refused = _refused.get()
     if refused:
         raise BrokerError("not tried: the broker refused the message before") from refused[0]
     try:
-        _send(task, args, queue=queue, soft_time_limit=soft_time_limit, time_limit=time_limit)
+        _send(
+            task,
+            args,
+            queue=queue,
+            task_id=task_id,
+            shown=shown,
+            soft_time_limit=soft_time_limit,
+            time_limit=time_limit,
+        )
     except (BrokerError, OSError) as error:
         if refused is not None:
             refused.append(error)
         raise
 
 
-def _send(task: Any, args: list[Any], *, queue: str, soft_time_limit: int | None, time_limit: int | None) -> None:
+def _send(
+    task: Any,
+    args: list[Any],
+    *,
+    queue: str,
+    task_id: str,
+    shown: str,
+    soft_time_limit: int | None,
+    time_limit: int | None,
+) -> None:
     app = task.app
     watched = signals.before_task_publish.receivers or signals.after_task_publish.receivers
-    by_celery = {"queue": queue, "soft_time_limit": soft_time_limit, "time_limit": time_limit, "retry": False}
+    by_celery = {
+        "queue": queue,
+        "task_id": task_id,
+        "argsrepr": shown,
+        "soft_time_limit": soft_time_limit,
+        "time_limit": time_limit,
+        "retry": False,
+    }
     if app.conf.task_always_eager:
         task.apply_async(args, **by_celery)
         return
@@ -115,7 +148,6 @@ def _send(task: Any, args: list[Any], *, queue: str, soft_time_limit: int | None
             _reach(producer.connection)
             task.apply_async(args, producer=producer, **by_celery)
         return
-    task_id = str(uuid4())
     headers = {
         "lang": "py",
         "task": task.name,
@@ -129,7 +161,7 @@ def _send(task: Any, args: list[Any], *, queue: str, soft_time_limit: int | None
         "timelimit": [time_limit, soft_time_limit],
         "root_id": task_id,
         "parent_id": None,
-        "argsrepr": repr(args),
+        "argsrepr": shown,
         "kwargsrepr": "{}",
         "origin": anon_nodename(),
         "ignore_result": True,

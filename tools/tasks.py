@@ -12,7 +12,7 @@ from celery import shared_task
 from django.conf import settings
 from kombu.exceptions import OperationalError as BrokerError
 
-from tools import execution, lifecycle, messages, presence, run_log
+from tools import execution, lifecycle, messages, presence, run_log, task_ids
 
 logger = logging.getLogger("longhaul.tools")
 
@@ -45,14 +45,27 @@ def execute_call(self: Any, call_id: str, attempt: int) -> None:
     )
 
 
-def publish(call_id: UUID, attempt: int, timeout: timedelta, queue: str = "") -> None:
-    """Send a call's message, to the tools queue unless its tool names another one. Losing it costs a republish interval."""
+def publish(
+    call_id: UUID,
+    attempt: int,
+    timeout: timedelta,
+    queue: str = "",
+    tool: str = "",
+    run_id: UUID | str = "",
+    agent: str = "",
+) -> None:
+    """Send a call's message, to the tools queue unless its tool names another one. Losing it costs a republish interval.
+
+    `tool`, `run_id` and `agent` are what Flower shows beside the call.
+    """
     seconds = math.ceil(timeout.total_seconds())
     try:
         messages.send(
             execute_call,
             [str(call_id), attempt],
             queue=queue or queue_name(),
+            task_id=task_ids.new("tool_call", call_id, attempt),
+            shown=f"tool={tool} agent={agent} run={run_id} call={call_id} attempt={attempt}",
             soft_time_limit=seconds,
             time_limit=seconds + GRACE_SECONDS,
         )

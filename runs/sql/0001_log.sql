@@ -94,7 +94,7 @@ END $$;
 -- After every change of a call's status, under the run's lock: tells of it (p_type, p_payload), then, while calls are open, the
 -- run's status is a function of them; when none is, join and queue the run. Inside `linger_until` the lingering leg is
 -- rung and nothing is published: next_publish_at covers a lingerer that died. One UPDATE of the run in all.
--- Returns {"status", "run"} and, when queued, {"dispatch_seq", "lingering"}.
+-- Returns {"status", "run", "agent"} and, when queued, {"dispatch_seq", "lingering"}.
 CREATE OR REPLACE FUNCTION longhaul_calls_changed(p_run uuid, p_type text DEFAULT NULL, p_payload jsonb DEFAULT NULL)
 RETURNS jsonb LANGUAGE plpgsql AS $$
 DECLARE
@@ -128,7 +128,7 @@ BEGIN
                 next_publish_at = CASE WHEN v_lingering THEN linger_until ELSE v_now END + interval '1 second'
             WHERE id = p_run;
             RETURN jsonb_build_object('run', p_run, 'status', 'queued', 'dispatch_seq', v_run.dispatch_seq + 1,
-                                      'lingering', v_lingering);
+                                      'lingering', v_lingering, 'agent', v_run.agent);
         END IF;
         v_status := CASE WHEN v_open = v_people THEN 'requires_action' ELSE 'waiting' END;
         IF v_status <> v_run.status THEN
@@ -142,5 +142,5 @@ BEGIN
     IF v_seq > v_run.last_seq THEN
         UPDATE longhaul_runs_run SET status = v_status, last_seq = v_seq WHERE id = p_run;
     END IF;
-    RETURN jsonb_build_object('run', p_run, 'status', v_status);
+    RETURN jsonb_build_object('run', p_run, 'status', v_status, 'agent', v_run.agent);
 END $$;

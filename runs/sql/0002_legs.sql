@@ -71,7 +71,7 @@ END $$;
 
 -- The end of a run, of whatever cause: nothing pending, nothing open, the transcript joined, the terminal event last, the
 -- oldest held run of the thread queued, all in the caller's transaction. The caller holds the run and has checked
--- that it is live. Cancel raises the epoch: the leg learns of it by its fence. Returns {"status", "released": [run, dispatch_seq]}.
+-- that it is live. Cancel raises the epoch: the leg learns of it by its fence. Returns {"status", "released": [run, dispatch_seq, agent]}.
 CREATE OR REPLACE FUNCTION longhaul_run_end(
     p_run uuid, p_status text, p_stop_reason text, p_error jsonb, p_output jsonb, p_leg_reason text, p_epoch integer DEFAULT NULL)
 RETURNS jsonb LANGUAGE plpgsql AS $$
@@ -110,7 +110,7 @@ BEGIN
     WHERE id = v_held RETURNING * INTO v_next;
     PERFORM longhaul_messages_admit(v_run.thread_id, v_held, v_held);
     PERFORM longhaul_run_record(v_held, 'run.queued', '{"reason": "released"}');
-    RETURN jsonb_build_object('run', p_run, 'status', p_status, 'released', jsonb_build_array(v_held, v_next.dispatch_seq));
+    RETURN jsonb_build_object('run', p_run, 'status', p_status, 'released', jsonb_build_array(v_held, v_next.dispatch_seq, v_next.agent));
 END $$;
 
 -- queued -> running, by dispatch_seq: a doubled or late message matches no row (NULL). {"absent": true}: the worker must beat
@@ -278,7 +278,7 @@ BEGIN
     SET linger_until = NULL, next_publish_at = CASE WHEN status = 'queued' THEN longhaul_now() + interval '1 second' END
     WHERE id = p_run;
     IF v_run.status = 'queued' THEN
-        RETURN jsonb_build_object('run', p_run, 'status', 'queued', 'dispatch_seq', v_run.dispatch_seq, 'lingering', false);
+        RETURN jsonb_build_object('run', p_run, 'status', 'queued', 'dispatch_seq', v_run.dispatch_seq, 'lingering', false, 'agent', v_run.agent);
     END IF;
     RETURN '{}';
 END $$;
@@ -394,7 +394,7 @@ BEGIN
     WHERE id = p_run RETURNING * INTO v_run;
     PERFORM longhaul_run_record(p_run, 'run.queued', jsonb_strip_nulls(jsonb_build_object('reason', p_reason, 'not_before', v_due)), p_epoch);
     RETURN jsonb_build_object('run', p_run, 'status', 'queued', 'dispatch_seq', CASE WHEN v_due IS NULL THEN v_run.dispatch_seq END,
-                              'lingering', false);
+                              'lingering', false, 'agent', v_run.agent);
 END $$;
 
 -- A leg ends its run outside of a step's commit, fenced: a limit at the boundary, an error of the model or of the configuration.
@@ -449,11 +449,11 @@ BEGIN
         leg_deadline = NULL, linger_until = NULL, publishes = 1, next_publish_at = longhaul_now() + interval '1 second'
     WHERE id = p_run RETURNING * INTO v_run;
     PERFORM longhaul_run_record(p_run, 'run.queued', '{"reason": "lost"}');
-    RETURN jsonb_build_object('run', p_run, 'status', 'queued', 'dispatch_seq', v_run.dispatch_seq, 'lingering', false);
+    RETURN jsonb_build_object('run', p_run, 'status', 'queued', 'dispatch_seq', v_run.dispatch_seq, 'lingering', false, 'agent', v_run.agent);
 END $$;
 
 -- Queued runs whose message must be sent (again). Raises next_publish_at, doubling from 1 s to 15 s.
-CREATE OR REPLACE FUNCTION longhaul_runs_due(p_limit integer) RETURNS TABLE (run_id uuid, dispatch_seq integer, priority smallint)
+CREATE OR REPLACE FUNCTION longhaul_runs_due(p_limit integer) RETURNS TABLE (run_id uuid, dispatch_seq integer, priority smallint, agent text)
 LANGUAGE plpgsql AS $$
 DECLARE
     v_now timestamptz := longhaul_now();
@@ -465,5 +465,5 @@ BEGIN
     UPDATE longhaul_runs_run r
     SET publishes = r.publishes + 1, next_publish_at = v_now + least(interval '15 seconds', interval '1 second' * 2 ^ least(r.publishes, 4))
     FROM due WHERE r.id = due.id
-    RETURNING r.id, r.dispatch_seq, r.priority;
+    RETURNING r.id, r.dispatch_seq, r.priority, r.agent::text;
 END $$;

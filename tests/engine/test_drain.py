@@ -51,7 +51,7 @@ def test_a_stream_that_is_cut_when_the_grace_is_over_is_handed_on() -> None:
     run.refresh_from_db()
     assert (run.status, run.steps, run.lost, run.model_tries) == ("queued", 0, 0, 0)
     assert [leg.reason for leg in run.leg_set.all()] == ["drained"]
-    publish.assert_called_once_with(run.pk, 2)
+    publish.assert_called_once_with(run.pk, 2, "clerk")
     assert_invariants(run)
 
 

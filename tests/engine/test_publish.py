@@ -38,7 +38,8 @@ def test_the_calls_of_a_step_are_published_when_they_are_rows(scripted_model: Sc
     run = clerk().start("hello")
     there: list[bool] = []
 
-    def publish(call_id: UUID, *_: Any) -> None:
+    def publish(call_id: UUID, *told: Any) -> None:
+        assert told[-3:] == ("add", run.pk, "clerk")
         there.append(ToolCall.objects.filter(pk=call_id, status="requested").exists())
 
     with agents_process(flushes=False) as process, mock.patch.object(tool_tasks, "publish", publish):
@@ -54,17 +55,17 @@ def test_the_join_publishes_the_run_at_once(scripted_model: ScriptedModel) -> No
         engine.advance(run.pk, 1, process)  # its call runs at once, in this thread
     run.refresh_from_db()
     assert (run.status, run.dispatch_seq) == ("queued", 2)
-    publish.assert_called_once_with(run.pk, 2)
+    publish.assert_called_once_with(run.pk, 2, "clerk")
 
 
 def test_the_end_of_a_run_publishes_the_one_that_it_releases(scripted_model: ScriptedModel) -> None:
     thread = Thread.objects.create()
     with mock.patch("runs.tasks.publish") as publish:
         first, held = clerk().start("one", thread=thread), clerk().start("two", thread=thread)
-        publish.assert_called_once_with(first.pk, 1)
+        publish.assert_called_once_with(first.pk, 1, "clerk")
         publish.reset_mock()
         first.cancel()
-    publish.assert_called_once_with(held.pk, 1)
+    publish.assert_called_once_with(held.pk, 1, "clerk")
     held.refresh_from_db()
     assert held.status == "queued"
 
@@ -79,7 +80,7 @@ def test_a_call_that_is_reclaimed_is_published_at_once(scripted_model: ScriptedM
         lifecycle.claim(made.pk, 1, worker=worker, worker_name="tools@a", task_id="", alone=False)
         publish.reset_mock()
         run_log.current().announce(lifecycle.reclaim(made.pk, 1, holder=worker))
-    publish.assert_called_once_with(made.pk, 2, timedelta(seconds=60), "")
+    publish.assert_called_once_with(made.pk, 2, timedelta(seconds=60), "", "add", str(run.pk), "clerk")
 
 
 def test_a_cancel_in_a_transaction_that_rolls_back_was_never_there(scripted_model: ScriptedModel) -> None:
@@ -94,7 +95,7 @@ def test_a_cancel_in_a_transaction_that_rolls_back_was_never_there(scripted_mode
         with transaction.atomic():
             first.cancel()
             assert publish.call_count == ring.call_count == 0
-        publish.assert_called_once_with(held.pk, 1)
+        publish.assert_called_once_with(held.pk, 1, "clerk")
 
 
 def test_what_a_tool_tells_its_readers_rings_after_its_commit_and_never_when_it_is_rolled_back(

@@ -28,7 +28,11 @@ def test_given_a_call_that_may_run_again_when_its_worker_is_lost_then_it_does(
     held = a_running_call(world, **kind)
     answer = world.call_reclaim(held) or {}
     row = world.tool_call(held.id)
-    assert (answer["code"], answer["publish_call"], answer["status"]) == ("again", [str(held.id), 2, 60, ""], "waiting")
+    assert (answer["code"], answer["publish_call"], answer["status"]) == (
+        "again",
+        [str(held.id), 2, 60, "", "tool_0"],
+        "waiting",
+    )
     assert (row["status"], row["attempt"], row["max_attempts"], row["holder"]) == ("retrying", 2, 3, None)
     assert (row["timeout_at"], row["publishes"]) == (None, 1)
     assert [(one["outcome"], one["ended_at"] is not None) for one in world.attempts(held.id)] == [("lost", True)]

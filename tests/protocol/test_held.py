@@ -39,7 +39,7 @@ def test_given_held_runs_when_the_occupant_ends_then_the_oldest_is_queued_and_it
     younger = world.start(thread, status="held", text="third")
     answer = end(world, claim)
     run = world.run(oldest)
-    assert answer["released"] == [str(oldest), 1]
+    assert answer["released"] == [str(oldest), 1, "echo"]
     assert (run["status"], run["dispatch_seq"], run["publishes"]) == ("queued", 1, 1)
     assert run["next_publish_at"] - run["queued_at"] < 1.1 * SECOND
     assert world.types(oldest) == ["run.held", "message.completed", "run.queued"]
@@ -48,7 +48,7 @@ def test_given_held_runs_when_the_occupant_ends_then_the_oldest_is_queued_and_it
     assert (said["status"], said["position"]) == ("completed", 3)
     assert world.run(younger)["status"] == "held"
     # and the next end takes the next one
-    assert (world.cancel(oldest) or {})["released"] == [str(younger), 1]
+    assert (world.cancel(oldest) or {})["released"] == [str(younger), 1, "echo"]
 
 
 @pytest.mark.parametrize("status", ["queued", "waiting", "requires_action"])
@@ -57,7 +57,7 @@ def test_given_an_occupant_that_no_leg_holds_when_it_is_cancelled_then_it_releas
 ) -> None:
     run = world.in_status(status)
     held = world.start(world.run(run)["thread_id"], status="held")
-    assert (world.cancel(run) or {})["released"] == [str(held), 1]
+    assert (world.cancel(run) or {})["released"] == [str(held), 1, "echo"]
     assert world.run(held)["status"] == "queued"
 
 
@@ -75,7 +75,7 @@ def test_given_a_held_run_when_it_is_cancelled_then_nothing_is_released_and_its_
     assert world.message(by_hand)["status"] == "waiting", "it waits for the occupant"
     [said] = world.db.rows("SELECT * FROM longhaul_threads_message WHERE run_id = %s", first)
     assert (said["status"], said["position"]) == ("discarded", None)
-    assert (world.end(claim) or {})["released"] == [str(second), 1]
+    assert (world.end(claim) or {})["released"] == [str(second), 1, "echo"]
 
 
 def test_given_hosts_whose_clocks_differ_then_the_oldest_is_the_one_accepted_first(world: World) -> None:
@@ -115,7 +115,7 @@ def test_given_a_held_run_that_is_cancelled_while_the_occupant_ends_then_the_nex
         world.cancel(first)
         late = db_b.in_background(other.end, claim)
         wait_until(lambda: waits_for_a_lock(world.db, db_b))
-    assert late.result()["released"] == [str(second), 1]
+    assert late.result()["released"] == [str(second), 1, "echo"]
 
 
 def test_given_an_occupant_that_ends_while_its_held_run_is_cancelled_then_the_cancel_ends_the_queued_run(
@@ -129,7 +129,7 @@ def test_given_an_occupant_that_ends_while_its_held_run_is_cancelled_then_the_ca
         world.end(claim)
         late = db_b.in_background(other.cancel, first)
         wait_until(lambda: waits_for_a_lock(world.db, db_b))
-    assert late.result()["released"] == [str(second), 1]
+    assert late.result()["released"] == [str(second), 1, "echo"]
     assert [world.run(run)["status"] for run in (first, second)] == ["cancelled", "queued"]
 
 

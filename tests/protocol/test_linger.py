@@ -150,7 +150,7 @@ def test_given_a_lingerer_that_gives_up_when_the_join_was_faster_then_the_run_is
     claim = world.waiting(linger=timedelta(seconds=60))
     joined(world, claim)
     answer = world.linger_end(claim)
-    assert answer == {"run": str(claim.run), "status": "queued", "dispatch_seq": 2, "lingering": False}
+    assert answer == {"run": str(claim.run), "status": "queued", "dispatch_seq": 2, "lingering": False, "agent": "echo"}
     run = world.run(claim.run)
     assert run["linger_until"] is None
     assert run["next_publish_at"] - world.db.one("SELECT longhaul_now()") < SECOND

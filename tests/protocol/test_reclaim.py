@@ -16,7 +16,7 @@ def test_given_a_lost_leg_when_its_run_is_reclaimed_then_it_is_queued_under_a_ne
     claim = world.running()
     answer = world.reclaim(claim)
     run = world.run(claim.run)
-    assert answer == {"run": str(claim.run), "status": "queued", "dispatch_seq": 2, "lingering": False}
+    assert answer == {"run": str(claim.run), "status": "queued", "dispatch_seq": 2, "lingering": False, "agent": "echo"}
     assert (run["epoch"], run["dispatch_seq"], run["lost"], run["publishes"]) == (2, 2, 1, 1)
     assert run["next_publish_at"] - run["queued_at"] < 1.1 * SECOND
 

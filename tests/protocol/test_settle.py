@@ -31,7 +31,7 @@ def test_given_a_running_call_when_settled_then_its_attempt_is_closed_and_the_lo
     [attempt] = world.attempts(held.id)
     assert (row["status"], row["outcome"], row["result"], row["holder"]) == ("settled", "success", {"n": None}, None)
     assert (attempt["outcome"], attempt["ended_at"]) == ("success", row["settled_at"])
-    assert answer == {"run": str(claim.run), "status": "queued", "dispatch_seq": 2, "lingering": False}
+    assert answer == {"run": str(claim.run), "status": "queued", "dispatch_seq": 2, "lingering": False, "agent": "echo"}
     settled = world.events(claim.run)[-3]
     assert (settled["type"], settled["payload"]["result"], settled["epoch"]) == ("tool_call.settled", {"n": None}, None)
 
@@ -128,7 +128,7 @@ def test_given_calls_settled_in_any_order_then_the_last_joins_them_in_call_order
     held = [world.call_claim(call) for call in world.calls(claim.run)]
     for place in order[:-1]:
         answer = world.settle(held[place], result=place)
-        assert answer == {"run": str(claim.run), "status": "waiting"}
+        assert answer == {"run": str(claim.run), "status": "waiting", "agent": "echo"}
         assert tool_messages(world, claim.run) == []
     answer = world.settle(held[order[-1]], result=order[-1]) or {}
     assert (answer["status"], answer["dispatch_seq"]) == ("queued", 2)

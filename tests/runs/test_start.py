@@ -346,7 +346,7 @@ def test_a_start_in_a_transaction_that_rolls_back_was_never_there(agent: Agent) 
         with transaction.atomic():
             run = agent.start("another", idempotency_key="k")
             assert published.call_count == 0
-        published.assert_called_once_with(run.pk, 1)
+        published.assert_called_once_with(run.pk, 1, run.agent)
     assert_invariants()
 
 

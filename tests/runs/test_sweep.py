@@ -64,8 +64,8 @@ class Sent:
 def sent(monkeypatch: pytest.MonkeyPatch) -> Sent:
     """What is sent to the broker, in its place."""
     sent = Sent()
-    monkeypatch.setattr(tasks, "publish", lambda *message: sent.runs.append(message))
-    monkeypatch.setattr(tool_tasks, "publish", lambda *message: sent.calls.append(message))
+    monkeypatch.setattr(tasks, "publish", lambda run, seq, agent: sent.runs.append((run, seq)))
+    monkeypatch.setattr(tool_tasks, "publish", lambda *message: sent.calls.append(message[:4]))
     return sent
 
 
@@ -203,7 +203,7 @@ def queue(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], None]]:
 
     def fill(count: int) -> None:
         for _ in range(count):
-            messages.send(tasks.advance_run, [str(new_id()), 1], queue=name)
+            messages.send(tasks.advance_run, [str(new_id()), 1], queue=name, task_id=str(new_id()), shown="")
 
     yield fill
     with current_app.pool.acquire(block=True) as broker:

@@ -25,7 +25,7 @@ from runs.models import Run
 from runs.tasks import advance_run
 from tests.protocol.rows import wait_until
 from threads.ids import new_id
-from tools import messages
+from tools import messages, task_ids
 
 
 @pytest.fixture
@@ -72,6 +72,13 @@ def no_broker(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     present.set_current()
 
 
+def send(args: list[Any], *, queue: str, **limits: Any) -> str:
+    """Send a message of a leg; return its task's id."""
+    task_id = task_ids.new("run", new_id(), 1)
+    messages.send(advance_run, args, queue=queue, task_id=task_id, shown="agent=tester", **limits)
+    return task_id
+
+
 def taken(queue: str) -> tuple[dict[str, Any], list[Any], dict[str, Any]]:
     """Take a message: its headers, its body, and its properties."""
     with Channel() as open_channel:
@@ -81,14 +88,14 @@ def taken(queue: str) -> tuple[dict[str, Any], list[Any], dict[str, Any]]:
 
 def test_the_message_is_the_one_that_celery_would_send(queue: str) -> None:
     limits: dict[str, Any] = {"soft_time_limit": 30, "time_limit": 35}
-    messages.send(advance_run, ["a", 1], queue=queue, **limits)
+    task_id = send(["a", 1], queue=queue, **limits)
     ours, our_body, our_properties = taken(queue)
-    advance_run.apply_async(("a", 1), queue=queue, **limits)
+    advance_run.apply_async(("a", 1), queue=queue, task_id=task_id, **limits)
     theirs, their_body, their_properties = taken(queue)
     assert our_body == their_body
     for headers, properties in ((ours, our_properties), (theirs, their_properties)):
-        assert headers.pop("id") == headers.pop("root_id") == properties["correlation_id"]
-    assert (ours.pop("argsrepr"), theirs.pop("argsrepr")) == ("['a', 1]", "('a', 1)")  # for people's eyes
+        assert headers["id"] == headers["root_id"] == properties["correlation_id"] == task_id
+    assert (ours.pop("argsrepr"), theirs.pop("argsrepr")) == ("agent=tester", "('a', 1)")  # for people's eyes
     assert ours == {key: theirs.get(key) for key in ours}
     assert {key: value for key, value in theirs.items() if key not in ours and value} == {}
     assert our_properties["delivery_mode"] == their_properties["delivery_mode"] == 2
@@ -97,7 +104,7 @@ def test_the_message_is_the_one_that_celery_would_send(queue: str) -> None:
 def test_the_messages_that_wait_are_counted_and_none_are_none(queue: str) -> None:
     assert messages.depth(current_app, queue) == 0
     for count in (1, 2):
-        messages.send(advance_run, ["a", count], queue=queue)
+        send(["a", count], queue=queue)
         assert messages.depth(current_app, queue) == count
     taken(queue)
     taken(queue)
@@ -105,10 +112,11 @@ def test_the_messages_that_wait_are_counted_and_none_are_none(queue: str) -> Non
 
 
 def test_where_somebody_listens_celery_sends_it(queue: str, published: list[str]) -> None:
-    messages.send(advance_run, ["a", 1], queue=queue)
+    task_id = send(["a", 1], queue=queue)
     assert published == ["longhaul.advance_run"]
     headers, body, _ = taken(queue)
     assert (headers["task"], body[0]) == ("longhaul.advance_run", ["a", 1])
+    assert (headers["id"], headers["argsrepr"]) == (task_id, "agent=tester")
 
 
 @pytest.mark.parametrize("listens", [False, True])
@@ -119,7 +127,7 @@ def test_a_broker_that_refuses_is_given_up_at_once(
         request.getfixturevalue("published")
     began = time.monotonic()
     with pytest.raises(OperationalError):
-        messages.send(advance_run, ["a", 1], queue="q")
+        send(["a", 1], queue="q")
     assert messages.depth(current_app, "q") is None
     assert time.monotonic() - began < 3  # kombu by itself tries for 6 s
 
@@ -128,7 +136,7 @@ def test_run_eagerly_a_task_needs_no_broker(no_broker: None, monkeypatch: pytest
     get_current_app().conf.task_always_eager = True  # of the app without a broker, which ends with the test
     ran: list[Any] = []
     monkeypatch.setattr("runs.worker.process", lambda: ran.append("here"))
-    messages.send(advance_run, ["a", 1], queue="q")
+    send(["a", 1], queue="q")
     assert ran == ["here"]
 
 
@@ -185,15 +193,15 @@ def test_a_broker_that_dies_under_an_open_connection_is_one_that_refuses(
 ) -> None:
     if listens:
         request.getfixturevalue("published")
-    messages.send(advance_run, ["a", 1], queue="q")
+    send(["a", 1], queue="q")
     assert messages.depth(current_app, "q") == 1
     mortal_broker.kill()
     for _ in range(2):
         with pytest.raises(OperationalError):
-            messages.send(advance_run, ["a", 1], queue="q")
+            send(["a", 1], queue="q")
         assert messages.depth(current_app, "q") is None
     mortal_broker.start()
-    messages.send(advance_run, ["a", 1], queue="q")
+    send(["a", 1], queue="q")
     assert messages.depth(current_app, "q") == 1
 
 
@@ -202,7 +210,7 @@ def test_a_run_that_starts_while_the_broker_dies_is_there_and_waits(
     mortal_broker: Broker, caplog: pytest.LogCaptureFixture
 ) -> None:
     agent = Agent(name="waits", model="openai:x")
-    messages.send(advance_run, ["a", 1], queue="q")
+    send(["a", 1], queue="q")
     mortal_broker.kill()
     run = agent.start("hello")
     assert Run.objects.get(pk=run.pk).status == "queued"
@@ -220,7 +228,7 @@ def test_what_a_broker_may_answer_is_told_as_one_that_refuses(
 
     monkeypatch.setattr(Producer, "publish", fail)
     with pytest.raises((OperationalError, OSError)):
-        messages.send(advance_run, ["a", 1], queue=queue)
+        send(["a", 1], queue=queue)
 
 
 def test_after_one_refusal_no_other_message_is_tried_within_the_block(
@@ -237,8 +245,8 @@ def test_after_one_refusal_no_other_message_is_tried_within_the_block(
         with messages.until_refused():
             for _ in range(3):
                 with pytest.raises(OperationalError):
-                    messages.send(advance_run, ["a", 1], queue=queue)
+                    send(["a", 1], queue=queue)
             assert messages.depth(current_app, queue) is None
     assert len(tried) == 1
-    messages.send(advance_run, ["a", 1], queue=queue)
+    send(["a", 1], queue=queue)
     assert messages.depth(current_app, queue) == 1

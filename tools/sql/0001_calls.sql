@@ -208,7 +208,7 @@ BEGIN
         PERFORM longhaul_run_record(v_run_id, 'tool_call.retrying', jsonb_build_object(
             'tool_call', p_call, 'name', v_call.name, 'message', v_call.message_id, 'attempt', p_attempt + 1,
             'error', jsonb_build_object('code', CASE WHEN p_began THEN 'worker_lost' ELSE 'given_back' END), 'delay_seconds', 0));
-        v_more := jsonb_build_object('publish_call', jsonb_build_array(p_call, p_attempt + 1, extract(epoch FROM v_call.timeout), v_call.queue));
+        v_more := jsonb_build_object('publish_call', jsonb_build_array(p_call, p_attempt + 1, extract(epoch FROM v_call.timeout), v_call.queue, v_call.name));
     END IF;
     RETURN longhaul_calls_changed(v_run_id) || v_more || jsonb_build_object('code', v_code);
 END $$;
@@ -234,7 +234,8 @@ BEGIN
 END $$;
 
 -- Calls whose message must be sent (again): requested or retrying and due. Raises next_publish_at, doubling from 1 s to 15 s.
-CREATE OR REPLACE FUNCTION longhaul_calls_due(p_limit integer) RETURNS TABLE (call_id uuid, attempt integer, timeout interval, queue text)
+CREATE OR REPLACE FUNCTION longhaul_calls_due(p_limit integer) RETURNS TABLE (
+    call_id uuid, attempt integer, timeout interval, queue text, name text, run_id uuid)
 LANGUAGE plpgsql AS $$
 DECLARE
     v_now timestamptz := longhaul_now();
@@ -247,5 +248,5 @@ BEGIN
     UPDATE longhaul_tools_toolcall c
     SET publishes = c.publishes + 1, next_publish_at = v_now + least(interval '15 seconds', interval '1 second' * 2 ^ least(c.publishes, 4))
     FROM due WHERE c.id = due.id
-    RETURNING c.id, c.attempt, c.timeout, c.queue::text;
+    RETURNING c.id, c.attempt, c.timeout, c.queue::text, c.name::text, c.run_id;
 END $$;

@@ -635,7 +635,7 @@ LINGERS = Group(
             "A lingerer that gives up after the join publishes the run.",
             LEGS,
             "    IF v_run.status = 'queued' THEN\n        RETURN jsonb_build_object('run', p_run, 'status', 'queued', 'dispatch_seq',"
-            " v_run.dispatch_seq, 'lingering', false);\n",
+            " v_run.dispatch_seq, 'lingering', false, 'agent', v_run.agent);\n",
             "    IF v_run.status = 'queued' THEN\n        RETURN '{}';\n",
             f"{LINGER}a_lingerer_that_gives_up_when_the_join_was_faster_then_the_run_is_to_be_published",
         ),

@@ -59,6 +59,7 @@ def start(
     idempotency_key: str | None = None,
     parent: Run | None = None,
     origin: str = "start",
+    told: Mapping[str, Any] | None = None,
 ) -> Run:
     """Make a run of `agent`, to be dispatched when the surrounding transaction commits.
 
@@ -126,7 +127,7 @@ def start(
         with transaction.atomic():
             if idempotency_key is not None and (known := _known(owner_id, idempotency_key, fingerprint)):
                 return known
-            _insert(run, thread, drafts, message, has_input=parts is not None, definition=definition)
+            _insert(run, thread, drafts, message, has_input=parts is not None, definition=definition, told=told or {})
     except (IntegrityError, ThreadBusy, NothingToDo):
         # Somebody used the key between our look and our lock or insert; anything else goes on.
         if idempotency_key is not None and (known := _known(owner_id, idempotency_key, fingerprint)):
@@ -143,6 +144,7 @@ def _insert(
     *,
     has_input: bool,
     definition: agents.Definition,
+    told: Mapping[str, Any],
 ) -> None:
     """Insert the run and its messages, held or queued. In a transaction."""
     new_thread = thread._state.adding
@@ -191,10 +193,10 @@ def _insert(
             "message.completed",
             {"message": str(draft.pk), "role": draft.role, "content": draft.content, "client_id": draft.client_id},
         )
-    lifecycle.record(run.pk, "run.queued", {"reason": "start"})
-    run_id, agent = run.pk, run.agent
+    lifecycle.record(run.pk, "run.queued", {"reason": "start", **told})
+    run_id = run.pk
     # Between the commit and the publish a death costs a republish interval: the row says when it is due.
-    transaction.on_commit(lambda: publish(run_id, 1, agent))
+    transaction.on_commit(lambda: publish(run_id, 1))
 
 
 def _admit_held(run: Run, thread: Thread) -> None:
@@ -272,24 +274,6 @@ def _known(owner_id: Any, key: str, fingerprint: str) -> Run | None:
     return known
 
 
-def resume(run: Run, input: str | None = None) -> Run:
-    """Start a new run that goes on where a cancelled or failed one ended, on the same thread."""
-    run.refresh_from_db()
-    if run.status not in (Status.CANCELLED, Status.FAILED):
-        raise BadInput(f"Only a cancelled or failed run is resumed; this one is {run.status}.")
-    return start(
-        agents.get(run.agent),
-        input,
-        thread=run.thread,
-        priority=run.priority,
-        save=run.save_mode,
-        metadata=run.metadata,
-        parent=run,
-        origin="resume",
-        **{key: value for key, value in run.overrides.items() if key in agents.OVERRIDES},
-    )
-
-
 def cancel(run: Run, reason: str = "") -> Run:
     """Cancel a live run, at once and for good; a finished one is left as it is. Returns the run as it is now."""
     error = {"code": "cancelled", "message": clean(reason), "retryable": False} if reason else None
@@ -341,18 +325,17 @@ def take_from_absent(run_id: UUID) -> None:
         announce(answer)
 
 
-def publish(run_id: UUID, dispatch_seq: int, agent: str = "") -> None:
-    """Send a run's message. Losing it costs a republish interval. `agent` is for people's eyes."""
+def publish(run_id: UUID, dispatch_seq: int) -> None:
+    """Send a run's message. Losing it costs a republish interval."""
     from runs import tasks
 
-    tasks.publish(run_id, dispatch_seq, agent)
+    tasks.publish(run_id, dispatch_seq)
 
 
 def announce(answer: Mapping[str, Any], *, ring: bool = True) -> None:
     """After the commit: publish and ring what a SQL function's answer says.
 
-    `{"run", "status", "agent", "dispatch_seq", "lingering", "released": [run, dispatch_seq, agent],
-    "publish_call": [call, attempt, timeout in seconds, queue, tool]}`
+    `{"run", "status", "dispatch_seq", "lingering", "released": [run, dispatch_seq], "publish_call": [call, attempt]}`
     """
     from tools import tasks as tool_tasks
 
@@ -370,11 +353,9 @@ def announce(answer: Mapping[str, Any], *, ring: bool = True) -> None:
         if channels:
             bells.ring(channels)
         if answer.get("dispatch_seq") is not None and not answer.get("lingering"):
-            publish(UUID(run_id), answer["dispatch_seq"], answer.get("agent", ""))
+            publish(UUID(run_id), answer["dispatch_seq"])
     if released := answer.get("released"):
         bells.ring([bells.run_channel(released[0])])
-        publish(UUID(released[0]), released[1], released[2])
+        publish(UUID(released[0]), released[1])
     if call := answer.get("publish_call"):
-        tool_tasks.publish(
-            UUID(call[0]), call[1], timedelta(seconds=call[2]), call[3], call[4], run_id or "", answer.get("agent", "")
-        )
+        tool_tasks.publish(UUID(call[0]), call[1], timedelta(seconds=call[2]), call[3])

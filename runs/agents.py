@@ -44,6 +44,7 @@ LIMITS: Mapping[str, tuple[str, int]] = MappingProxyType(
     }
 )
 OVERRIDES = ("model", "instructions", "tools", "limits", "context", "tool_choice", "options")
+MERGED = ("limits", "context", "options")  # key by key; anything else is replaced whole
 CONTEXT_OPTIONS = ("last_messages", "sources")
 TOOL_CHOICES = ("auto", "none", "required")
 

@@ -5,6 +5,7 @@ LonghaulError (threads.exceptions)
 │   ├── UnknownAgent
 │   ├── InputTooLarge
 │   ├── NothingToDo             there is nothing that the agent could answer
+│   ├── NotLast                 a later run has spoken in the thread
 │   └── IdempotencyConflict     the key was used with another body
 ├── ThreadBusy                  (threads.exceptions)
 │   └── TooManyHeld             as many runs wait for the thread as may
@@ -24,6 +25,7 @@ __all__ = [
     "IdempotencyConflict",
     "InputTooLarge",
     "LonghaulError",
+    "NotLast",
     "NothingToDo",
     "ThreadBusy",
     "TooManyHeld",
@@ -47,6 +49,12 @@ class NothingToDo(BadInput):
     """The thread ends with a finished answer, so there is nothing to go on from. Give an input."""
 
     code = "nothing_to_do"
+
+
+class NotLast(BadInput):
+    """A later run has spoken in the thread since. Fork this run instead."""
+
+    code = "not_last"
 
 
 class IdempotencyConflict(BadInput):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterator
-from typing import TYPE_CHECKING, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from asgiref.sync import sync_to_async
 from django.conf import settings
@@ -220,9 +220,37 @@ class Run(models.Model):
 
     def resume(self, input: str | None = None) -> Run:
         """Start a new run that goes on where this cancelled or failed one ended. Raises BadInput for another one."""
-        from runs import admission
+        from runs import successors
 
-        return admission.resume(self, input)
+        return successors.resume(self, input)
+
+    def retry(self, **overrides: Any) -> Run:
+        """Start a new run that does this finished one's last step again, on the same thread.
+
+        Its last answer is marked `superseded`. overrides: model, instructions, tools, limits, ... laid over this run's.
+        Raises NotLast when a later run has spoken in the thread, ThreadBusy while one lives there, NothingToDo, BadInput.
+        """
+        from runs import successors
+
+        return successors.retry(self, **overrides)
+
+    async def aretry(self, **overrides: Any) -> Run:
+        """`retry`, from async code."""
+        return await sync_to_async(self.retry)(**overrides)
+
+    def fork(self, after_step: int | None = None, **overrides: Any) -> Run:
+        """Copy the thread up to a committed step (0: the input, None: the last one), and start a new run on the copy.
+
+        overrides: model, instructions, tools, limits, ... laid over this run's.
+        Raises NothingToDo after the step that ended a run, BadInput for a step that is not there or not answered yet.
+        """
+        from runs import successors
+
+        return successors.fork(self, after_step, **overrides)
+
+    async def afork(self, after_step: int | None = None, **overrides: Any) -> Run:
+        """`fork`, from async code."""
+        return await sync_to_async(self.fork)(after_step, **overrides)
 
 
 class Leg(models.Model):

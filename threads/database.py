@@ -7,7 +7,7 @@ server-side prepared statement. Errors come out as Django's.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import orjson
@@ -22,7 +22,7 @@ def call(statement: str, parameters: Sequence[Any] = ()) -> Any:
     return orjson.loads(value) if isinstance(value, str) else value
 
 
-def rows_of(statement: str, parameters: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
+def rows_of(statement: str, parameters: Sequence[Any] | Mapping[str, Any] = ()) -> list[tuple[Any, ...]]:
     """Run a statement and return all its rows. JSON columns come as text.
 
     Where Django keeps a pool and this thread holds no connection, one is borrowed for this statement alone: making
@@ -46,7 +46,7 @@ def rows_of(statement: str, parameters: Sequence[Any] = ()) -> list[tuple[Any, .
             pool.putconn(borrowed)
 
 
-def _execute(raw: Any, statement: str, parameters: Sequence[Any]) -> list[tuple[Any, ...]]:
+def _execute(raw: Any, statement: str, parameters: Sequence[Any] | Mapping[str, Any]) -> list[tuple[Any, ...]]:
     # Prepared only where the host allows it: behind a pooler in transaction mode the threshold stays None.
     with Cursor(raw) as cursor:
         cursor.execute(statement, parameters, prepare=True)

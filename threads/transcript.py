@@ -13,6 +13,7 @@ from uuid import UUID
 from django.db import transaction
 from django.db.models import Max
 
+from threads import database
 from threads.content import clean, parts_of, plain
 from threads.exceptions import BadInput
 from threads.models import Message, MessageStatus, Role, Thread
@@ -91,6 +92,37 @@ def place(thread_id: UUID, messages: Sequence[Message]) -> None:
     last = Message.objects.filter(thread_id=thread_id).aggregate(last=Max("position"))["last"] or 0
     for number, message in enumerate(messages, start=last + 1):
         message.position = number
+
+
+def supersede(message: Message) -> None:
+    """Let later context leave the message out: it stays where it stands. The caller holds the thread's row, or its occupant."""
+    message.status = MessageStatus.SUPERSEDED
+    message.save(update_fields=["status"])
+
+
+def copy(thread_id: UUID, to: UUID, *, until: int, own: UUID) -> dict[UUID, UUID]:
+    """Copy what the run `own` was shown of a thread, up to the place `until`, to an empty one, in one statement.
+
+    The copies are nobody's: no run, no step, places from 1, shown to every run. Returns old id -> new id of what the user
+    or the system said to that run: its input.
+    """
+    rows = database.rows_of(
+        """
+        WITH source AS (
+            SELECT id AS old, longhaul_uuid7() AS new, row_number() OVER (ORDER BY position) AS place, role, status, content,
+                   metadata, client_id, created_at, coalesce(run_id = %(own)s::uuid, false) AND role IN ('user', 'system') AS input
+            FROM longhaul_threads_message
+            WHERE thread_id = %(thread)s::uuid AND position <= %(until)s::bigint AND status IN ('completed', 'partial')
+              AND (shown OR run_id = %(own)s::uuid)),
+        copied AS (
+            INSERT INTO longhaul_threads_message (
+                id, thread_id, role, status, position, content, metadata, client_id, shown, created_at)
+            SELECT new, %(to)s::uuid, role, status, place, content, metadata, client_id, true, created_at FROM source)
+        SELECT old, new FROM source WHERE input
+        """,
+        {"thread": thread_id, "to": to, "until": until, "own": own},
+    )
+    return dict(rows)
 
 
 def lock_occupant(thread_id: UUID) -> bool:

@@ -200,7 +200,7 @@ def test_the_arguments_of_an_agent_and_of_start_are_all_there() -> None:
     rows = {name for row in table("docs/agents.md", "Agents") for name in code(row[0])}
     assert rows == {field.name for field in fields(agents.Agent)}
     given = {name for row in table("docs/agents.md", "Starting a run") for name in code(row[0])}
-    assert given == set(inspect.signature(admission.start).parameters) - {"agent", "input", "parent", "origin"}
+    assert given == set(inspect.signature(admission.start).parameters) - {"agent", "input", "parent", "origin", "told"}
 
 
 def test_the_commands_and_their_options_are_all_there() -> None:

@@ -194,9 +194,9 @@ def _insert(
             {"message": str(draft.pk), "role": draft.role, "content": draft.content, "client_id": draft.client_id},
         )
     lifecycle.record(run.pk, "run.queued", {"reason": "start", **told})
-    run_id = run.pk
+    run_id, agent = run.pk, run.agent
     # Between the commit and the publish a death costs a republish interval: the row says when it is due.
-    transaction.on_commit(lambda: publish(run_id, 1))
+    transaction.on_commit(lambda: publish(run_id, 1, agent))
 
 
 def _admit_held(run: Run, thread: Thread) -> None:
@@ -325,17 +325,18 @@ def take_from_absent(run_id: UUID) -> None:
         announce(answer)
 
 
-def publish(run_id: UUID, dispatch_seq: int) -> None:
-    """Send a run's message. Losing it costs a republish interval."""
+def publish(run_id: UUID, dispatch_seq: int, agent: str = "") -> None:
+    """Send a run's message. Losing it costs a republish interval. `agent` is for people's eyes."""
     from runs import tasks
 
-    tasks.publish(run_id, dispatch_seq)
+    tasks.publish(run_id, dispatch_seq, agent)
 
 
 def announce(answer: Mapping[str, Any], *, ring: bool = True) -> None:
     """After the commit: publish and ring what a SQL function's answer says.
 
-    `{"run", "status", "dispatch_seq", "lingering", "released": [run, dispatch_seq], "publish_call": [call, attempt]}`
+    `{"run", "status", "agent", "dispatch_seq", "lingering", "released": [run, dispatch_seq, agent],
+    "publish_call": [call, attempt, timeout in seconds, queue, tool]}`
     """
     from tools import tasks as tool_tasks
 
@@ -353,9 +354,11 @@ def announce(answer: Mapping[str, Any], *, ring: bool = True) -> None:
         if channels:
             bells.ring(channels)
         if answer.get("dispatch_seq") is not None and not answer.get("lingering"):
-            publish(UUID(run_id), answer["dispatch_seq"])
+            publish(UUID(run_id), answer["dispatch_seq"], answer.get("agent", ""))
     if released := answer.get("released"):
         bells.ring([bells.run_channel(released[0])])
-        publish(UUID(released[0]), released[1])
+        publish(UUID(released[0]), released[1], released[2])
     if call := answer.get("publish_call"):
-        tool_tasks.publish(UUID(call[0]), call[1], timedelta(seconds=call[2]), call[3])
+        tool_tasks.publish(
+            UUID(call[0]), call[1], timedelta(seconds=call[2]), call[3], call[4], run_id or "", answer.get("agent", "")
+        )

@@ -6,13 +6,14 @@ leg that lingers, or speaks, on the leg's: what concerns it is rare, while the r
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import AsyncIterator, Iterable, Iterator
 from functools import cache
-from typing import Any
+from typing import Any, Protocol
 from uuid import UUID
 
 import redis
@@ -87,37 +88,73 @@ def _pubsub(client: redis.Redis) -> Any:
     return client.pubsub(ignore_subscribe_messages=True)  # type: ignore[no-untyped-call]
 
 
+class Wake(Protocol):
+    """What a bell sets, from the ear's thread."""
+
+    def set(self) -> None: ...
+
+
+class LoopWake:
+    """An asyncio.Event that another thread may set."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.event = asyncio.Event()
+        self._loop = loop
+
+    def set(self) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop was closed: nobody waits any more
+            self._loop.call_soon_threadsafe(self.event.set)
+
+
 class Ear:
     """One subscription a process, for any number of channels.
 
-    `listen(channel)` yields an Event that is set whenever the channel rings, and whenever the connection was lost.
+    `listen(channel)` yields an Event that is set whenever the channel rings, and whenever the connection was lost;
+    `alisten(channel)` one for the running event loop.
     """
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
-        self._events: dict[str, set[threading.Event]] = {}
+        self._events: dict[str, set[Wake]] = {}
         self._pubsub: Any = None
         self._thread: threading.Thread | None = None
 
     @contextlib.contextmanager
     def listen(self, channel: str) -> Iterator[threading.Event]:
         event = threading.Event()
-        with self._lock:
-            first = channel not in self._events
-            self._events.setdefault(channel, set()).add(event)
-            if first:
-                self._subscribe(channel)
+        self._add(channel, event)
         try:
             yield event
         finally:
-            with self._lock:
-                listening = self._events[channel]
-                listening.discard(event)
-                if not listening:
-                    del self._events[channel]
-                    if self._pubsub is not None:
-                        with contextlib.suppress(RedisError, OSError):
-                            self._pubsub.unsubscribe(channel)
+            self._remove(channel, event)
+
+    @contextlib.asynccontextmanager
+    async def alisten(self, channel: str) -> AsyncIterator[asyncio.Event]:
+        loop = asyncio.get_running_loop()
+        wake = LoopWake(loop)
+        # In a thread, for a Redis that hangs would hold up the loop.
+        await loop.run_in_executor(None, self._add, channel, wake)
+        try:
+            yield wake.event
+        finally:
+            loop.run_in_executor(None, self._remove, channel, wake)  # not awaited: who leaves was perhaps cancelled
+
+    def _add(self, channel: str, wake: Wake) -> None:
+        with self._lock:
+            first = channel not in self._events
+            self._events.setdefault(channel, set()).add(wake)
+            if first:
+                self._subscribe(channel)
+
+    def _remove(self, channel: str, wake: Wake) -> None:
+        with self._lock:
+            listening = self._events[channel]
+            listening.discard(wake)
+            if not listening:
+                del self._events[channel]
+                if self._pubsub is not None:
+                    with contextlib.suppress(RedisError, OSError):
+                        self._pubsub.unsubscribe(channel)
 
     def _subscribe(self, channel: str) -> None:
         client = _client()

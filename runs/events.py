@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Container, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 from uuid import UUID
-
-from asgiref.sync import sync_to_async
 
 from runs import bells
 from runs.models import Event
@@ -50,6 +49,32 @@ def read(run_id: UUID, after: int = 0, limit: int = BATCH) -> list[RunEvent]:
     ]
 
 
+def spoken(run_id: UUID, message_id: UUID) -> list[dict[str, Any]]:
+    """Return the parts that a pending message has so far, folded from its deltas. Reads backwards to where it begins."""
+    deltas: list[tuple[str, str]] = []
+    before: dict[str, int] = {}
+    begun = False
+    while not begun:
+        rows = Event.objects.filter(run_id=run_id, **before).order_by("-seq")
+        batch = list(rows.values_list("seq", "type", "payload")[:BATCH])
+        for seq, type, payload in batch:
+            before = {"seq__lt": seq}
+            if payload.get("message") != str(message_id):
+                continue
+            if type == "message.created":
+                begun = True
+            elif type in ("text.delta", "reasoning.delta"):
+                deltas.append((type.partition(".")[0], payload["text"]))
+        begun = begun or len(batch) < BATCH
+    parts: list[dict[str, Any]] = []
+    for kind, text in reversed(deltas):
+        if parts and parts[-1]["type"] == kind:
+            parts[-1]["text"] += text
+        else:
+            parts.append({"type": kind, "text": text})
+    return parts
+
+
 def follow(run_id: UUID, after: int = 0) -> Iterator[RunEvent]:
     """Yield the events after the cursor, and those to come, until the terminal one. Ends also when the run is deleted.
 
@@ -82,17 +107,52 @@ def _over(run_id: UUID, after: int) -> bool:
 
 async def afollow(run_id: UUID, after: int = 0) -> AsyncIterator[RunEvent]:
     """`follow`, from async code."""
-    while True:
-        batch = await sync_to_async(read)(run_id, after)
+    async for batch in abatches(run_id, after):
         for event in batch:
             yield event
-            after = event.seq
-            if event.terminal:
+
+
+async def abatches(run_id: UUID, after: int = 0, size: int = BATCH) -> AsyncIterator[list[RunEvent]]:
+    """Yield the events after the cursor in batches, and those to come, until the terminal one or the run's deletion.
+
+    An empty batch says about once a second that nothing came. Holds neither a thread nor a connection while it waits.
+    """
+    async with bells.ear().alisten(bells.run_channel(run_id)) as rung:
+        while True:
+            rung.clear()
+            batch: list[RunEvent] = await database.apart(read)(run_id, after, size)
+            yield batch
+            if batch:
+                after = batch[-1].seq
+                if batch[-1].terminal:
+                    return
+            elif await database.apart(_over)(run_id, after):
                 return
-        if not batch and await sync_to_async(_over)(run_id, after):
-            return
-        if len(batch) < BATCH:
-            await asyncio.sleep(0.1)
+            if len(batch) < size:
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(rung.wait(), LOOK_SECONDS)
+
+
+async def await_status(run_id: UUID, statuses: Container[str], timeout_seconds: float) -> bool:
+    """Wait until the run has one of these, or is gone, at most so long. Returns whether it came to that."""
+    until = time.monotonic() + timeout_seconds
+    async with bells.ear().alisten(bells.run_channel(run_id)) as rung:
+        while True:
+            rung.clear()
+            status = await database.apart(_status)(run_id)
+            if status is None or status in statuses:
+                return True
+            remaining = until - time.monotonic()
+            if remaining <= 0:
+                return False
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(rung.wait(), min(LOOK_SECONDS, remaining))
+
+
+def _status(run_id: UUID) -> str | None:
+    from runs.models import Run
+
+    return Run.objects.filter(pk=run_id).values_list("status", flat=True).first()
 
 
 def wait(run_id: UUID, timeout_seconds: float) -> bool:

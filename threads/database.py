@@ -7,12 +7,17 @@ server-side prepared statement. Errors come out as Django's.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
 
 import orjson
+from asgiref.sync import sync_to_async
 from django.db import connection
 from psycopg import Cursor
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 def call(statement: str, parameters: Sequence[Any] = ()) -> Any:
@@ -62,3 +67,16 @@ def release() -> None:
     """Give the connection back before waiting for anything but Postgres. Inside a transaction it stays."""
     if not connection.in_atomic_block:
         connection.close()
+
+
+def apart(function: Callable[P, R]) -> Callable[P, Coroutine[Any, Any, R]]:
+    """Return an async form of a function that asks the database: in a thread, which then gives its connection back."""
+
+    @wraps(function)
+    def alone(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return function(*args, **kwargs)
+        finally:
+            release()
+
+    return sync_to_async(alone)

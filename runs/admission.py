@@ -180,23 +180,30 @@ def _insert(
         transcript.place(thread.pk, drafts)
     run.save(force_insert=True)
     Message.objects.bulk_create(drafts)
+    placed = [] if occupied else list(drafts)
     if message is not None:
-        if not Message.objects.select_for_update(no_key=True).filter(pk=message.pk).exists():
+        saved = Message.objects.select_for_update(no_key=True).filter(pk=message.pk).first()
+        if saved is None:
             raise BadInput(f"There is no message {message.pk} any more. Save it again, or give an input.")
         Message.objects.filter(pk=message.pk, run_id=None).update(run_id=run.pk)
+        if saved.status != MessageStatus.WAITING:  # else it is told when it gets its place
+            placed.insert(0, saved)
     if occupied:
         lifecycle.record(run.pk, "run.held", {})
+    for draft in placed:
+        tell(run, draft)
+    if occupied:
         return
-    for draft in drafts:
-        lifecycle.record(
-            run.pk,
-            "message.completed",
-            {"message": str(draft.pk), "role": draft.role, "content": draft.content, "client_id": draft.client_id},
-        )
     lifecycle.record(run.pk, "run.queued", {"reason": "start", **told})
     run_id, agent = run.pk, run.agent
     # Between the commit and the publish a death costs a republish interval: the row says when it is due.
     transaction.on_commit(lambda: publish(run_id, 1, agent))
+
+
+def tell(run: Run, message: Message) -> None:
+    """Say in the run's log what was said to it: who reads the log alone must see it. The caller holds the run, in a transaction."""
+    said = {"message": str(message.pk), "role": message.role, "content": message.content}
+    lifecycle.record(run.pk, "message.completed", {**said, "client_id": message.client_id})
 
 
 def _admit_held(run: Run, thread: Thread) -> None:

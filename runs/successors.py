@@ -94,6 +94,8 @@ def fork(run: Run, after_step: int | None = None, **overrides: Any) -> Run:
         if inputs:
             # Its own input stays shown to a run though the window has moved on.
             Message.objects.filter(pk__in=inputs.values()).update(run_id=new.pk)
+            for message in Message.objects.filter(pk__in=inputs.values()).order_by("position"):
+                admission.tell(new, message)
             new.input_message_id = inputs.get(run.input_message_id) if run.input_message_id else None
             new.save(update_fields=["input_message_id"])
         return new

@@ -86,7 +86,12 @@ BEGIN
     PERFORM longhaul_calls_close(p_run, v_run.steps);
     PERFORM longhaul_calls_join(p_run);
     IF v_run.status = 'held' THEN
-        UPDATE longhaul_threads_message SET status = 'discarded' WHERE run_id = p_run AND status = 'waiting';
+        FOR v_message IN
+            UPDATE longhaul_threads_message SET status = 'discarded' WHERE run_id = p_run AND status = 'waiting' RETURNING *
+        LOOP
+            PERFORM longhaul_run_record(p_run, 'message.discarded', jsonb_build_object(
+                'message', v_message.id, 'role', v_message.role, 'client_id', v_message.client_id, 'reason', p_leg_reason));
+        END LOOP;
     ELSE
         PERFORM longhaul_messages_admit(v_run.thread_id, p_run, NULL);
     END IF;
@@ -361,6 +366,15 @@ BEGIN
             coalesce((p_usage->>'reasoning_tokens')::bigint, 0), (p_usage->>'cost')::numeric, p_discarded, p_now);
 END $$;
 
+-- Usage of a message that is about to be discarded: it was paid, so the log tells it too. The caller holds the run.
+CREATE OR REPLACE FUNCTION longhaul_usage_discard(p_run longhaul_runs_run, p_usage jsonb, p_now timestamptz)
+RETURNS void LANGUAGE plpgsql AS $$
+BEGIN
+    PERFORM longhaul_usage_record(p_run.id, p_run.steps + 1, p_run.epoch, p_run.pending_message_id, p_usage, true, p_now);
+    PERFORM longhaul_run_record(p_run.id, 'usage', jsonb_build_object('message', p_run.pending_message_id) || p_usage
+                                || '{"discarded": true}', p_run.epoch);
+END $$;
+
 -- A leg hands over, fenced: its time budget is used, its worker drains, or the model's error grants another try after
 -- p_delay. One transaction: nothing pending, the leg ended, the run queued. Returns NULL when the fence was lost, else what to publish.
 -- Only `retry` counts a try of the model; nothing here counts toward poison.
@@ -377,7 +391,7 @@ BEGIN
     IF NOT FOUND THEN RETURN NULL; END IF;  -- the fence
     v_now := longhaul_now();
     IF p_usage IS NOT NULL AND v_run.pending_message_id IS NOT NULL THEN
-        PERFORM longhaul_usage_record(p_run, v_run.steps + 1, p_epoch, v_run.pending_message_id, p_usage, true, v_now);
+        PERFORM longhaul_usage_discard(v_run, p_usage, v_now);
     END IF;
     IF p_error IS NOT NULL THEN PERFORM longhaul_run_record(p_run, 'error', p_error, p_epoch); END IF;
     PERFORM longhaul_leg_end(p_run, p_reason, false, p_epoch);
@@ -409,7 +423,7 @@ BEGIN
     WHERE id = p_run AND epoch = p_epoch AND status = 'running' AND holder = p_worker FOR NO KEY UPDATE;
     IF NOT FOUND THEN RETURN NULL; END IF;  -- the fence
     IF p_usage IS NOT NULL AND v_run.pending_message_id IS NOT NULL THEN
-        PERFORM longhaul_usage_record(p_run, v_run.steps + 1, p_epoch, v_run.pending_message_id, p_usage, true, longhaul_now());
+        PERFORM longhaul_usage_discard(v_run, p_usage, longhaul_now());
         UPDATE longhaul_runs_run
         SET input_tokens = input_tokens + coalesce((p_usage->>'input_tokens')::bigint, 0),
             output_tokens = output_tokens + coalesce((p_usage->>'output_tokens')::bigint, 0),

@@ -71,7 +71,7 @@ def test_given_a_held_run_when_it_is_cancelled_then_nothing_is_released_and_its_
     answer = world.cancel(first) or {}
     assert "released" not in answer
     assert [world.run(run)["status"] for run in (claim.run, first, second)] == ["running", "cancelled", "held"]
-    assert world.types(first) == ["run.held", "run.cancelled"]
+    assert world.types(first) == ["run.held", "message.discarded", "run.cancelled"]
     assert world.message(by_hand)["status"] == "waiting", "it waits for the occupant"
     [said] = world.db.rows("SELECT * FROM longhaul_threads_message WHERE run_id = %s", first)
     assert (said["status"], said["position"]) == ("discarded", None)

@@ -86,7 +86,7 @@ def checks() -> tuple[Check, ...]:
 
 
 @contextmanager
-def _snapshot() -> Iterator[CursorWrapper]:
+def snapshot() -> Iterator[CursorWrapper]:
     """Yield a cursor whose statements all see one moment; inside an open transaction (a TestCase) it is that one's."""
     if connection.in_atomic_block:
         with connection.cursor() as cursor:
@@ -104,7 +104,7 @@ def check(run_id: UUID | None = None) -> Report:
     """
     violations = dict.fromkeys(INVARIANTS, 0)
     findings: list[Finding] = []
-    with _snapshot() as cursor:
+    with snapshot() as cursor:
         cursor.execute(
             "SELECT count(*) FROM longhaul_runs_run WHERE %(run)s::uuid IS NULL OR id = %(run)s::uuid", {"run": run_id}
         )

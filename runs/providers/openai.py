@@ -207,7 +207,11 @@ class OpenAIProvider:
             ]
         )
 
-    def _body(self, request: ModelRequest) -> bytes:
+    def body(self, request: ModelRequest) -> bytes:
+        """Return the body of the request, byte for byte what `stream` sends. Raises ProviderError for bad options.
+
+        The options stand in the order of their names: those of a step are read back from the database, which keeps none.
+        """
         options = dict(request.options)
         if own := OWN_FIELDS & options.keys():
             raise ProviderError("invalid_request", f"Model options may not hold {', '.join(sorted(own))}.")
@@ -220,7 +224,7 @@ class OpenAIProvider:
                 {"type": "function", "function": {"name": request.tool_choice}} if named else request.tool_choice
             )
         try:
-            head = _dumps({"model": request.model, "stream": True, **options})
+            head = _dumps({"model": request.model, "stream": True, **options}, sort=True)
         except TypeError as error:
             raise ProviderError("invalid_request", f"Model options are not JSON: {error}") from None
         messages = [message for message in request.messages if message]
@@ -238,7 +242,7 @@ class OpenAIProvider:
         """
         if self._refusal is not None:
             raise ProviderError(*self._refusal)
-        body = self._body(request)
+        body = self.body(request)
         timeout, silence = request.timeout.total_seconds(), request.silence.total_seconds()
         answer = _Answer()
         line = self._take()
@@ -502,11 +506,11 @@ def _is_address(url: str) -> bool:
     return parsed.scheme in ("http", "https") and bool(parsed.host)
 
 
-def _dumps(value: Any) -> bytes:
+def _dumps(value: Any, *, sort: bool = False) -> bytes:
     try:
-        return orjson.dumps(value)
+        return orjson.dumps(value, option=orjson.OPT_SORT_KEYS if sort else None)
     except orjson.JSONEncodeError:  # halves of surrogate pairs, numbers beyond 64 bits
-        return json.dumps(clean_json(value), ensure_ascii=False).encode()
+        return json.dumps(clean_json(value), ensure_ascii=False, sort_keys=sort).encode()
 
 
 def _arguments_text(arguments: object) -> str:

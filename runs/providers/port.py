@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from importlib import import_module
-from typing import Any, Literal, Protocol, TypeAlias, cast
+from typing import Any, Literal, Protocol, TypeAlias, cast, runtime_checkable
 
 import orjson
 
@@ -151,6 +151,15 @@ class Provider(Protocol):
 
     def close(self) -> None:
         """Close what is kept open between calls. A call after it works."""
+        ...
+
+
+@runtime_checkable
+class ShowsBody(Protocol):
+    """A provider that can say what a request's body is. One that cannot is replayed in the port's own words."""
+
+    def body(self, request: ModelRequest) -> bytes:
+        """Return the body of the request, byte for byte what `stream` sends. Raises ProviderError for bad options."""
         ...
 
 

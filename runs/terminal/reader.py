@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from django.db import InterfaceError, OperationalError, connection
 
@@ -15,6 +15,7 @@ from runs.terminal.words import seconds
 from threads import clock
 
 PATIENCE = timedelta(minutes=5)  # how long a reader waits for a database that is away
+STEADY = timedelta(seconds=2)  # of reading without an error: a reader looks once a second
 _AGAIN_SECONDS = 0.5
 
 
@@ -24,6 +25,9 @@ class SaysItself(Protocol):
     def as_dict(self) -> dict[str, Any]: ...
 
 
+Said = TypeVar("Said", bound=SaysItself)
+
+
 def database_clock() -> Callable[[], datetime]:
     """Return a clock that shows the database's time, asked for once."""
     ahead = clock.now() - datetime.now(UTC)
@@ -31,33 +35,51 @@ def database_clock() -> Callable[[], datetime]:
 
 
 def patient(
-    read: Callable[[int], Iterable[SaysItself]],
+    read: Callable[[int], Iterable[Said]],
     view: RunView,
     told: Callable[[list[str]], None],
     patience: timedelta = PATIENCE,
-) -> Iterator[SaysItself]:
+) -> Iterator[Said]:
     """Yield the events of `read(after)`, and go on at the view's cursor when the database was away in between.
 
     The consumer applies each event to the view before it asks for the next one. `told` gets the lines that say it.
-    Raises OperationalError or InterfaceError, Django's, when it was away for longer than `patience`.
+    Raises OperationalError or InterfaceError, Django's, when it was away for longer than `patience`. An outage is over with
+    the next event or, for a run may be silent for long, when the database answered and reading went on for STEADY.
     """
-    since: float | None = None
+    since: float | None = None  # when this outage began
+    answered: float | None = None  # when the database answered again, in this outage
     while True:
         try:
             for event in read(view.seq):
-                if since is not None:
-                    away = timedelta(seconds=time.monotonic() - since)
-                    told(view.note(f"the database is back after {seconds(away)}", "green"))
-                    since = None
+                since = answered = None
                 yield event
             return
         except (OperationalError, InterfaceError):
             now = time.monotonic()
+            if answered is not None and now - answered > STEADY.total_seconds():
+                since = None
             if since is None:
-                since = now
+                since, answered = now, None
                 told(view.note("the database is away; its events are waited for", "red"))
             elif now - since > patience.total_seconds():
                 raise
-            with suppress(OperationalError, InterfaceError):
-                connection.close()  # a broken one would be kept, and fail again
-            time.sleep(_AGAIN_SECONDS)
+            _await_answer(since + patience.total_seconds())
+            if answered is None:
+                away = timedelta(seconds=time.monotonic() - since)
+                told(view.note(f"the database is back after {seconds(away)}", "green"))
+            answered = time.monotonic()
+
+
+def _await_answer(until: float) -> None:
+    """Wait until the database answers. Raises its error when it has not by `until`, monotonic."""
+    while True:
+        with suppress(OperationalError, InterfaceError):
+            connection.close()  # a broken one would be kept, and fail again
+        time.sleep(_AGAIN_SECONDS)
+        try:
+            clock.now()
+        except (OperationalError, InterfaceError):
+            if time.monotonic() > until:
+                raise
+        else:
+            return

@@ -401,7 +401,7 @@ def test_a_pass_says_what_it_moved_and_a_rehearsal_what_it_would(
     move_clock(LOST)
     published.clear()
     assert ran("sweep_runs").out == "The sweep moved: published runs: 1, published calls: 2.\n"
-    assert (queued.pk, 1) in published
+    assert (queued.pk, 1, "clerk") in published
 
 
 def test_a_pass_by_hand_leaves_no_session_behind(published: list[Any]) -> None:

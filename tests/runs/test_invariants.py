@@ -95,7 +95,7 @@ def test_all_rules_look_at_one_moment(scripted_model: ScriptedModel, monkeypatch
     assert invariants.check().clean
     assert invariants.check().violations["2"] > 0
     assert len(seen) == 2
-    with pytest.raises(Exception, match="read-only"), invariants._snapshot() as cursor:
+    with pytest.raises(Exception, match="read-only"), invariants.snapshot() as cursor:
         cursor.execute("DELETE FROM longhaul_runs_event")
     assert not connection.in_atomic_block
     with transaction.atomic():

@@ -7,18 +7,23 @@ from __future__ import annotations
 
 import shutil
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from functools import cached_property, reduce
+from operator import or_
+from typing import Any, NamedTuple
 from uuid import UUID
 
+import orjson
 from celery import current_app
 from django.db import connection
+from django.db.models import Q
 
 from runs.conf import settings
-from runs.models import OCCUPYING, Event, Leg, Run, Status, StopReason
+from runs.models import OCCUPYING, Leg, Run, Status, StopReason
 from runs.sweep import SWEEP_LOCK
-from threads import clock
+from threads import clock, database
 from threads.models import Message
 from tools.models import CallStatus, ToolCall, Worker
 
@@ -65,27 +70,143 @@ def _fresh(run: Run) -> Run:
 
 def explain(run: Run) -> Explanation:
     """Explain the run as the given row has it."""
-    now = clock.now()
+    return explain_all([run])[run.pk]
+
+
+def explain_all(runs: Iterable[Run]) -> dict[UUID, Explanation]:
+    """Explain runs as the given rows have them, by id. The number of queries does not grow with theirs."""
+    runs = list(runs)
+    facts = Facts(runs)
+    return {run.pk: _explain(run, facts) for run in runs}
+
+
+class Facts:
+    """What explaining some runs takes, each fact read at most once for all of them, and only when it is asked for."""
+
+    def __init__(self, runs: Iterable[Run]) -> None:
+        self.runs = list(runs)
+        if held := [run for run in self.runs if run.status == Status.HELD]:
+            self.runs += Run.objects.filter(thread_id__in={run.thread_id for run in held}, status__in=OCCUPYING)
+
+    def _of(self, *statuses: Status) -> list[Run]:
+        return [run for run in self.runs if run.status in statuses]
+
+    @cached_property
+    def now(self) -> datetime:
+        return clock.now()
+
+    @cached_property
+    def swept(self) -> bool:
+        return swept(self.now)
+
+    @cached_property
+    def present(self) -> frozenset[str]:
+        """The kinds of workers of which one is present."""
+        alive = Worker.objects.filter(gone_at=None, beat_at__gt=_floor(self.now))
+        return frozenset(alive.values_list("kind", flat=True).distinct())
+
+    @cached_property
+    def occupants(self) -> dict[UUID, Run]:
+        return {run.thread_id: run for run in self._of(*OCCUPYING)}
+
+    @cached_property
+    def ahead(self) -> dict[UUID, list[datetime]]:
+        """When the held runs of each thread were made."""
+        found: dict[UUID, list[datetime]] = {}
+        held = Run.objects.filter(thread_id__in={run.thread_id for run in self._of(Status.HELD)}, status=Status.HELD)
+        for thread, made in held.values_list("thread_id", "created_at"):
+            found.setdefault(thread, []).append(made)
+        return found
+
+    @cached_property
+    def reasons(self) -> dict[UUID, str]:
+        """Why each queued run is queued."""
+        told = _last_events([run.pk for run in self._of(Status.QUEUED)], "run.queued")
+        return {run: str(event.payload.get("reason", "")) for run, event in told.items()}
+
+    @cached_property
+    def errors(self) -> dict[UUID, str]:
+        """What the model said last, of runs that ask it again."""
+        told = _last_events([run.pk for run in self._of(Status.QUEUED) if run.not_before is not None], "error")
+        return {run: _error_in_words(event.payload.get("error") or {}) for run, event in told.items()}
+
+    @cached_property
+    def legs(self) -> dict[UUID, Leg]:
+        running = [run.pk for run in self._of(Status.RUNNING)]
+        return {leg.run_id: leg for leg in Leg.objects.filter(run_id__in=running, ended_at=None)}
+
+    @cached_property
+    def speaking(self) -> dict[UUID, Message]:
+        """The pending messages, by id."""
+        ids = [run.pending_message_id for run in self._of(Status.RUNNING) if run.pending_message_id]
+        return Message.objects.in_bulk(ids) if ids else {}
+
+    @cached_property
+    def heard(self) -> dict[UUID, datetime]:
+        """When each run that streams was last heard: its last delta, when that belongs to the pending message."""
+        speaking = {run.pk: run.pending_message_id for run in self._of(Status.RUNNING) if run.pending_message_id}
+        told = _last_events(list(speaking), "%.delta")
+        return {run: event.at for run, event in told.items() if event.message == speaking[run]}
+
+    @cached_property
+    def calls(self) -> dict[UUID, list[ToolCall]]:
+        """The calls of each waiting run's last step, in order."""
+        found: dict[UUID, list[ToolCall]] = {}
+        waiting = self._of(Status.WAITING, Status.REQUIRES_ACTION)
+        if waiting:
+            steps = reduce(or_, (Q(run_id=run.pk, step=run.steps) for run in waiting))
+            for call in ToolCall.objects.filter(steps).order_by("index"):
+                found.setdefault(call.run_id, []).append(call)
+        return found
+
+    @cached_property
+    def workers(self) -> dict[UUID | None, tuple[str, bool]]:
+        """(name, present) by id of those that hold something here, have a row and were not found dead."""
+        ids = {run.holder for run in self._of(Status.RUNNING)}
+        ids |= {call.holder for calls in self.calls.values() for call in calls}
+        return _workers([id for id in ids if id is not None], self.now)
+
+
+class LastEvent(NamedTuple):
+    at: datetime
+    message: UUID | None
+    payload: dict[str, Any]
+
+
+def _last_events(runs: list[UUID], type: str) -> dict[UUID, LastEvent]:
+    """Return each run's last event of a type (a pattern), found from the end of its log."""
+    if not runs:
+        return {}
+    rows = database.rows_of(
+        "SELECT r.id, e.at, e.message_id, e.payload"
+        " FROM unnest(%s::uuid[]) AS r(id) CROSS JOIN LATERAL (SELECT at, message_id, payload"
+        " FROM longhaul_runs_event WHERE run_id = r.id AND type LIKE %s ORDER BY seq DESC LIMIT 1) AS e",
+        (runs, type),
+    )
+    return {run: LastEvent(at, message, orjson.loads(payload)) for run, at, message, payload in rows}
+
+
+def _explain(run: Run, facts: Facts) -> Explanation:
     match run.status:
         case Status.QUEUED:
-            return _queued(run, now)
+            return _queued(run, facts)
         case Status.HELD:
-            return _held(run, now)
+            return _held(run, facts)
         case Status.RUNNING:
-            return _running(run, now)
+            return _running(run, facts)
         case Status.WAITING | Status.REQUIRES_ACTION:
-            return _waiting(run, now)
+            return _waiting(run, facts)
         case _:
             return _ended(run)
 
 
-def _queued(run: Run, now: datetime) -> Explanation:
-    told = Event.objects.filter(run=run, type="run.queued").order_by("-seq").values_list("payload", flat=True).first()
-    reason = str((told or {}).get("reason", ""))
+def _queued(run: Run, facts: Facts) -> Explanation:
+    now = facts.now
+    reason = facts.reasons.get(run.pk, "")
     since = now - (run.queued_at or run.created_at)
     said = f"queued for {span(since)} ({QUEUED_BY.get(reason, reason) or 'new'})"
     if run.not_before is not None and run.not_before > now:
-        error = _last_error(run)
+        error = facts.errors.get(run.pk, "")
         said += f", to be claimed in {span(run.not_before - now)}"
         if reason == "retry":
             said += f": the model is asked again, try {run.model_tries + 1} of {settings().model_tries}"
@@ -98,67 +219,69 @@ def _queued(run: Run, now: datetime) -> Explanation:
     said += "" if due is None else f", again in {span(due - now)}" if due > now else f", again since {span(now - due)}"
     if due is None:
         return Explanation(f"{said}, and never again", _violated(run), True)
-    if since < UNHEARD or present("agents", now):
-        overdue = now - due > UNHEARD and not swept(now)
+    if since < UNHEARD or "agents" in facts.present:
+        overdue = now - due > UNHEARD and not facts.swept
         return Explanation(said + _unswept(overdue), start("control") if overdue else None, overdue)
     return Explanation(f"{said}; no agents worker is present", start("agents"), True)
 
 
-def _held(run: Run, now: datetime) -> Explanation:
-    occupant = Run.objects.filter(thread_id=run.thread_id, status__in=OCCUPYING).first()
+def _held(run: Run, facts: Facts) -> Explanation:
+    occupant = facts.occupants.get(run.thread_id)
     if occupant is None:
         return Explanation("held, though its thread is free", _violated(run), True)
-    before = Run.objects.filter(thread_id=run.thread_id, status=Status.HELD, created_at__lt=run.created_at).count()
-    said = f"held for {span(now - run.created_at)} behind run {occupant.pk} of {occupant.agent} ({occupant.status})"
+    before = sum(made < run.created_at for made in facts.ahead.get(run.thread_id, ()))
+    since = span(facts.now - run.created_at)
+    said = f"held for {since} behind run {occupant.pk} of {occupant.agent} ({occupant.status})"
     if before:
         said += f" and {before} more"
-    theirs = explain(occupant)
+    theirs = _explain(occupant, facts)
     return Explanation(said, theirs.mend if theirs.stuck else None, theirs.stuck)
 
 
-def _running(run: Run, now: datetime) -> Explanation:
-    leg = Leg.objects.filter(run=run, ended_at=None).first()
+def _running(run: Run, facts: Facts) -> Explanation:
+    now = facts.now
+    leg = facts.legs.get(run.pk)
     where = f"running on {leg.worker} in leg {leg.number} for {span(now - leg.started_at)}" if leg else "running"
-    message = Message.objects.filter(pk=run.pending_message_id).first() if run.pending_message_id else None
+    message = facts.speaking.get(run.pending_message_id) if run.pending_message_id else None
     if message is None:
         doing = f"prepares step {run.steps + 1}"
     else:
-        last = Event.objects.filter(run=run, message_id=message.pk, type__endswith="delta").order_by("-seq").first()
+        last = facts.heard.get(run.pk)
         asked = f"the model speaks step {message.step} since {span(now - message.created_at)}"
-        heard = f", last heard {span(now - last.at)} ago" if last else ", nothing heard yet"
-        doing = asked + heard
-    worker = _workers([run.holder], now).get(run.holder) if run.holder else None
+        doing = asked + (f", last heard {span(now - last)} ago" if last else ", nothing heard yet")
+    worker = facts.workers.get(run.holder) if run.holder else None
     if worker is not None and worker[1]:
         return Explanation(f"{where}: {doing}")
     late = run.leg_deadline is not None and run.leg_deadline < now
     gone = "its worker is gone" if worker is None else "its worker is silent"
     if late:
         gone += f" and its time was up {span(now - (run.leg_deadline or now))} ago"
-    stuck = not swept(now)
+    stuck = not facts.swept
     said = f"{where}: {doing}; {gone}{_unswept(stuck) or ', and the sweep takes it over'}"
     return Explanation(said, start("control") if stuck else None, stuck)
 
 
-def _waiting(run: Run, now: datetime) -> Explanation:
-    calls = list(ToolCall.objects.filter(run_id=run.pk, step=run.steps).order_by("index"))
+def _waiting(run: Run, facts: Facts) -> Explanation:
+    now = facts.now
+    calls = facts.calls.get(run.pk, [])
     still = [call for call in calls if call.status != CallStatus.SETTLED]
     if not still:
         fresh = _fresh(run)
         if fresh.status != run.status:
             return explain(fresh)  # it was joined meanwhile
         return Explanation(f"{run.status}, though every call is settled", _violated(run), True)
-    workers = _workers([call.holder for call in still if call.holder], now)
+    workers = facts.workers
     told = [_call(call, workers, now) for call in still[:SHOWN]]
     more = f", and {len(still) - SHOWN} more" if len(still) > SHOWN else ""
     verb = "waiting for" if run.status == Status.WAITING else "waiting for people at"
     said = f"{verb} {len(still)} of {len(calls)} tool call{'' if len(calls) == 1 else 's'}: {', '.join(told)}{more}"
     ready = [call for call in still if call.status in (CallStatus.REQUESTED, CallStatus.RETRYING)]
     unheard = [call for call in ready if _due_since(call, now) > UNHEARD or call.publishes > 2]
-    if unheard and not present("tools", now):
+    if unheard and "tools" not in facts.present:
         own = sorted({call.queue for call in unheard if call.queue})
         return Explanation(f"{said}; no tools worker is present", start("tools", *own), True)
     lost = any(call.status == CallStatus.RUNNING and not workers.get(call.holder, ("", False))[1] for call in still)
-    if (unheard or lost) and not swept(now):
+    if (unheard or lost) and not facts.swept:
         return Explanation(said + _unswept(True), start("control"), True)
     # Last, for a person's answer helps nothing while the calls beside it stand still.
     if any(call.status == CallStatus.UNKNOWN for call in still):
@@ -200,7 +323,7 @@ def _call(call: ToolCall, workers: dict[UUID | None, tuple[str, bool]], now: dat
 def _ended(run: Run) -> Explanation:
     said = f"{run.status} ({run.stop_reason}) after {run.steps} step{'' if run.steps == 1 else 's'}"
     if run.error:
-        said += ": " + ": ".join(str(run.error[key]) for key in ("code", "message") if run.error.get(key))
+        said += ": " + _error_in_words(run.error)
     if run.status == Status.COMPLETED:
         return Explanation(said)
     first = {
@@ -213,9 +336,7 @@ def _ended(run: Run) -> Explanation:
     return Explanation(said, first + in_shell(run, "resume()"))
 
 
-def _last_error(run: Run) -> str:
-    payload = Event.objects.filter(run=run, type="error").order_by("-seq").values_list("payload", flat=True).first()
-    error = (payload or {}).get("error") or {}
+def _error_in_words(error: Mapping[str, Any]) -> str:
     return ": ".join(str(error[key]) for key in ("code", "message") if error.get(key))
 
 

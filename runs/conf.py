@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -16,7 +17,6 @@ from typing import Any
 
 from django.conf import settings as django_settings
 from django.core.signals import setting_changed
-from django.utils.module_loading import import_string
 
 Price = Mapping[str, float]  # {"input": ..., "output": ...}, currency units per million tokens
 
@@ -26,7 +26,7 @@ class Key:
     """One key of `LONGHAUL`: its default, and what a value of it must be.
 
     `unit` is the length of one unit for a key that is a time, and None for any other. `least` is the lowest value.
-    `nullable` allows None. `begins` are the beginnings that a text may have, when it may not have any.
+    `nullable` allows None. `form` is the pattern that a text must have, and that in words.
     """
 
     default: Any
@@ -34,7 +34,7 @@ class Key:
     unit: timedelta | None = None
     least: float | None = None
     nullable: bool = False
-    begins: tuple[str, ...] = ()
+    form: tuple[str, str] | None = None
 
     def problem(self, value: object) -> str | None:
         """Return what is wrong with a value, as the end of a sentence ("must be ..."), or None."""
@@ -49,8 +49,8 @@ class Key:
             return f"must be at most {LONGEST / self.unit:g}; it is {value!r}"
         if isinstance(value, str) and not value:
             return "must not be empty"
-        if isinstance(value, str) and self.begins and not value.startswith(self.begins):
-            return f"must begin with {' or '.join(self.begins)}; it is {value!r}"
+        if isinstance(value, str) and self.form and not re.fullmatch(self.form[0], value):
+            return f"must be {self.form[1]}; it is {value!r}"
         return None
 
     @property
@@ -113,11 +113,15 @@ KEYS: Mapping[str, Key] = MappingProxyType(
         "PRICES": Key({}, dict),
         "DEFAULT_MODEL": Key(None, str, nullable=True),
         "ACCESS": Key(None, (str, type), nullable=True),
+        "API_RATE": Key(None, str, nullable=True, form=(r"[1-9]\d*/(s|min|h|d)", "a rate like '600/min'")),
+        "MAX_BODY_BYTES": _count(8_000_000, least=1000),
         "AGENTS_QUEUE": _queue("longhaul.agents"),
         "TOOLS_QUEUE": _queue("longhaul.tools"),
         "CONTROL_QUEUE": _queue("longhaul.control"),
         "PRESENCE_TTL_SECONDS": _time(12, least=6),
-        "FLOWER_URL": Key(None, str, nullable=True, begins=("http://", "https://")),
+        "FLOWER_URL": Key(
+            None, str, nullable=True, form=(r"https?://.+", "an address that begins with http:// or https://")
+        ),
     }
 )
 
@@ -153,19 +157,14 @@ class Settings:
     flush_interval: timedelta
     default_model: str | None
     access: str | type | None
+    api_rate: str | None  # requests a client, "600/min"
+    max_body_bytes: int
     agents_queue: str
     tools_queue: str
     control_queue: str
     presence_ttl: timedelta  # a beat older than this is a death; a claim needs a beat younger than half of 12 s
     flower_url: str | None
     prices: Mapping[str, Price] = field(default_factory=dict)
-
-    def policy(self) -> type | None:
-        """Return the class that ACCESS names, or None for the default policy. Raises ImportError."""
-        if isinstance(self.access, str):
-            found: type = import_string(self.access)
-            return found
-        return self.access
 
 
 @cache

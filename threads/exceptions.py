@@ -2,7 +2,8 @@
 
 LonghaulError
 ├── BadInput (ValueError)      what was given cannot be taken: it says what to do, and nothing was changed
-└── ThreadBusy                 the thread has a live run, and this input does not wait for it
+├── ThreadBusy                 the thread has a live run, and this input does not wait for it
+└── PartOfAStep                a tool call or its result: one without the other is no transcript
 """
 
 from __future__ import annotations
@@ -30,3 +31,9 @@ class ThreadBusy(LonghaulError):
     """The thread has a live run."""
 
     code = "thread_busy"
+
+
+class PartOfAStep(LonghaulError):
+    """This message holds a tool call or its result, and a model takes neither without the other. Delete the thread."""
+
+    code = "part_of_a_step"

@@ -1,0 +1,71 @@
+"""The body of a request: read once, no larger than is allowed, JSON, checked by its form."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import Any, Self, TypeVar
+
+import orjson
+from django.http import HttpRequest, UnreadablePostError
+from pydantic import BaseModel, ConfigDict
+from rest_framework.exceptions import ParseError, UnsupportedMediaType
+
+from runs.conf import settings
+from runs.http.errors import TooLarge
+
+Form = TypeVar("Form", bound=BaseModel)
+PIECE = 64 * 1024
+
+
+class Given(BaseModel):
+    """What a client may send: of the right type, and nothing that is not there."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+
+@dataclass(frozen=True, slots=True)
+class Body:
+    """The bytes of a body. An empty one counts as `{}`."""
+
+    data: bytes
+
+    @classmethod
+    def read(cls, request: HttpRequest) -> Self:
+        """Read the body. Raises TooLarge, UnsupportedMediaType, ParseError."""
+        most = settings().max_body_bytes
+        told = request.META.get("CONTENT_LENGTH") or "0"
+        if told.isdigit() and int(told) > most:
+            raise TooLarge(_too_large(most))
+        try:
+            # Not `request.body`: the host's DATA_UPLOAD_MAX_MEMORY_SIZE is about its own forms.
+            data = request.read(most + 1)
+        except (UnreadablePostError, OSError) as error:
+            raise ParseError("The body ended too early.") from error
+        if len(data) > most:
+            raise TooLarge(_too_large(most))
+        if data and request.content_type != "application/json":
+            raise UnsupportedMediaType(
+                request.content_type or "none", "Send JSON, with Content-Type: application/json."
+            )
+        return cls(data or b"{}")
+
+    def form(self, form: type[Form]) -> Form:
+        """Return the body as its form. Raises pydantic's ValidationError."""
+        return form.model_validate_json(self.data)
+
+    def fingerprint(self, *more: str) -> str:
+        """SHA-256 (hex) of what the body says, however it is spaced, and of what else tells two requests apart."""
+        found = hashlib.sha256(orjson.dumps(orjson.loads(self.data), option=orjson.OPT_SORT_KEYS))
+        for each in more:
+            found.update(b"\0" + each.encode())
+        return found.hexdigest()
+
+
+def _too_large(most: int) -> str:
+    return f"The body is larger than {most:,} bytes (LONGHAUL['MAX_BODY_BYTES'])."
+
+
+def provided(form: BaseModel) -> dict[str, Any]:
+    """Return only what the client said, by field."""
+    return {name: getattr(form, name) for name in form.model_fields_set}

@@ -1,0 +1,130 @@
+"""What clients send. Shapes are checked here, meanings by the core: both answer 400 that names the field."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+from uuid import UUID
+
+from pydantic import ConfigDict, Field, RootModel
+
+from runs.http.body import Given
+
+PartType = Literal["text", "reasoning", "image", "file", "data"]
+
+
+class Part(Given):
+    """One part of a message's content. Parts that are no text carry fields of their own."""
+
+    model_config = Given.model_config | {"extra": "allow"}
+    type: PartType
+    text: str | None = Field(default=None, exclude_if=lambda value: value is None)
+
+
+Content = Annotated[str | list[Part], Field(description="a text, or a list of parts")]
+Metadata = Annotated[dict[str, Any] | None, Field(description="yours: kept as it is")]
+Name = Annotated[str, Field(max_length=200)]
+
+
+class Limits(Given):
+    """What bounds a run. What is left out counts as the thread's, then the agent's, then the settings'."""
+
+    max_steps: Annotated[int | None, Field(ge=1, le=1_000_000)] = None
+    max_total_tokens: Annotated[int | None, Field(ge=1, le=2**62)] = None
+    max_cost: Annotated[float | None, Field(gt=0, le=10**9)] = None
+    deadline_seconds: Annotated[float | None, Field(gt=0, le=315_360_000)] = None
+    leg_budget_seconds: Annotated[float | None, Field(gt=0, le=315_360_000)] = None
+
+
+class Context(Given):
+    """Which messages the model is shown."""
+
+    last_messages: Annotated[int | None, Field(ge=1, le=10_000)] = None
+
+
+class NewMessage(Given):
+    """A message that somebody says. Those of tools are written by runs only."""
+
+    role: Literal["user", "system", "assistant"] = "user"
+    content: Content
+    metadata: Metadata = None
+    client_id: Name | None = None
+
+
+class SavedMessages(RootModel[NewMessage | Annotated[list[NewMessage], Field(min_length=1)]]):
+    """One message, or a list of them."""
+
+    model_config = ConfigDict(strict=True)
+
+
+class Overrides(Given):
+    """What a thread or a run says itself, nearer than its agent. Lists replace, they do not merge."""
+
+    model: Name | None = Field(default=None, description="`provider:name`")
+    instructions: str | None = None
+    tools: list[Name] | None = Field(default=None, description="names of the agent's tools")
+    limits: Limits | None = None
+    context: Context | None = None
+
+
+class ThreadFields(Overrides):
+    agent: Name | None = Field(default=None, description="the agent of runs that name none")
+    title: Annotated[str | None, Field(max_length=500)] = None
+    summary: str | None = None
+    metadata: Metadata = None
+
+
+class NewThread(ThreadFields):
+    """A thread, with messages if there are some already. Runs nothing."""
+
+    messages: list[NewMessage] | None = None
+
+
+class ThreadChange(ThreadFields):
+    """What is left out stays as it is; null takes an override away."""
+
+    archived: bool | None = None
+
+
+class NewRun(Overrides):
+    """A run. Without `input` and `message` it goes on from the thread's last state."""
+
+    agent: Name | None = Field(default=None, description="defaults to the thread's")
+    input: Content | None = None
+    message: UUID | None = Field(default=None, description="a saved message of the thread, in place of an input")
+    messages: list[NewMessage] | None = Field(default=None, description="shown to the model before the input")
+    save: Literal["prompt_and_output", "all", "none"] = Field(
+        default="prompt_and_output", description="what later runs of the thread see of this one"
+    )
+    stream: bool = Field(default=False, description="answer with the run's events, as text/event-stream")
+    busy: Literal["enqueue", "steer", "interrupt", "rollback", "reject"] = Field(
+        default="enqueue", description="what happens when a run occupies the thread"
+    )
+    priority: Annotated[int, Field(ge=-32768, le=32767)] = 0
+    tool_choice: Name | None = Field(default=None, description="auto, none, required, or the name of a tool")
+    output_schema: dict[str, Any] | None = Field(default=None, description="a JSON schema of the final answer")
+    metadata: Metadata = None
+    client_id: Name | None = Field(default=None, description="comes back in the event of the saved input")
+
+
+class Cancel(Given):
+    reason: Annotated[str | None, Field(max_length=10_000)] = None
+
+
+class Resume(Given):
+    input: Content | None = None
+
+
+class Retry(Given):
+    pass
+
+
+class ForkOverrides(Overrides):
+    tool_choice: Name | None = None
+    output_schema: dict[str, Any] | None = None
+
+
+class Fork(Given):
+    """The new thread holds what was said up to that step; 0 is the input alone, null the last committed step."""
+
+    after_step: Annotated[int | None, Field(ge=0, le=2**31 - 1)] = None
+    overrides: ForkOverrides | None = None

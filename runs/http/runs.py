@@ -1,0 +1,285 @@
+"""Runs: start, look, cancel, and the runs that follow one."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Annotated, Any
+from uuid import UUID
+
+import orjson
+from django.db.models import Q
+from django.http import HttpResponseBase
+from django.urls import reverse
+from django.utils.cache import get_conditional_response
+from django.utils.crypto import salted_hmac
+from pydantic import ConfigDict, Field, model_validator
+from rest_framework.request import Request
+from rest_framework.response import Response
+
+from runs import admission, agents, events
+from runs.access import visible
+from runs.http import answers, forms
+from runs.http.errors import BadField, Refused
+from runs.http.idempotency import Answer, once
+from runs.http.pages import Page, Paged, paged
+from runs.http.query import Query, Text, storable
+from runs.http.streams import can_stream, stream_of
+from runs.http.threads import MessageList, answered, page_of_messages, said
+from runs.http.tool_calls import ToolCallPage
+from runs.http.view import SIGNED_IN, View, may, operation, sees
+from runs.models import LIVE, TERMINAL, Leg, Run, Step
+from threads.models import Message, Thread
+from tools.models import ToolCall
+
+OVERRIDES = ("model", "instructions", "tools", "tool_choice", "output_schema")
+STARTED: dict[int, Any] = {202: answers.Run, 200: (("text/event-stream", str),)}
+
+
+class RunList(Paged):
+    model_config = ConfigDict(extra="allow")
+
+    active: Annotated[bool | None, Field(description="true: those that have not ended; false: those that have")] = None
+    status: list[answers.RunStatus] = []
+    agent: Annotated[list[Text], Field(description="of these agents only")] = []
+    thread: UUID | None = None
+
+    @model_validator(mode="after")
+    def _only_metadata(self) -> RunList:
+        for name in self.model_extra or {}:
+            if not name.startswith("metadata.") or name == "metadata.":
+                raise ValueError(f"There is no parameter {name!r}.")
+            storable(name)
+        return self
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        return {name.removeprefix("metadata."): storable(value) for name, value in (self.model_extra or {}).items()}
+
+
+class EventList(Query):
+    after: Annotated[int, Field(ge=0, le=2**63 - 1, description="the last seq that you have seen")] = 0
+    limit: Annotated[int, Field(ge=1, le=1000)] = 1000
+
+
+class RunPage(Page[answers.Run]):
+    """One page of runs."""
+
+
+class StepPage(Page[answers.Step]):
+    """One page of steps."""
+
+
+class LegPage(Page[answers.Leg]):
+    """One page of legs."""
+
+
+class RunMessagePage(Page[answers.Message]):
+    """One page of a run's messages."""
+
+
+class RunsOfThread(View):
+    @operation(may("start", Thread), name="start_run", body=forms.NewRun, creates=True, answers=STARTED, raises=(501,))
+    def post(self, request: Request, thread: Thread, body: forms.NewRun) -> HttpResponseBase:
+        """Start a run on a thread.
+
+        With `stream: true` the answer is the run's events from the first on, and its headers name the run.
+        """
+        return _started(self, request, body, lambda: _start(request, body, thread))
+
+
+class Runs(View):
+    @operation(SIGNED_IN, name="list_runs", query=RunList, answers={200: RunPage})
+    def get(self, request: Request, query: RunList) -> Response:
+        """List your runs, the newest first.
+
+        `metadata.KEY=VALUE` picks those whose metadata say so. `active=true` finds what is still going on, after a restart.
+        """
+        rows = visible(Run, request.user).select_related("thread")
+        if query.active is not None:
+            rows = rows.filter(status__in=LIVE if query.active else TERMINAL)
+        if query.status:
+            rows = rows.filter(status__in=query.status)
+        if query.agent:
+            rows = rows.filter(agent__in=query.agent)
+        if query.thread is not None:
+            rows = rows.filter(thread=query.thread)
+        for key, value in query.metadata.items():
+            rows = rows.filter(_says(key, value))
+        return paged(request, rows, query, answers.runs)
+
+    @operation(
+        may("start"), name="start_run_on_new_thread", body=forms.NewRun, creates=True, answers=STARTED, raises=(501,)
+    )
+    def post(self, request: Request, body: forms.NewRun) -> HttpResponseBase:
+        """Start a run on a new thread.
+
+        With `stream: true` the answer is the run's events from the first on, and its headers name the run.
+        """
+        return _started(self, request, body, lambda: _start(request, body, None))
+
+
+def _says(key: str, value: str) -> Q:
+    """Metadata hold JSON, a query text: `3` picks 3 and "3"."""
+    found = Q(metadata__contains={key: value})
+    try:
+        read = orjson.loads(value)
+    except orjson.JSONDecodeError:
+        return found
+    return found if isinstance(read, str | dict | list) else found | Q(metadata__contains={key: read})
+
+
+def _started(view: View, request: Request, body: forms.NewRun, start: Callable[[], Run]) -> HttpResponseBase:
+    if body.stream and not can_stream(request):
+        raise Refused(
+            "This server speaks WSGI, which cannot stream: leave `stream` out, and read /events or /wait of the run.",
+            "needs_asgi", 501,
+        )  # fmt: skip
+    answer = once(request, view.body, lambda: run_answer(start(), 202))
+    if body.stream:
+        return stream_of(UUID(answer.data["id"]), headers=answer.headers)
+    return answered(answer)
+
+
+def run_answer(run: Run, status: int) -> Answer:
+    return Answer(
+        status, answers.run(run), {"Location": reverse("longhaul:run", args=[run.pk]), "X-Run-Id": str(run.pk)}
+    )
+
+
+def _start(request: Request, body: forms.NewRun, thread: Thread | None) -> Run:
+    name = body.agent or (thread.agent if thread is not None else "")
+    if not name:
+        raise BadField("agent", "This field is required: the thread names no agent.", "required")
+    return admission.start(
+        agents.get(name),
+        content(body.input),
+        # Who starts a run on somebody else's thread, as staff may, starts it for them.
+        owner=request.user if thread is None else None,
+        thread=thread,
+        message=_message(body.message, thread),
+        messages=said(body.messages or []),
+        save=body.save,
+        busy=body.busy,
+        priority=body.priority,
+        metadata=body.metadata,
+        client_id=body.client_id or "",
+        **overrides_of(body),
+    )
+
+
+def _message(id: UUID | None, thread: Thread | None) -> Message | None:
+    if id is None:
+        return None
+    found = None if thread is None else Message.objects.filter(pk=id, thread=thread).first()
+    if found is None:
+        raise BadField("message", "There is no such message in this thread.")
+    return found
+
+
+def content(given: Any) -> Any:
+    """Return an input as the core takes it."""
+    if isinstance(given, list):
+        return [part.model_dump(exclude_unset=True) for part in given]
+    return given
+
+
+def overrides_of(body: Any) -> dict[str, Any]:
+    """Return what the body overrides, as the core takes it: without what is null."""
+    found = {name: getattr(body, name) for name in OVERRIDES if getattr(body, name) is not None}
+    for name in ("limits", "context"):
+        given = getattr(body, name)
+        if given is not None:
+            found[name] = given.model_dump(exclude_none=True)
+    return found
+
+
+class OneRun(View):
+    @operation(sees(Run), name="get_run", answers={200: answers.Run, 304: None})
+    def get(self, request: Request, run: Run) -> HttpResponseBase:
+        """Show a run as it is now.
+
+        The `ETag` changes whenever the run does, and whenever `why` says something else than another time.
+        """
+        shown = answers.run(run)
+        return tagged(request, shown, [shown["last_seq"], shown["status"], re.sub(r"[\d.]+", "#", shown["why"])])
+
+
+def tagged(request: Request, shown: Any, facts: Any) -> HttpResponseBase:
+    """Answer with an ETag over the facts; 304 when the client has seen them."""
+    etag = f'W/"{salted_hmac("longhaul.etag", orjson.dumps(facts)).hexdigest()[:32]}"'
+    response: HttpResponseBase = Response(shown, headers={"ETag": etag, "Cache-Control": "private, no-cache"})
+    found = get_conditional_response(request._request, etag=etag, response=response)
+    return response if found is None else found
+
+
+class EventsOfRun(View):
+    @operation(sees(Run), name="list_events", query=EventList, answers={200: answers.Events})
+    def get(self, request: Request, run: Run, query: EventList) -> Response:
+        """Read a run's events after the last seq that you have seen."""
+        if query.after > run.last_seq:
+            raise BadField("after", f"The run's last event so far is {run.last_seq}.")
+        found = events.read(run.pk, query.after, query.limit)
+        last = max(run.last_seq, found[-1].seq if found else 0)
+        return Response({"results": [event.as_dict() for event in found], "last_seq": last, "finished": run.finished})
+
+
+class StepsOfRun(View):
+    @operation(sees(Run), name="list_steps", query=Paged, answers={200: StepPage})
+    def get(self, request: Request, run: Run, query: Paged) -> Response:
+        """List the committed model turns of a run, in order."""
+        rows = Step.objects.filter(run=run)
+        return paged(request, rows, query, answers.steps, order=("number",), place=int)
+
+
+class LegsOfRun(View):
+    @operation(sees(Run), name="list_legs", query=Paged, answers={200: LegPage})
+    def get(self, request: Request, run: Run, query: Paged) -> Response:
+        """List the legs of a run: the Celery tasks that took it on, one after another."""
+        return paged(request, Leg.objects.filter(run=run), query, answers.legs, order=("number",), place=int)
+
+
+class MessagesOfRun(View):
+    @operation(sees(Run), name="list_run_messages", query=MessageList, answers={200: RunMessagePage})
+    def get(self, request: Request, run: Run, query: MessageList) -> Response:
+        """List what a run was given and what it said, also what its thread does not show."""
+        return page_of_messages(request, Message.objects.filter(run_id=run.pk), query)
+
+
+class CallsOfRun(View):
+    @operation(sees(Run), name="list_run_tool_calls", query=Paged, answers={200: ToolCallPage})
+    def get(self, request: Request, run: Run, query: Paged) -> Response:
+        """List the tool calls of a run, in the order in which they were made."""
+        rows = ToolCall.objects.filter(run_id=run.pk).prefetch_related("attempts")
+        return paged(request, rows, query, answers.tool_calls, order=("id",))
+
+
+class Cancelled(View):
+    @operation(may("cancel", Run), name="cancel_run", body=forms.Cancel, answers={200: answers.Run})
+    def post(self, request: Request, run: Run, body: forms.Cancel) -> Response:
+        """Cancel a run, at once and for good. A finished run is answered as it is, unchanged."""
+        return Response(answers.run(run.cancel(body.reason or "")))
+
+
+class Resumed(View):
+    @operation(may("resume", Run), name="resume_run", body=forms.Resume, creates=True, answers={202: answers.Run})
+    def post(self, request: Request, run: Run, body: forms.Resume) -> Response:
+        """Start a new run that goes on where a cancelled or failed one ended, on the same thread."""
+        return answered(once(request, self.body, lambda: run_answer(run.resume(content(body.input)), 202)))
+
+
+class Retried(View):
+    @operation(may("retry", Run), name="retry_run", body=forms.Retry, creates=True, answers={202: answers.Run})
+    def post(self, request: Request, run: Run, body: forms.Retry) -> Response:
+        """Start a new run that does the last step of a finished one again, on the same thread."""
+        return answered(once(request, self.body, lambda: run_answer(run.retry(), 202)))
+
+
+class Forked(View):
+    @operation(may("fork", Run), name="fork_run", body=forms.Fork, creates=True, answers={202: answers.Run})
+    def post(self, request: Request, run: Run, body: forms.Fork) -> Response:
+        """Copy the thread up to a step of the run onto a new thread, and start a new run there."""
+        overrides = overrides_of(body.overrides) if body.overrides is not None else {}
+        return answered(
+            once(request, self.body, lambda: run_answer(run.fork(after_step=body.after_step, **overrides), 202))
+        )

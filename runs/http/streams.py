@@ -1,0 +1,135 @@
+"""What waits: the event stream of a run, and the long poll for its end. Neither holds a thread or a connection meanwhile."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator, Mapping
+from typing import Annotated, Any, Literal
+from uuid import UUID
+
+from django.core.handlers.asgi import ASGIRequest
+from django.http import StreamingHttpResponse
+from django.urls import reverse
+from pydantic import Field
+from rest_framework.request import Request
+from rest_framework.response import Response
+
+from runs import events
+from runs.events import RunEvent
+from runs.http import answers
+from runs.http.body import Body, Given, provided
+from runs.http.errors import BadField, Refused
+from runs.http.json import dumps
+from runs.http.query import Query
+from runs.http.schema import STREAM
+from runs.http.view import AsyncView, operation, sees
+from runs.models import TERMINAL, Run, Status
+from threads.database import apart
+
+PING_SECONDS = 15.0
+# A proxy that gathers or compresses what passes makes a stream stand still.
+HEADERS = {"Cache-Control": "no-cache, no-transform", "X-Accel-Buffering": "no"}
+
+After = Annotated[int, Field(ge=0, le=2**63 - 1, description="the last seq that you have seen")]
+Batch = Annotated[int, Field(ge=1, le=1000, description="events that are read at once")]
+Pings = Annotated[bool, Field(description="send pings as events of type ping, not as comments")]
+
+
+class StreamQuery(Query):
+    starting_after: After = 0
+    batch_size: Batch = 1000
+    include_pings: Pings = False
+
+
+class StreamBody(Given):
+    """The same, for clients that send JSON. What the query says counts first."""
+
+    starting_after: After = 0
+    batch_size: Batch = 1000
+    include_pings: Pings = False
+
+
+class WaitQuery(Query):
+    timeout_seconds: Annotated[float, Field(ge=0, le=300, allow_inf_nan=False)] = 30
+    until: Literal["finished", "requires_action"] = "finished"
+
+
+class StreamOfRun(AsyncView):
+    @operation(sees(Run), name="stream_run", query=StreamQuery, answers={200: ((STREAM, str),)}, raises=(413, 415, 501))
+    async def get(self, request: Request, run: Run, query: StreamQuery) -> StreamingHttpResponse:
+        """Follow a run: its events after the cursor, then live ones, to its last.
+
+        A `Last-Event-ID` header wins over `starting_after`, so a browser's EventSource resumes by itself.
+        """
+        return self._stream(request, run, query, Body.read(request._request).form(StreamBody))
+
+    @operation(
+        sees(Run), name="stream_run_by_post", query=StreamQuery, body=StreamBody, answers={200: ((STREAM, str),)},
+        raises=(501,),
+    )  # fmt: skip
+    async def post(self, request: Request, run: Run, query: StreamQuery, body: StreamBody) -> StreamingHttpResponse:
+        """Follow a run, with the parameters in the body."""
+        return self._stream(request, run, query, body)
+
+    def _stream(self, request: Request, run: Run, query: StreamQuery, body: StreamBody) -> StreamingHttpResponse:
+        if not can_stream(request):
+            raise Refused("This server speaks WSGI, which cannot stream: use /events or /wait.", "needs_asgi", 501)
+        told = body.model_copy(update=provided(query))
+        after = told.starting_after
+        seen = request.headers.get("Last-Event-ID", "")
+        if seen:
+            if not seen.isascii() or not seen.isdigit() or len(seen) > 18:
+                raise BadField("Last-Event-ID", "This is not the seq of an event: a whole number, 0 or more.")
+            after = int(seen)
+        if after > run.last_seq:
+            name = "Last-Event-ID" if seen else "starting_after"
+            raise BadField(name, f"The run's last event so far is {run.last_seq}.")
+        return stream_of(run.pk, after=after, batch=told.batch_size, pings=told.include_pings)
+
+
+def can_stream(request: Request) -> bool:
+    return isinstance(request._request, ASGIRequest)
+
+
+def stream_of(
+    run_id: UUID, *, after: int = 0, batch: int = 1000, pings: bool = False, headers: Mapping[str, str] | None = None
+) -> StreamingHttpResponse:
+    """Answer with the run's events after the cursor, as server-sent events."""
+    named = {"Location": reverse("longhaul:run", args=[run_id]), "X-Run-Id": str(run_id)}
+    return StreamingHttpResponse(
+        _frames(run_id, after, batch, pings), content_type=STREAM, headers={**HEADERS, **named, **(headers or {})}
+    )
+
+
+async def _frames(run_id: UUID, after: int, batch: int, pings: bool) -> AsyncIterator[bytes]:
+    sent = time.monotonic()
+    # What is sent before the first event lets a client, and a proxy, know that the stream stands.
+    yield b": longhaul\n\n"
+    async for found in events.abatches(run_id, after, batch):
+        if found:
+            yield b"".join(map(frame, found))
+        elif time.monotonic() - sent < PING_SECONDS:
+            continue
+        else:
+            yield b"event: ping\ndata: {}\n\n" if pings else b": ping\n\n"
+        sent = time.monotonic()
+
+
+def frame(event: RunEvent) -> bytes:
+    """One event as a server-sent one; its JSON has no line breaks."""
+    return b"id: %d\nevent: %b\ndata: %b\n\n" % (event.seq, event.type.encode(), dumps(event.as_dict()))
+
+
+class WaitForRun(AsyncView):
+    @operation(sees(Run), name="wait_for_run", query=WaitQuery, answers={200: answers.Run})
+    async def get(self, request: Request, run: Run, query: WaitQuery) -> Response:
+        """Wait until the run has ended, or waits for a person, at most so long. Answers with the run as it is then."""
+        enough = {*TERMINAL, *([Status.REQUIRES_ACTION] if query.until == "requires_action" else [])}
+        await events.await_status(run.pk, enough, query.timeout_seconds)
+        shown: Any = await apart(_shown)(run)
+        return Response(shown)
+
+
+def _shown(run: Run) -> dict[str, Any]:
+    run.refresh_from_db()
+    return answers.run(run)

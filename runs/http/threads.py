@@ -1,0 +1,219 @@
+"""Threads and their messages."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Annotated, Any, Literal
+from uuid import UUID
+
+from django.db import transaction
+from django.db.models import Q, QuerySet, Value
+from django.db.models.functions import Coalesce
+from django.urls import reverse
+from pydantic import BaseModel, Field
+from rest_framework.request import Request
+from rest_framework.response import Response
+
+from runs import agents, events
+from runs.access import visible
+from runs.http import answers, forms
+from runs.http.errors import BadField
+from runs.http.idempotency import Answer, once
+from runs.http.pages import Page, Paged, paged
+from runs.http.query import Text
+from runs.http.view import SIGNED_IN, View, may, operation, sees
+from runs.invariants import snapshot
+from runs.models import OCCUPYING, Run
+from threads import clock, transcript
+from threads.content import clean
+from threads.models import Message, MessageStatus, Role, Thread
+
+OVERRIDES = ("model", "instructions", "tools", "limits", "context")
+PLACELESS = 2**62  # a waiting message comes after all that have a place
+
+
+class ThreadList(Paged):
+    agent: Annotated[list[Text], Field(description="of these agents only")] = []
+    archived: Annotated[bool, Field(description="those that were archived, in place of those that were not")] = False
+    order: Annotated[Literal["asc", "desc"], Field(description="by the time they were made")] = "desc"
+
+
+class MessageList(Paged):
+    status: Annotated[
+        list[answers.MessageStatus],
+        Field(description="default: all that the thread shows (waiting, pending, completed, partial)"),
+    ] = []
+    kind: Annotated[
+        Literal["text", "tool"] | None, Field(description="tool: tool calls and their results; text: all others")
+    ] = None
+    after: Annotated[UUID | None, Field(description="a message of the thread: those that come after it")] = None
+    order: Annotated[Literal["asc", "desc"], Field(description="as they stand in the thread, or backwards")] = "asc"
+
+
+class ThreadPage(Page[answers.Thread]):
+    """One page of threads."""
+
+
+class MessagePage(Page[answers.Message]):
+    """One page of messages, and the place in the live run's log at which they were read."""
+
+    cursor: answers.Cursor
+
+
+class SavedMessages(BaseModel):
+    results: list[answers.Message]
+
+
+class Threads(View):
+    @operation(SIGNED_IN, name="list_threads", query=ThreadList, answers={200: ThreadPage})
+    def get(self, request: Request, query: ThreadList) -> Response:
+        """List your threads, the newest first."""
+        rows = visible(Thread, request.user).filter(archived_at__isnull=not query.archived)
+        if query.agent:
+            rows = rows.filter(agent__in=query.agent)
+        order = ("id",) if query.order == "asc" else ("-id",)
+        return paged(request, answers.with_run(rows), query, answers.threads, order=order)
+
+    @operation(may("create"), name="create_thread", body=forms.NewThread, creates=True, answers={201: answers.Thread})
+    def post(self, request: Request, body: forms.NewThread) -> Response:
+        """Make a thread, with messages if there are some already. Runs nothing."""
+
+        def work() -> Answer:
+            thread = Thread(owner=request.user)
+            with transaction.atomic():
+                _write(thread, body)
+                if body.messages:
+                    thread.save_many(said(body.messages))
+            return Answer(201, _shown(thread), {"Location": _address(thread)})
+
+        return answered(once(request, self.body, work))
+
+
+class OneThread(View):
+    @operation(sees(Thread), name="get_thread", answers={200: answers.Thread})
+    def get(self, request: Request, thread: Thread) -> Response:
+        """Show a thread, with the status of its live run or of its last one."""
+        return Response(_shown(thread))
+
+    @operation(may("change", Thread), name="update_thread", body=forms.ThreadChange, answers={200: answers.Thread})
+    def patch(self, request: Request, thread: Thread, body: forms.ThreadChange) -> Response:
+        """Change a thread. What is left out stays as it is; null takes an override away."""
+        with transaction.atomic():
+            thread = Thread.objects.select_for_update(no_key=True).get(pk=thread.pk)
+            _write(thread, body)
+        return Response(_shown(thread))
+
+    @operation(may("delete", Thread), name="delete_thread", answers={204: None})
+    def delete(self, request: Request, thread: Thread) -> Response:
+        """Delete a thread with all that hangs on it. Its live runs are cancelled first."""
+        thread.delete()
+        return Response(status=204)
+
+
+def _write(thread: Thread, body: forms.NewThread | forms.ThreadChange) -> None:
+    """Save the thread as the body says. Raises BadField, BadInput."""
+    given = body.model_dump(exclude_unset=True, exclude={"messages", "archived"})
+    for field in ("title", "summary", "agent"):
+        if field in given:
+            setattr(thread, field, clean(given[field] or ""))
+    if "metadata" in given:
+        thread.metadata = transcript.metadata_of(given["metadata"])
+    overrides = {**thread.overrides, **{key: given[key] for key in OVERRIDES if key in given}}
+    for key in ("limits", "context"):
+        if overrides.get(key) is not None:
+            overrides[key] = {name: value for name, value in overrides[key].items() if value is not None}
+    thread.overrides = agents.check_overrides(overrides)
+    if thread.agent:
+        agents.define(agents.get(thread.agent), thread.overrides)
+    if isinstance(body, forms.ThreadChange) and body.archived is not None:
+        thread.archived_at = (thread.archived_at or clock.now()) if body.archived else None
+    thread.save()
+
+
+def _shown(thread: Thread) -> dict[str, Any]:
+    return answers.thread(answers.with_run(Thread.objects.filter(pk=thread.pk)).get())
+
+
+def _address(thread: Thread) -> str:
+    return reverse("longhaul:thread", args=[thread.pk])
+
+
+class Messages(View):
+    @operation(sees(Thread), name="list_messages", query=MessageList, answers={200: MessagePage})
+    def get(self, request: Request, thread: Thread, query: MessageList) -> Response:
+        """List the messages of a thread.
+
+        A pending message carries its text so far. Stream the run of `cursor` after its `seq`: nothing is missed, and no
+        text is shown twice.
+        """
+        with snapshot():
+            live = Run.objects.filter(thread=thread, status__in=OCCUPYING).only("pk", "last_seq").first()
+            rows = Message.objects.filter(thread=thread)
+            if not query.status:
+                rows = rows.filter(shown=True)
+            page = page_of_messages(request, rows, query)
+        page.data["cursor"] = {"run": None, "seq": 0} if live is None else {"run": str(live.pk), "seq": live.last_seq}
+        return page
+
+    @operation(
+        may("save", Thread), name="save_messages", body=forms.SavedMessages, creates=True,
+        answers={201: SavedMessages},
+    )  # fmt: skip
+    def post(self, request: Request, thread: Thread, body: forms.SavedMessages) -> Response:
+        """Save one message or a list of them, all or none. Runs nothing.
+
+        While a run occupies the thread they wait, and get their places at its next step or its end.
+        """
+
+        def work() -> Answer:
+            given = body.root if isinstance(body.root, list) else [body.root]
+            saved = thread.save_many(said(given))
+            stored = Message.objects.in_bulk([message.pk for message in saved])
+            return Answer(201, {"results": answers.messages(stored[message.pk] for message in saved)})
+
+        return answered(once(request, self.body, work))
+
+
+class OneMessage(View):
+    @operation(may("delete", Message), name="delete_message", answers={204: None}, raises=(409,))
+    def delete(self, request: Request, message: Message) -> Response:
+        """Delete a message. Not while a run occupies its thread, and no tool call or result: a model needs both."""
+        transcript.delete_message(message)
+        return Response(status=204)
+
+
+def page_of_messages(request: Request, rows: QuerySet[Message], query: MessageList) -> Response:
+    """Answer with a page of messages as they stand in their thread; pending ones with their text so far."""
+    gone = (MessageStatus.DISCARDED, MessageStatus.SUPERSEDED, MessageStatus.ROLLED_BACK)
+    rows = base = rows.annotate(place=Coalesce("position", Value(PLACELESS)))
+    rows = rows.filter(status__in=query.status) if query.status else rows.exclude(status__in=gone)
+    if query.kind is not None:
+        tools = Q(role=Role.TOOL) | Q(content__contains=[{"type": "tool_call"}])
+        rows = rows.filter(tools if query.kind == "tool" else ~tools)
+    if query.after is not None:
+        after = base.filter(pk=query.after).first()
+        if after is None:
+            raise BadField("after", "There is no such message here.")
+        rows = rows.filter(place__gt=after.place) if query.order == "asc" else rows.filter(place__lt=after.place)
+    order = ("place", "id") if query.order == "asc" else ("-place", "-id")
+    return paged(request, rows, query, _with_text, order=order, place=int)
+
+
+def _with_text(rows: Iterable[Message]) -> list[dict[str, Any]]:
+    rows = list(rows)
+    for row in rows:
+        if row.status == MessageStatus.PENDING and row.run_id is not None:
+            row.content = events.spoken(row.run_id, row.pk)
+    return answers.messages(rows)
+
+
+def said(messages: list[forms.NewMessage]) -> list[dict[str, Any]]:
+    """Return messages as the core takes them."""
+    return [
+        {key: value for key, value in message.model_dump(exclude_unset=True).items() if value is not None}
+        for message in messages
+    ]
+
+
+def answered(answer: Answer) -> Response:
+    return Response(answer.data, answer.status, headers=answer.headers)

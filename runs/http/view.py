@@ -1,0 +1,254 @@
+"""The one gate. A view's methods are operations; each says what it takes, what it answers and whom it lets in.
+
+    class OneRun(View):
+        @operation(sees(Run), query=Nothing, answers={200: answers.Run})
+        def get(self, request, run): ...
+
+An operation's access rule is applied before its method runs, and what it reads is checked by its forms: what is not visible
+is 404, what may not be done 403. A method without a rule cannot be routed: `as_view` refuses its view.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any, ClassVar, TypeVar
+from uuid import UUID
+
+from django.core.exceptions import ImproperlyConfigured
+from django.db import transaction
+from django.db.models import Model
+from django.http import Http404, HttpRequest, HttpResponseBase
+from pydantic import BaseModel
+from rest_framework.authentication import BaseAuthentication, SessionAuthentication
+from rest_framework.exceptions import NotAuthenticated, PermissionDenied
+from rest_framework.negotiation import BaseContentNegotiation
+from rest_framework.request import Request
+from rest_framework.response import Response
+from rest_framework.settings import api_settings
+from rest_framework.throttling import BaseThrottle
+from rest_framework.views import APIView
+
+from runs.access import visible
+from runs.http import errors
+from runs.http.body import Body
+from runs.http.json import JSONRenderer
+from runs.http.query import read_query
+from runs.http.schema import Schema, documented
+from runs.http.throttles import Rate
+from threads import access
+from threads.authentication import ApiKeyAuthentication
+from threads.database import apart
+
+METHODS = ("get", "post", "put", "patch", "delete")
+Handler = TypeVar("Handler", bound=Callable[..., Any])
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """Whom an operation lets in. `verb` is asked of the policy, about the row of `of` that the URL names (None: a new one).
+
+    With `of` None and the verb "" whoever has signed in may; what they see is the operation's own affair. `public`: anybody.
+    """
+
+    verb: str = ""
+    of: type[Model] | None = None
+    public: bool = False
+
+
+PUBLIC = Rule(public=True)
+SIGNED_IN = Rule()
+
+
+def sees(model: type[Model]) -> Rule:
+    """Whoever may see the row that the URL names."""
+    return Rule("view", model)
+
+
+def may(verb: str, model: type[Model] | None = None) -> Rule:
+    """Whoever sees the row and may do this to it."""
+    return Rule(verb, model)
+
+
+@dataclass(frozen=True)
+class Operation:
+    """What a method takes and answers. `answers`: by status, a model, a content type, or None for an empty body."""
+
+    rule: Rule
+    query: type[BaseModel] | None = None
+    body: type[BaseModel] | None = None
+    answers: Mapping[int, Any] = field(default_factory=dict)
+    creates: bool = False
+    raises: tuple[int, ...] = ()
+    name: str = ""
+    summary: str = ""
+
+
+def operation(rule: Rule, **told: Any) -> Callable[[Handler], Handler]:
+    """Make a method an operation: see `Operation`. It is called with the row, the query and the body that it asked for."""
+    said = Operation(rule, **told)
+
+    def mark(handler: Handler) -> Handler:
+        handler.__operation__ = said  # type: ignore[attr-defined]
+        return documented(handler, said)
+
+    return mark
+
+
+class OnlyJSON(BaseContentNegotiation):
+    """One form of answers, whatever is accepted: a client that cannot read JSON reads no error either."""
+
+    def select_parser(self, request: Request, parsers: Any) -> Any:
+        return parsers[0] if parsers else None
+
+    def select_renderer(self, request: Request, renderers: Any, format_suffix: str | None = None) -> Any:
+        return renderers[0], renderers[0].media_type
+
+
+@cache
+def of_the_host() -> tuple[type[BaseAuthentication], ...]:
+    """Return the authentication classes that the host's settings name; DRF's own defaults let passwords in."""
+    if "DEFAULT_AUTHENTICATION_CLASSES" not in api_settings.user_settings:
+        return ()
+    return tuple(api_settings.DEFAULT_AUTHENTICATION_CLASSES)
+
+
+class View(APIView):
+    """A resource of the API. The host's own DRF settings change nothing of it but who is signed in."""
+
+    renderer_classes = (JSONRenderer,)
+    parser_classes = ()
+    permission_classes = ()
+    throttle_classes: ClassVar[tuple[type[BaseThrottle], ...]] = (Rate,)  # type: ignore[misc]
+    content_negotiation_class = OnlyJSON
+    metadata_class = None
+    versioning_class = None
+    schema = Schema()
+    http_method_names: ClassVar[list[str]] = [*METHODS, "head", "options"]  # type: ignore[misc]
+
+    @classmethod
+    def operations(cls) -> dict[str, Operation]:
+        """Return the operations by method. Raises ImproperlyConfigured for a method without a rule."""
+        found = {}
+        for method in METHODS:
+            handler = getattr(cls, method, None)
+            if handler is None:
+                continue
+            said = getattr(handler, "__operation__", None)
+            if said is None:
+                raise ImproperlyConfigured(f"{cls.__name__}.{method} has no access rule: make it an @operation.")
+            found[method] = said
+        return found
+
+    @classmethod
+    def as_view(cls, **initkwargs: Any) -> Any:
+        cls.operations()
+        return super().as_view(**initkwargs)
+
+    def get_authenticators(self) -> list[BaseAuthentication]:
+        kinds = (ApiKeyAuthentication, SessionAuthentication, *of_the_host())
+        return [kind() for kind in dict.fromkeys(kinds)]
+
+    def get_exception_handler(self) -> Any:
+        return errors.handle
+
+    def operation(self, request: Request) -> Operation | None:
+        method = (request.method or "").lower()
+        handler = (
+            getattr(self, "get" if method == "head" else method, None) if method in self.http_method_names else None
+        )
+        return getattr(handler, "__operation__", None)
+
+    def initial(self, request: Request, *args: Any, **kwargs: Any) -> None:
+        request.accepted_renderer = self.get_renderers()[0]
+        request.accepted_media_type = request.accepted_renderer.media_type
+        said = self.operation(request)
+        self.perform_authentication(request)
+        if not (said and said.rule.public) and not request.user.is_authenticated:
+            raise NotAuthenticated
+        if said is None:
+            self.http_method_not_allowed(request)
+            return
+        self.check_throttles(request)
+        self.given = self._given(request, said, kwargs)
+
+    def _given(self, request: Request, said: Operation, named: Mapping[str, Any]) -> dict[str, Any]:
+        """Return what the operation is called with. Who may not is told so before what they sent is looked at."""
+        given: dict[str, Any] = {}
+        if said.rule.of is not None:
+            name = said.rule.of._meta.model_name or ""
+            given[name] = self._row(request, said.rule, named["id"])
+        elif said.rule.verb and not access.may(request.user, said.rule.verb):
+            raise PermissionDenied
+        given |= {key: value for key, value in named.items() if key != "id"}
+        query = read_query(said.query, request.query_params)
+        if said.query is not None:
+            given["query"] = query
+        if said.body is not None:
+            self.body = Body.read(request._request)
+            given["body"] = self.body.form(said.body)
+        return given
+
+    def _row(self, request: Request, rule: Rule, id: UUID) -> Model:
+        assert rule.of is not None
+        row = visible(rule.of, request.user).filter(pk=id).first()
+        if row is None:
+            raise Http404
+        if rule.verb != "view" and not access.may(request.user, rule.verb, policed(row)):
+            raise PermissionDenied
+        return row
+
+    def http_method_not_allowed(self, request: Any, *args: Any, **kwargs: Any) -> Any:
+        from rest_framework.exceptions import MethodNotAllowed
+
+        raise MethodNotAllowed(request.method or "")
+
+    def dispatch(self, request: HttpRequest, *args: Any, **kwargs: Any) -> HttpResponseBase:
+        self.args, self.kwargs = args, kwargs
+        asked = self.initialize_request(request, *args, **kwargs)
+        self.request = asked
+        self.headers = self.default_response_headers
+        response: HttpResponseBase
+        try:
+            self.initial(asked, *args, **kwargs)
+            method = (asked.method or "").lower()
+            response = getattr(self, "get" if method == "head" else method)(asked, **self.given)
+        except Exception as error:
+            response = self._refused(error)
+        self.response = self.finalize_response(asked, response, *args, **kwargs)  # type: ignore[type-var]
+        return self.response
+
+    def _refused(self, error: Exception) -> Response:
+        return self.handle_exception(error)
+
+
+class AsyncView(View):
+    """A resource that waits: its methods are coroutines, and hold neither a thread nor a connection while they do."""
+
+    @classmethod
+    def as_view(cls, **initkwargs: Any) -> Any:
+        # A host with ATOMIC_REQUESTS cannot have a transaction around a coroutine: Django refuses.
+        return transaction.non_atomic_requests(super().as_view(**initkwargs))
+
+    async def dispatch(self, request: HttpRequest, *args: Any, **kwargs: Any) -> HttpResponseBase:  # type: ignore[override]
+        self.args, self.kwargs = args, kwargs
+        asked = self.initialize_request(request, *args, **kwargs)
+        self.request = asked
+        self.headers = self.default_response_headers
+        response: HttpResponseBase
+        try:
+            await apart(self.initial)(asked, *args, **kwargs)
+            method = (asked.method or "").lower()
+            response = await getattr(self, "get" if method == "head" else method)(asked, **self.given)
+        except Exception as error:
+            response = await apart(self._refused)(error)
+        self.response = self.finalize_response(asked, response, *args, **kwargs)  # type: ignore[type-var]
+        return self.response
+
+
+def policed(row: Model) -> Model:
+    """Return the thread that a message follows; any other row is asked about itself."""
+    from threads.models import Message
+
+    return row.thread if isinstance(row, Message) else row

@@ -54,6 +54,7 @@ def start(
     limits: Mapping[str, Any] | None = None,
     context: Mapping[str, Any] | None = None,
     options: Mapping[str, Any] | None = None,
+    output_schema: Mapping[str, Any] | None = None,
     metadata: Mapping[str, Any] | None = None,
     client_id: str = "",
     idempotency_key: str | None = None,
@@ -67,6 +68,7 @@ def start(
     the run goes on from the thread's last state. messages: extra ones, shown to the model before the input.
     save: what later runs of the thread see of this one: prompt_and_output, all (`messages` too), none.
     busy: what happens when a run occupies the thread: enqueue (held until it ends), reject.
+    output_schema: a JSON schema of the final answer; the run's output is then the value, and no text.
     idempotency_key: the same key of the same owner and the same request give the same run.
 
     Raises BadInput and its kind, ThreadBusy; the database is as before then.
@@ -95,6 +97,7 @@ def start(
             "limits": limits,
             "context": context,
             "options": options,
+            "output_schema": output_schema,
         }
     )
     thread, owner_id = _thread_of(agent, thread, message, owner)

@@ -20,8 +20,10 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from django.apps import apps
 from django.utils.module_loading import module_has_submodule
 
+from runs import output_schema
 from runs.conf import settings
 from runs.exceptions import AgentsError, BadInput, UnknownAgent
+from runs.output_schema import OutputSchema
 from runs.providers.port import ToolSpec, UnknownProvider, check_model
 from threads.content import clean, plain
 from tools.registry import Tool, tools_by_name
@@ -43,7 +45,7 @@ LIMITS: Mapping[str, tuple[str, int]] = MappingProxyType(
         "leg_budget_seconds": ("a number above 0", 10 * 365 * 86_400),
     }
 )
-OVERRIDES = ("model", "instructions", "tools", "limits", "context", "tool_choice", "options")
+OVERRIDES = ("model", "instructions", "tools", "limits", "context", "tool_choice", "options", "output_schema")
 MERGED = ("limits", "context", "options")  # key by key; anything else is replaced whole
 CONTEXT_OPTIONS = ("last_messages", "sources")
 TOOL_CHOICES = ("auto", "none", "required")
@@ -57,6 +59,7 @@ class Agent:
     tools: what `@tool` made; names must differ.
     max_steps, max_total_tokens, max_cost, deadline_seconds, leg_budget_seconds: its limits, also as one dict `limits`.
     context: `{"last_messages": n}`. options: fields of the model request (temperature, ...).
+    output_schema: a JSON schema of the final answer; the run's output is then the value, and no text.
     """
 
     name: str
@@ -72,6 +75,7 @@ class Agent:
     context: Mapping[str, Any] = field(default_factory=dict)
     options: Mapping[str, Any] = field(default_factory=dict)
     tool_choice: str = "auto"
+    output_schema: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         if not self.name or len(self.name) > 200:
@@ -80,6 +84,8 @@ class Agent:
         own = {name: getattr(self, name) for name in LIMITS if getattr(self, name) is not None}
         object.__setattr__(self, "limits", check_limits({**self.limits, **own}))
         check_context(self.context)
+        if self.output_schema is not None:
+            object.__setattr__(self, "output_schema", output_schema.check(self.output_schema))
 
     @cached_property
     def tools_by_name(self) -> dict[str, Tool]:
@@ -89,7 +95,7 @@ class Agent:
         """Start a run: a row now, dispatched when the surrounding transaction commits.
 
         Options as in `runs.admission.start`: owner, thread, message, messages, save, busy, priority, limits, model,
-        instructions, tools, tool_choice, context, metadata, client_id, idempotency_key.
+        instructions, tools, tool_choice, context, options, output_schema, metadata, client_id, idempotency_key.
         Raises BadInput and its kind; the database is as before then.
         """
         from runs import admission
@@ -126,6 +132,7 @@ class Definition:
     last_messages: int
     tool_choice: str
     options: Mapping[str, Any]
+    output_schema: OutputSchema | None = None
 
     @cached_property
     def specs(self) -> list[ToolSpec]:
@@ -144,6 +151,7 @@ def define(agent: Agent, *overrides: Mapping[str, Any]) -> Definition:
         "instructions": agent.instructions,
         "tools": None,
         "tool_choice": agent.tool_choice,
+        "output_schema": agent.output_schema,
     }
     limits: dict[str, Any] = dict(agent.limits)
     context: dict[str, Any] = dict(agent.context)
@@ -182,6 +190,7 @@ def define(agent: Agent, *overrides: Mapping[str, Any]) -> Definition:
         last_messages=context.get("last_messages") or settings().context_messages,
         tool_choice=choice,
         options=options,
+        output_schema=None if said["output_schema"] is None else output_schema.of(said["output_schema"]),
     )
 
 
@@ -212,6 +221,9 @@ def check_overrides(given: Mapping[str, Any]) -> dict[str, Any]:
         said["limits"] = check_limits(said["limits"])
     if "context" in said:
         check_context(said["context"])
+        said["context"] = dict(said["context"])
+    if "output_schema" in said:
+        said["output_schema"] = output_schema.check(said["output_schema"])
     return said
 
 
@@ -246,6 +258,8 @@ def check_context(context: Mapping[str, Any]) -> None:
     """Raises BadInput that names the option."""
     if not isinstance(context, Mapping):
         raise BadInput("context must be a dict like {'last_messages': 100}.")
+    if context.get("sources") is not None:
+        raise BadInput("context['sources'] is not there yet: a run is shown its thread. Leave it out.")
     if unknown := set(context) - set(CONTEXT_OPTIONS):
         raise BadInput(f"There is no context option {sorted(unknown)[0]!r}; there are: {', '.join(CONTEXT_OPTIONS)}.")
     last = context.get("last_messages")

@@ -27,7 +27,9 @@ from runs.context import Window
 from runs.exceptions import AgentsError, FenceLost, LonghaulError
 from runs.flusher import Buffer, Chunk, Flusher
 from runs.models import Run, Status, StopReason
+from runs.output_schema import OutputInvalid
 from runs.providers.port import (
+    AsksForSchema,
     Finished,
     ModelRequest,
     Provider,
@@ -42,6 +44,7 @@ from runs.providers.port import (
 )
 from threads import database
 from threads.ids import new_id
+from threads.models import Message, Role
 from tools.exceptions import ToolError, UnknownTool
 from tools.presence import Presence
 
@@ -215,6 +218,12 @@ class Leg:
         self.instructions = self._instruct(definition)
         self.tools = self.provider.render_tools(definition.specs)
         self.window = Window(definition.last_messages, self.provider.render)
+        self.options = dict(definition.options)
+        if definition.output_schema is not None and isinstance(self.provider, AsksForSchema):
+            asked = self.provider.schema_options(definition.output_schema.schema)
+            # What the options say themselves wins; None: the service knows no such field.
+            unknown = {name for name in asked if self.options.get(name, asked) is None}
+            self.options = {name: value for name, value in (asked | self.options).items() if name not in unknown}
         return definition
 
     def _instruct(self, definition: agents.Definition) -> str:
@@ -323,7 +332,7 @@ class Leg:
             messages=self.window.messages(),
             tools=self.tools,
             tool_choice="none" if turn.last else self.definition.tool_choice,
-            options=self.definition.options,
+            options=self.options,
             timeout=settings().model_timeout,
             silence=settings().model_silence,
         )
@@ -397,6 +406,12 @@ class Leg:
             for call in calls
         ]
         end = self._end(turn, answer, calls, bad)
+        step = self._step_row(turn)
+        if end is not None and end["status"] == Status.COMPLETED and self.definition.output_schema is not None:
+            try:
+                end["output"] = self.definition.output_schema.read(answer.text)
+            except OutputInvalid as invalid:
+                end = self._misfit(turn, step, end, invalid)
         message = {"message": str(turn.message), "role": "assistant", "step": turn.step}
         flusher = self.process.flusher
         rest: list[Chunk] = turn.buffer.take()
@@ -428,7 +443,7 @@ class Leg:
                 leg=self.id,
                 content=content,
                 events=events,
-                step=self._step_row(turn),
+                step=step,
                 usage=self.usage,
                 calls=calls,
                 bad=bad,
@@ -534,13 +549,29 @@ class Leg:
             return {"status": Status.FAILED, "stop_reason": StopReason.MODEL_ERROR, "output": None, "error": error}
         return None
 
+    def _misfit(
+        self, turn: Turn, step: dict[str, Any], end: dict[str, Any], invalid: OutputInvalid
+    ) -> dict[str, Any] | None:
+        """Send an answer that does not fit the schema back to the model, once in a run, or fail the run.
+
+        The rows say whether it went back already, for the leg that sent it may be dead.
+        """
+        told = Message.objects.filter(run_id=self.claim.run_id, step__isnull=False, role=Role.USER)
+        if turn.step < self.definition.limits.max_steps and not told.exists():
+            said = f"Your answer does not fit the JSON schema that was asked for: {invalid} Answer again, with the JSON alone."
+            step["correction"] = {"id": str(new_id()), "content": [{"type": "text", "text": said}]}
+            return None
+        message = f"The model's answer does not fit output_schema: {invalid}"
+        error = {"code": "output_invalid", "message": message, "retryable": False}
+        return {**end, "status": Status.FAILED, "stop_reason": StopReason.MODEL_ERROR, "output": None, "error": error}
+
     def _step_row(self, turn: Turn) -> dict[str, Any]:
         return {
             "model": self.definition.model,
             "instructions": self.instructions,
             "tool_names": list(self.definition.tools),
             "schema_digest": self.definition.schema_digest,
-            "options": {**self.definition.options, "tool_choice": "none" if turn.last else self.definition.tool_choice},
+            "options": {**self.options, "tool_choice": "none" if turn.last else self.definition.tool_choice},
             "context": self.window.described(),
         }
 

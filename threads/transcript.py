@@ -110,7 +110,8 @@ def copy(thread_id: UUID, to: UUID, *, until: int, own: UUID) -> dict[UUID, UUID
         """
         WITH source AS (
             SELECT id AS old, longhaul_uuid7() AS new, row_number() OVER (ORDER BY position) AS place, role, status, content,
-                   metadata, client_id, created_at, coalesce(run_id = %(own)s::uuid, false) AND role IN ('user', 'system') AS input
+                   metadata, client_id, created_at,
+                   coalesce(run_id = %(own)s::uuid AND step IS NULL, false) AND role IN ('user', 'system') AS input
             FROM longhaul_threads_message
             WHERE thread_id = %(thread)s::uuid AND position <= %(until)s::bigint AND status IN ('completed', 'partial')
               AND (shown OR run_id = %(own)s::uuid)),

@@ -207,6 +207,11 @@ class OpenAIProvider:
             ]
         )
 
+    def schema_options(self, schema: Mapping[str, Any]) -> dict[str, Any]:
+        """Return what asks for an answer of the schema. Not `strict`, for that takes a part of JSON schema only."""
+        asked = {"name": "output", "schema": dict(schema), "strict": False}
+        return {"response_format": {"type": "json_schema", "json_schema": asked}}
+
     def body(self, request: ModelRequest) -> bytes:
         """Return the body of the request, byte for byte what `stream` sends. Raises ProviderError for bad options.
 

@@ -163,6 +163,15 @@ class ShowsBody(Protocol):
         ...
 
 
+@runtime_checkable
+class AsksForSchema(Protocol):
+    """A provider whose service can be asked for an answer of a JSON schema. Of any other the answer is checked all the same."""
+
+    def schema_options(self, schema: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the options of a request that ask for it."""
+        ...
+
+
 class UnknownProvider(ValueError):
     """A model is named `provider:model`, and no provider goes by this name."""
 

@@ -291,8 +291,9 @@ END $$;
 -- The commit of a step, fenced, one transaction: the deltas that the flusher still held and the other events (p_events, in
 -- order), the message complete, the step, its usage, its calls, and the run's next state: waiting for its calls, or
 -- ended (p_end: {"status", "stop_reason", "output", "error"}), or, with neither calls nor an end (input to take in, an
--- answer to correct), still running: the leg opens its next turn. Returns NULL when the fence was lost. With calls: what
--- longhaul_calls_changed says when all came settled already, else {"status": "waiting"}.
+-- answer to correct), still running: the leg opens its next turn. What the model is told of its answer comes with the
+-- step's row ("correction": {"id", "content"}) and is a message of the user's in this run and step. Returns NULL when the
+-- fence was lost. With calls: what longhaul_calls_changed says when all came settled already, else {"status": "waiting"}.
 CREATE OR REPLACE FUNCTION longhaul_step_commit(
     p_run uuid, p_epoch integer, p_worker uuid, p_message uuid, p_leg uuid, p_content jsonb, p_events jsonb, p_step_row jsonb,
     p_usage jsonb, p_calls jsonb, p_bad boolean, p_end jsonb, p_linger interval)
@@ -344,6 +345,16 @@ BEGIN
     WHERE id = p_run;
     IF p_calls IS NOT NULL THEN
         PERFORM longhaul_calls_request(p_run, p_message, v_step, p_calls, v_now);
+    END IF;
+    IF p_step_row ? 'correction' THEN
+        INSERT INTO longhaul_threads_message (
+            id, thread_id, run_id, step, role, status, position, content, metadata, client_id, shown, created_at)
+        SELECT (p_step_row->'correction'->>'id')::uuid, v_run.thread_id, p_run, v_step, 'user', 'completed', max(position) + 1,
+               p_step_row->'correction'->'content', '{}', '', v_run.save_mode <> 'none', v_now
+        FROM longhaul_threads_message WHERE thread_id = v_run.thread_id;
+        PERFORM longhaul_run_record(p_run, 'message.completed', jsonb_build_object(
+            'message', p_step_row->'correction'->'id', 'role', 'user', 'step', v_step,
+            'content', p_step_row->'correction'->'content'), p_epoch);
     END IF;
     IF p_end IS NOT NULL THEN
         RETURN longhaul_run_end(p_run, p_end->>'status', p_end->>'stop_reason', nullif(p_end->'error', 'null'::jsonb), p_end->'output',

@@ -11,13 +11,16 @@ unexport VIRTUAL_ENV CONDA_PREFIX PYTHONPATH PYTHONHOME PIP_USER UV_PYTHON
 export UV_PROJECT_ENVIRONMENT := .venv
 export UV_PYTHON_DOWNLOADS := never
 
-.PHONY: help demo test test-slow lint bench proof mutants clean
+.PHONY: help demo dev test test-slow lint bench proof mutants clean
 
 help: ## say what there is
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1|\2/p' Makefile | awk -F'|' '{ printf "%-16s %s\n", $$1, $$2 }'
 
 demo: .venv/ready ## 50 tool calls, two kills, an audit of a package, on servers of its own; DEMO_ARGS="--once"
 	@exec $(PYTHON) manage.py demo $(DEMO_ARGS)
+
+dev: .venv/ready ## web, workers, beat and Flower on servers of its own, until Ctrl-C
+	@exec $(PYTHON) -m agents_project.dev
 
 test: .venv/ready ## the tests that are quick; TEST_ARGS="-k claim"
 	@exec $(PYTHON) -m pytest -m "not slow and not proof and not bench" $(TEST_ARGS)

@@ -10,4 +10,8 @@ embedded.ensure()
 
 from django.core.asgi import get_asgi_application  # noqa: E402
 
-application = get_asgi_application()
+django = get_asgi_application()
+
+from agents_project import static_files  # noqa: E402
+
+application = static_files.before(django)

@@ -6,7 +6,7 @@ import os
 from typing import Any
 
 from celery import Celery
-from celery.signals import celeryd_init, task_postrun, task_prerun
+from celery.signals import beat_init, celeryd_init, task_postrun, task_prerun
 
 os.environ.setdefault("DJANGO_SETTINGS_MODULE", "agents_project.settings")
 
@@ -16,8 +16,9 @@ app.autodiscover_tasks()
 
 
 @celeryd_init.connect
+@beat_init.connect
 def have_servers(**_: Any) -> None:
-    """A worker started by hand, without URLs in its environment, joins the embedded servers or starts them."""
+    """A worker or a beat started by hand, without URLs in its environment, joins the embedded servers or starts them."""
     from agents_project import embedded
 
     embedded.ensure()

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl, unquote, urlsplit
 
+from celery.schedules import crontab
+
 from agents_project import embedded
 
 BASE_DIR = Path(__file__).resolve().parent.parent
@@ -119,6 +121,8 @@ TEMPLATES = [
 ]
 STATIC_URL = "static/"
 STATIC_ROOT = BASE_DIR / "staticfiles"
+# After `collectstatic` its folder is served; before it, or with DEBUG, the files are found in the apps, one by one.
+WHITENOISE_AUTOREFRESH = WHITENOISE_USE_FINDERS = DEBUG or not STATIC_ROOT.is_dir()
 TIME_ZONE = "UTC"
 USE_TZ = True
 DEFAULT_AUTO_FIELD = "django.db.models.BigAutoField"
@@ -160,9 +164,19 @@ CELERY_TASK_SERIALIZER = "json"
 CELERY_ACCEPT_CONTENT = ["json"]
 CELERY_TASK_DEFAULT_QUEUE = "longhaul.control"
 CELERY_WORKER_PREFETCH_MULTIPLIER = 1
-CELERY_WORKER_SEND_TASK_EVENTS = False  # Flower's events double the cost of a task
+# Flower knows of tasks by these events only; what they cost: `python -m benchmarks.celery_events`.
+CELERY_WORKER_SEND_TASK_EVENTS = os.environ.get("LONGHAUL_CELERY_EVENTS") == "1"
 CELERY_WORKER_HIJACK_ROOT_LOGGER = False
 CELERY_TIMEZONE = "UTC"
+CELERY_BEAT_SCHEDULE = {
+    # By the clock and not by an interval: then it comes, however often beat is started anew.
+    "longhaul-housekeeping": {
+        "task": "longhaul.keep_house",
+        "schedule": crontab(minute="17"),
+        "options": {"queue": "longhaul.control", "expires": 3600},
+    },
+}
+CELERY_BEAT_SCHEDULER = "celery.beat:Scheduler"  # in memory: a schedule by the clock has nothing to keep in a file
 if not DB_POOL:
     CELERY_DB_REUSE_MAX = 1_000_000  # tasks; keeps a prefork child's connection from task to task
 
@@ -174,4 +188,4 @@ LOGGING = {
     "root": {"handlers": ["console"], "level": os.environ.get("LOG_LEVEL", "WARNING")},
 }
 
-LONGHAUL: dict[str, Any] = {}
+LONGHAUL: dict[str, Any] = {"FLOWER_URL": os.environ.get("LONGHAUL_FLOWER_URL") or None}

@@ -115,6 +115,7 @@ KEYS: Mapping[str, Key] = MappingProxyType(
         "ACCESS": Key(None, (str, type), nullable=True),
         "API_RATE": Key(None, str, nullable=True, form=(r"[1-9]\d*/(s|min|h|d)", "a rate like '600/min'")),
         "MAX_BODY_BYTES": _count(8_000_000, least=1000),
+        "IDEMPOTENCY_KEY_SECONDS": _time(86400, least=60),
         "AGENTS_QUEUE": _queue("longhaul.agents"),
         "TOOLS_QUEUE": _queue("longhaul.tools"),
         "CONTROL_QUEUE": _queue("longhaul.control"),
@@ -159,6 +160,7 @@ class Settings:
     access: str | type | None
     api_rate: str | None  # requests a client, "600/min"
     max_body_bytes: int
+    idempotency_key: timedelta  # how long a request that is sent again is known
     agents_queue: str
     tools_queue: str
     control_queue: str

@@ -1,4 +1,4 @@
-"""Celery's envelope of a leg: ids only, safe twice."""
+"""Celery's envelopes of a leg and of the housekeeping: ids only, safe twice."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from uuid import UUID
 from celery import shared_task
 from kombu.exceptions import OperationalError as BrokerError
 
-from runs import admission, engine, worker
+from runs import admission, engine, housekeeping, worker
 from runs.conf import settings
 from tools import messages, task_ids
 
@@ -49,3 +49,9 @@ def publish(run_id: UUID, dispatch_seq: int, agent: str = "") -> None:
         )
     except (BrokerError, OSError) as error:
         logger.warning("Run %s waits for the broker to come back: %s", run_id, type(error.__cause__ or error).__name__)
+
+
+@shared_task(name="longhaul.keep_house", ignore_result=True, max_retries=0)
+def keep_house() -> None:
+    removed = housekeeping.keep_house()
+    logger.info("Removed %s", removed, extra={"action": "housekeeping"})

@@ -1,0 +1,71 @@
+"""Clients of the API, and agents that they may start."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import orjson
+import pytest
+from django.contrib.auth.models import User
+from django.test import Client
+
+from runs import agents
+from runs.pytest_longhaul import ScriptedModel
+from threads.authentication import create_key
+
+
+@dataclass
+class Api:
+    """A client with a key. Answers are checked for their status, and come as JSON."""
+
+    user: User
+    key: str
+
+    def __post_init__(self) -> None:
+        self.client = Client()
+
+    def call(self, method: str, path: str, body: Any = None, *, status: int | None = None, **headers: str) -> Any:
+        data = {} if body is None else {"data": orjson.dumps(body), "content_type": "application/json"}
+        response = getattr(self.client, method)(
+            path, headers={"Authorization": f"Bearer {self.key}", **headers}, **data
+        )
+        if status is not None:
+            assert response.status_code == status, (response.status_code, response.content)
+        return response
+
+    def get(self, path: str, status: int | None = 200, **headers: str) -> Any:
+        return self.call("get", path, status=status, **headers).json()
+
+    def post(self, path: str, body: Any = None, status: int | None = None, **headers: str) -> Any:
+        return self.call("post", path, {} if body is None else body, status=status, **headers).json()
+
+    def patch(self, path: str, body: Any, status: int | None = 200) -> Any:
+        return self.call("patch", path, body, status=status).json()
+
+    def delete(self, path: str, status: int = 204) -> Any:
+        return self.call("delete", path, status=status)
+
+
+@pytest.fixture
+def api_of(db: None) -> Callable[..., Api]:
+    """Makes a user with a key: `api_of("ann", is_staff=True)`."""
+
+    def make(name: str, **fields: Any) -> Api:
+        user = User.objects.create_user(name, **fields)
+        return Api(user, create_key(user)[1])
+
+    return make
+
+
+@pytest.fixture
+def api(api_of: Callable[..., Api]) -> Api:
+    return api_of("ann")
+
+
+@pytest.fixture
+def helper(scripted_model: ScriptedModel, monkeypatch: pytest.MonkeyPatch) -> agents.Agent:
+    """An agent without tools, named `helper`, on the scripted model."""
+    monkeypatch.setattr(agents.registry, "_agents", {**agents.registry.all()})
+    return agents.registry.add(agents.Agent(name="helper", model="openai:test"))

@@ -14,8 +14,8 @@ from django.db import transaction
 from django.db.models import Max
 
 from threads import database
-from threads.content import clean, parts_of, plain
-from threads.exceptions import BadInput
+from threads.content import OF_RUNS, clean, parts_of, plain
+from threads.exceptions import BadInput, PartOfAStep, ThreadBusy
 from threads.models import Message, MessageStatus, Role, Thread
 
 ROLES = {Role.USER, Role.SYSTEM, Role.ASSISTANT}
@@ -85,6 +85,23 @@ def name_of(given: object, field: str) -> str:
     if len(name) > LONGEST_NAME:
         raise BadInput(f"{field} has at most {LONGEST_NAME} characters.")
     return name
+
+
+def delete_message(message: Message) -> None:
+    """Delete a message for good. Raises ThreadBusy while a run occupies the thread, PartOfAStep for a call or its result.
+
+    A message that waits for a place has not been shown to any run; one that belongs to a held run goes with it.
+    """
+    with transaction.atomic():
+        occupied = lock_occupant(message.thread_id)
+        current = Message.objects.filter(pk=message.pk).first()
+        if current is None:
+            return
+        if occupied and (current.position is not None or current.run_id is not None):
+            raise ThreadBusy("A run occupies the thread of this message. Wait for its end, or cancel it.")
+        if any(part.get("type") in OF_RUNS for part in current.content):
+            raise PartOfAStep
+        current.delete()
 
 
 def place(thread_id: UUID, messages: Sequence[Message]) -> None:

@@ -257,7 +257,9 @@ UNION ALL
 SELECT r.id, m.status || ' message ' || m.id || ' of step ' || m.step || ', the run has ' || r.steps
 FROM picked r JOIN longhaul_threads_message m ON m.run_id = r.id
 WHERE m.role = 'assistant' AND m.step IS NOT NULL
-  AND CASE WHEN m.status IN ('pending', 'partial', 'discarded') THEN m.step > r.steps + 1 ELSE m.step > r.steps END;
+  -- what a cancel left of a message may have been superseded, or rolled back, since
+  AND CASE WHEN m.status IN ('pending', 'partial', 'discarded', 'superseded', 'rolled_back') THEN m.step > r.steps + 1
+      ELSE m.step > r.steps END;
 
 -- 4: What the run counts of tokens and cost is the sum of its usage, each model call once.
 SELECT r.id, 'the run counts ' || r.input_tokens || ' + ' || r.output_tokens || ' tokens, its usage '

@@ -31,10 +31,12 @@ def resume(run: Run, input: str | None = None) -> Run:
     run.refresh_from_db()
     if run.status not in (Status.CANCELLED, Status.FAILED):
         raise BadInput(f"Only a cancelled or failed run is resumed; this one is {run.status}.")
-    if input is None:
-        _refuse_unsaved(run, "resumed without an input")
-        return _again(run, "resume", run.overrides, **_never_placed(run))
-    return _again(run, "resume", run.overrides, input=input)
+    if input is not None:
+        return _again(run, "resume", run.overrides, input=input)
+    if given := _never_placed(run):
+        return _given_again(run, "resume", run.overrides, given)
+    _refuse_unsaved(run, "resumed without an input")
+    return _again(run, "resume", run.overrides)
 
 
 def retry(run: Run, **overrides: Any) -> Run:
@@ -55,6 +57,8 @@ def retry(run: Run, **overrides: Any) -> Run:
         if occupied:
             live = Run.objects.filter(thread=run.thread_id, status__in=OCCUPYING).values_list("pk", flat=True).first()
             raise ThreadBusy(f"The thread has a live run, {live}. Wait for it, or cancel it.")
+        if given := _never_placed(run):
+            return _given_again(run, "retry", overrides, given)
         _refuse_unsaved(run, "retried")
         if later := _later_message(run):
             raise NotLast(f"Run {later.run_id} has spoken in the thread since. Fork this run instead.")
@@ -65,7 +69,7 @@ def retry(run: Run, **overrides: Any) -> Run:
         else:
             last = None
         told = {} if last is None else {"superseded": str(last.pk)}
-        return _again(run, "retry", overrides, busy="reject", told=told, **_never_placed(run))
+        return _again(run, "retry", overrides, busy="reject", told=told)
 
 
 def fork(run: Run, after_step: int | None = None, **overrides: Any) -> Run:
@@ -131,7 +135,7 @@ def _refuse_unsaved(run: Run, what: str) -> None:
 
 
 def _never_placed(run: Run) -> dict[str, Any]:
-    """Return the input and the messages that a run took along when it was cancelled while it was held, as `start` takes them."""
+    """Return what a run was given that was cancelled while it was held, as `start` takes it: it never had a place."""
     if run.dispatch_seq:
         return {}
     given = Message.objects.filter(run_id=run.pk, status=MessageStatus.DISCARDED, position__isnull=True)
@@ -139,10 +143,19 @@ def _never_placed(run: Run) -> dict[str, Any]:
     found: dict[str, Any] = {"messages": []}
     for message in given.order_by("created_at", "id"):
         if message.pk == run.input_message_id and message.role == Role.USER:
-            found |= {"input": message.content, "client_id": message.client_id}
+            found |= {"input": message.content, "client_id": message.client_id, "metadata": message.metadata}
         else:
             found["messages"].append({field: getattr(message, field) for field in fields})
-    return found
+    return found if found["messages"] or "input" in found else {}
+
+
+def _given_again(run: Run, origin: str, overrides: Mapping[str, Any], given: dict[str, Any]) -> Run:
+    metadata = given.pop("metadata", None)
+    with transaction.atomic():
+        new = _again(run, origin, overrides, **given)
+        if metadata:
+            Message.objects.filter(pk=new.input_message_id).update(metadata=metadata)
+        return new
 
 
 def _calls(message: Message) -> bool:

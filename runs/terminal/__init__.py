@@ -10,7 +10,7 @@ naming   which run is meant by the part of an id
 
 from runs.terminal.canvas import WIDTH, Canvas
 from runs.terminal.naming import run_named
-from runs.terminal.reader import PATIENCE, SaysItself, database_clock, patient
+from runs.terminal.reader import PATIENCE, SaysItself, database_clock, database_there, patient
 from runs.terminal.screen import (
     BROKEN_PIPE,
     console_on,
@@ -20,6 +20,7 @@ from runs.terminal.screen import (
     leave_broken_pipe,
     tell,
     unechoed,
+    unread_is_no_error,
 )
 from runs.terminal.view import CallSeen, LegSeen, Note, RunView
 from runs.terminal.words import ENDS, harmless, one_line, place, seconds, short
@@ -37,6 +38,7 @@ __all__ = [
     "SaysItself",
     "console_on",
     "database_clock",
+    "database_there",
     "drawing",
     "draws",
     "follow",
@@ -50,4 +52,5 @@ __all__ = [
     "short",
     "tell",
     "unechoed",
+    "unread_is_no_error",
 ]

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from typing import Any, Protocol, TypeVar
 
-from django.db import InterfaceError, OperationalError, connection
+from django.core.management import CommandError
+from django.db import InterfaceError, OperationalError, ProgrammingError, connection
 
 from runs.terminal.view import RunView
 from runs.terminal.words import seconds
@@ -17,6 +18,21 @@ from threads import clock
 PATIENCE = timedelta(minutes=5)  # how long a reader waits for a database that is away
 STEADY = timedelta(seconds=2)  # of reading without an error: a reader looks once a second
 _AGAIN_SECONDS = 0.5
+
+
+@contextmanager
+def database_there() -> Iterator[None]:
+    """Raise CommandError with what to do where the body finds no database, or one without tables."""
+    try:
+        yield
+    except ProgrammingError as error:
+        raise CommandError(f"The database has no tables of Longhaul yet: manage.py migrate. ({error})") from error
+    except (OperationalError, InterfaceError) as error:
+        raise CommandError(f"The database is away: {first_line(error)}.") from error
+
+
+def first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]
 
 
 class SaysItself(Protocol):
@@ -29,8 +45,10 @@ Said = TypeVar("Said", bound=SaysItself)
 
 
 def database_clock() -> Callable[[], datetime]:
-    """Return a clock that shows the database's time, asked for once."""
-    ahead = clock.now() - datetime.now(UTC)
+    """Return a clock that shows the database's time, asked for once; where it is away just now, this machine's."""
+    ahead = timedelta()
+    with suppress(OperationalError, InterfaceError):
+        ahead = clock.now() - datetime.now(UTC)
     return lambda: datetime.now(UTC) + ahead
 
 

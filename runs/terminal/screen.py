@@ -43,6 +43,16 @@ def leave_broken_pipe(stream: IO[str]) -> NoReturn:
     raise SystemExit(BROKEN_PIPE)
 
 
+@contextmanager
+def unread_is_no_error(stream: IO[str]) -> Iterator[None]:
+    """Write to `stream` in the body, to its end: where its reader has left (`| head`), end as SIGPIPE would, without a word."""
+    try:
+        yield
+        stream.flush()
+    except BrokenPipeError:
+        leave_broken_pipe(stream)
+
+
 def draws(console: Console) -> bool:
     """Say whether the console is one to draw on, rather than to be told plain lines. NO_COLOR only takes the colours."""
     return console.is_terminal and not console.is_dumb_terminal

@@ -91,7 +91,7 @@ def ended(agent: Agent, model: ScriptedModel, **options: Any) -> Run:
 # --- what all of them answer
 
 
-RUN_COMMANDS = [["explain_run"], ["follow_run"], ["check_runs", "--run"]]
+RUN_COMMANDS = [["explain_run"], ["follow_run"], ["replay_run"], ["cancel_run"], ["check_runs", "--run"]]
 
 
 @pytest.mark.parametrize("command", RUN_COMMANDS, ids=" ".join)
@@ -106,7 +106,9 @@ def test_an_unknown_run_is_answered_with_the_latest_ones(command: list[str], id:
     assert said[11:] == ["  ..."]
 
 
-@pytest.mark.parametrize("command", [["explain_run"], ["check_runs", "--run"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "command", [["explain_run"], ["replay_run", "--verify"], ["cancel_run"], ["check_runs", "--run"]], ids=" ".join
+)
 def test_a_part_of_an_id_is_enough_if_no_other_run_has_it(command: list[str], agent: Agent) -> None:
     run = agent.start("hello")
     other = agent.start("hello")
@@ -126,10 +128,19 @@ def test_a_part_of_an_id_is_enough_if_no_other_run_has_it(command: list[str], ag
         (["list_runs", "--limit", "0"], ["--limit is at least 1"]),
         (["list_runs", "--limit=-3"], ["--limit is at least 1"]),
         (["list_runs", "--limit", "many"], ["--limit", "invalid int value: 'many'"]),
+        (["list_runs", "--status", "dead"], ["--status", "invalid choice: 'dead'", "completed"]),
         (["list_runs", "--dead"], ["unrecognized arguments: --dead"]),
         (["list_runs", "support"], ["unrecognized arguments: support"]),
         (["check_runs", "0199"], ["unrecognized arguments: 0199"]),
         (["sweep_runs", "--wet"], ["unrecognized arguments: --wet"]),
+        (["cancel_run"], ["the following arguments are required: run"]),
+        (["replay_run"], ["Give a run, or --verify --all"]),
+        (["replay_run", "0199", "--verify", "--all"], ["Give a run, or --verify --all"]),
+        (["replay_run", "--all"], ["--all goes with --verify"]),
+        (["replay_run", "0199", "--verify", "--at-step", "1"], ["give one of them"]),
+        (["replay_run", "0199", "--verify", "--speed", "1"], ["--speed is for playing"]),
+        (["replay_run", "0199", "--speed=-1"], ["--speed", "0 (at once)"]),
+        (["replay_run", "0199", "--speed", "nan"], ["--speed", "0 (at once)"]),
         (["follow_run"], ["the following arguments are required: run"]),
         (["explain_run"], ["the following arguments are required: run"]),
         (["follow_run", "0199", "--after", "last"], ["--after", "invalid int value: 'last'"]),
@@ -150,6 +161,9 @@ def test_an_option_that_cannot_be_is_refused(arguments: list[str], words: list[s
         ["list_runs"],
         ["list_runs", "--stuck", "--json"],
         ["explain_run", "0199f000-0000-7000-8000-000000000001"],
+        ["cancel_run", "0199f000-0000-7000-8000-000000000001"],
+        ["replay_run", "0199f000-0000-7000-8000-000000000001"],
+        ["replay_run", "--verify", "--all"],
         ["follow_run", "0199f000-0000-7000-8000-000000000001"],
         ["check_runs"],
         ["sweep_runs"],
@@ -217,13 +231,20 @@ def test_a_script_gets_a_line_a_run_with_all_that_the_row_says(agent: Agent, scr
         "agent": "clerk",
         "status": "completed",
         "stop_reason": "end_turn",
+        "error": None,
+        "origin": "start",
+        "parent": None,
+        "priority": 0,
         "steps": 2,
         "legs": 2,
         "last_seq": done.last_seq,
+        "usage": {"input_tokens": done.input_tokens, "output_tokens": done.output_tokens, "cost": 0.0},
         "created_at": done.created_at.isoformat(),
+        "started_at": done.started_at and done.started_at.isoformat(),
         "finished_at": finished.isoformat(),
         "why": "completed (end_turn) after 2 steps",
         "mend": None,
+        "stuck": False,
     }
     assert datetime.fromisoformat(first["created_at"]).tzinfo is not None
     assert (first["finished_at"], first["stop_reason"]) == (None, "")
@@ -247,6 +268,53 @@ def test_only_the_active_or_only_the_stuck_ones(scripted_model: ScriptedModel) -
     for number, kind in enumerate(("agents", "tools", "control")):
         Worker.objects.create(name=kind, kind=kind, host="h", pid=number, lock_key=number)
     assert listed("--stuck") == set()
+
+
+def test_only_those_of_an_agent_or_a_status(cast: Cast, agent: Agent, scripted_model: ScriptedModel) -> None:
+    other, new, done = cast("writer").start("hello"), agent.start("hello"), ended(agent, scripted_model)
+    gone = agent.start("hello").cancel()
+    assert listed("--agent", "writer") == {other}
+    assert listed("--agent", "writer", "--agent", "clerk") == {other, new, done, gone}
+    assert listed("--status", "completed", "--status", "cancelled") == {done, gone}
+    assert listed("--status", "queued", "--agent", "clerk") == {new}
+    assert ran("list_runs", "--agent", "nobody").out == "No run is like that.\n"
+    assert ran("list_runs", "--agent", "nobody", "--json").out == ""
+
+
+def test_in_a_pipe_a_run_is_a_line_however_long_its_reason(agent: Agent) -> None:
+    run = agent.start("hello")
+    run.cancel("a reason\nof two lines, " + "and long " * 30)
+    head, line = ran("list_runs").out.splitlines()
+    assert head.split() == ["run", "age", "agent", "and", "why"]
+    assert line.startswith(f"{run.pk}  ")
+    assert line.endswith("and long")
+    assert line.index("clerk: ") == head.index("agent and why")
+
+
+# --- cancel_run
+
+
+def test_a_run_is_cancelled_once_with_its_reason(agent: Agent, scripted_model: ScriptedModel) -> None:
+    run = agent.start("hello")
+    assert ran("cancel_run", str(run.pk)[-8:], "--reason", "not needed").out == (
+        f"Run {run.pk} of clerk is cancelled; it was queued.\n"
+    )
+    run.refresh_from_db()
+    assert (run.status, run.error and run.error["message"]) == ("cancelled", "not needed")
+    # What has ended stays as it is
+    before = rows()
+    again = ran("cancel_run", str(run.pk), "--reason", "another")
+    assert (again.code, again.out) == (
+        0, f"Run {run.pk} had ended before, nothing was changed: cancelled (cancelled) after 0 steps: cancelled: not needed\n"
+    )  # fmt: skip
+    done = ended(agent, scripted_model)
+    before = rows()
+    [line] = ran("cancel_run", str(done.pk), "--json").lines
+    assert (line["run"], line["status"], line["stop_reason"]) == (str(done.pk), "completed", "end_turn")
+    assert rows() == before
+    live = agent.start("hello")
+    [line] = ran("cancel_run", str(live.pk), "--json").lines
+    assert (line["run"], line["status"], line["error"]) == (str(live.pk), "cancelled", None)
 
 
 def listed(*options: str) -> set[Run]:

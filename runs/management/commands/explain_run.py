@@ -6,12 +6,11 @@ import json as json_module
 from argparse import ArgumentParser
 from typing import Any
 
-from django.core.management import BaseCommand, CommandError
-from django.db import ProgrammingError
+from django.core.management import BaseCommand
 
 from runs import explain
 from runs.management.commands.list_runs import as_json
-from runs.terminal import harmless, run_named
+from runs.terminal import database_there, harmless, run_named, unread_is_no_error
 from threads import clock
 
 
@@ -23,20 +22,20 @@ class Command(BaseCommand):
         parser.add_argument("--json", action="store_true", help="one JSON line")
 
     def handle(self, *, run: str, json: bool, **_: Any) -> None:
-        try:
+        with database_there():
             found = run_named(run)
             told = explain.explain(found)
             now = clock.now()
-        except ProgrammingError as error:
-            raise CommandError(f"The database has no tables of Longhaul yet: manage.py migrate. ({error})") from error
-        if json:
-            self.stdout.write(json_module.dumps(as_json(found, told)))
-            return
-        self.stdout.write(f"Run {found.pk} of {harmless(found.agent)} on thread {found.thread_id}")
-        self.stdout.write(
-            f"{found.status} after {found.steps} step{'' if found.steps == 1 else 's'} in {found.legs}"
-            f" leg{'' if found.legs == 1 else 's'}, begun {explain.span(now - found.created_at)} ago"
-        )
-        self.stdout.write(f"Why: {harmless(told.why)}")
-        if told.mend:
-            self.stdout.write(f"To mend it: {harmless(told.mend)}")
+        stream: Any = getattr(self.stdout, "_out", self.stdout)
+        with unread_is_no_error(stream):
+            if json:
+                self.stdout.write(json_module.dumps(as_json(found, told)))
+                return
+            self.stdout.write(f"Run {found.pk} of {harmless(found.agent)} on thread {found.thread_id}")
+            self.stdout.write(
+                f"{found.status} after {found.steps} step{'' if found.steps == 1 else 's'} in {found.legs}"
+                f" leg{'' if found.legs == 1 else 's'}, begun {explain.span(now - found.created_at)} ago"
+            )
+            self.stdout.write(f"Why: {harmless(told.why)}")
+            if told.mend:
+                self.stdout.write(f"To mend it: {harmless(told.mend)}")

@@ -6,11 +6,10 @@ from argparse import ArgumentParser
 from typing import Any
 
 from django.core.management import BaseCommand, CommandError
-from django.db import ProgrammingError
 
 from runs.management.commands.run_agent import absent_workers, show
 from runs.models import TERMINAL
-from runs.terminal import run_named
+from runs.terminal import database_there, run_named
 
 
 class Command(BaseCommand):
@@ -26,12 +25,10 @@ class Command(BaseCommand):
     def handle(self, *, run: str, after: int, json: bool, **_: Any) -> None:
         if after < 0:
             raise CommandError("--after is the seq of the last event you have seen: 0 or more.")
-        try:
+        with database_there():
             found = run_named(run)
             if found.status not in TERMINAL:
                 self.stderr.write(absent_workers(["agents", "control"]), ending="")
-        except ProgrammingError as error:
-            raise CommandError(f"The database has no tables of Longhaul yet: manage.py migrate. ({error})") from error
         if found.status in TERMINAL and after >= found.last_seq:
             raise CommandError(
                 f"The run has {found.status}, and its last event is {found.last_seq}: nothing comes after."

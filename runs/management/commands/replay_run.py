@@ -10,7 +10,6 @@ from collections.abc import Iterable
 from typing import Any
 
 from django.core.management import BaseCommand, CommandError
-from django.db import InterfaceError, OperationalError, ProgrammingError
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from runs import verification
@@ -18,7 +17,18 @@ from runs.exceptions import LonghaulError
 from runs.models import Run
 from runs.providers.port import ProviderError, UnknownProvider
 from runs.step_request import StepRequest, step_request
-from runs.terminal import RunView, console_on, draws, follow, harmless, leave_broken_pipe, patient, run_named, tell
+from runs.terminal import (
+    RunView,
+    console_on,
+    database_there,
+    draws,
+    follow,
+    harmless,
+    patient,
+    run_named,
+    tell,
+    unread_is_no_error,
+)
 from runs.terminal.player import Player
 from runs.verification import Report
 
@@ -70,22 +80,17 @@ class Command(BaseCommand):
             raise CommandError("Give a run, or --verify --all for every run.")
         stream: Any = getattr(self.stdout, "_out", self.stdout)  # without Django's newline after each write
         try:
-            if run is None:
-                self._verify_all(stream, json)
-                return
-            found = run_named(run)
-            if verify:
-                self._verify(stream, found, json)
-            elif at_step is not None:
-                self._show_step(stream, found, at_step, json)
-            else:
-                self._play(stream, found, (0.0 if json else 1.0) if speed is None else speed, json)
-        except ProgrammingError as error:
-            raise CommandError(f"The database has no tables of Longhaul yet: manage.py migrate. ({error})") from error
-        except (OperationalError, InterfaceError) as error:
-            raise CommandError(f"The database is away: {str(error).strip().partition(chr(10))[0]}") from error
-        except BrokenPipeError:
-            leave_broken_pipe(stream)
+            with database_there(), unread_is_no_error(stream):
+                if run is None:
+                    self._verify_all(stream, json)
+                    return
+                found = run_named(run)
+                if verify:
+                    self._verify(stream, found, json)
+                elif at_step is not None:
+                    self._show_step(stream, found, at_step, json)
+                else:
+                    self._play(stream, found, (0.0 if json else 1.0) if speed is None else speed, json)
         except KeyboardInterrupt:
             sys.exit(130)
 

@@ -6,19 +6,32 @@ import json
 import sys
 from argparse import ArgumentParser
 from collections.abc import Iterable
-from typing import Any
+from contextlib import suppress
+from typing import IO, Any, cast
 from uuid import UUID
 
 from django.contrib.auth import get_user_model
 from django.core.exceptions import ValidationError
 from django.core.management import BaseCommand, CommandError
-from django.db import InterfaceError, OperationalError, ProgrammingError
+from django.db import InterfaceError, OperationalError
 
 from runs import agents, explain
 from runs.exceptions import LonghaulError
 from runs.models import Run
-from runs.terminal import RunView, console_on, database_clock, draws, follow, leave_broken_pipe, patient, tell
+from runs.terminal import (
+    RunView,
+    console_on,
+    database_clock,
+    database_there,
+    draws,
+    follow,
+    leave_broken_pipe,
+    patient,
+    tell,
+    unread_is_no_error,
+)
 from runs.terminal.naming import SHOWN, listed
+from runs.terminal.reader import first_line
 from threads import clock
 from threads.models import Thread
 
@@ -46,24 +59,26 @@ class Command(BaseCommand):
         try:
             definition = agents.get(agent)
             options: dict[str, Any] = {}
-            if user is not None:
-                options["owner"] = user_named(user)
-            if thread is not None:
-                options["thread"] = thread_of(thread)
-            run = definition.start(input, **options)
-            missing = absent_workers(["agents", "control", *(["tools"] if definition.tools else [])])
+            with database_there():
+                if user is not None:
+                    options["owner"] = user_named(user)
+                if thread is not None:
+                    options["thread"] = thread_of(thread)
+                run = definition.start(input, **options)
         except LonghaulError as error:
             raise CommandError(str(error)) from error
-        except ProgrammingError as error:
-            raise CommandError(f"The database has no tables of Longhaul yet: manage.py migrate. ({error})") from error
-        self.stderr.write(missing, ending="")
+        with suppress(OperationalError, InterfaceError):  # the run is there, and is shown when the database is back
+            missing = absent_workers(["agents", "control", *(["tools"] if definition.tools else [])])
+            self.stderr.write(missing, ending="")
         if follow:
             show(self, run, after=0, json_lines=json)
-        elif json:
-            self.stdout.write(_json({"run": run.pk, "thread": run.thread_id, "agent": agent, "status": run.status}))
-        else:
-            self.stdout.write(f"Run {run.pk} on thread {run.thread_id} is {run.status}.")
-            self.stdout.write(f"Watch it: manage.py follow_run {run.pk}")
+            return
+        with unread_is_no_error(getattr(self.stdout, "_out", cast("IO[str]", self.stdout))):
+            if json:
+                self.stdout.write(_json({"run": run.pk, "thread": run.thread_id, "agent": agent, "status": run.status}))
+            else:
+                self.stdout.write(f"Run {run.pk} on thread {run.thread_id} is {run.status}.")
+                self.stdout.write(f"Watch it: manage.py follow_run {run.pk}")
 
 
 def user_named(name: str) -> Any:
@@ -133,9 +148,8 @@ def show(command: BaseCommand, run: Run, *, after: int, json_lines: bool) -> Non
     except BrokenPipeError:
         leave_broken_pipe(stream)
     except (OperationalError, InterfaceError) as error:
-        what = str(error).strip().partition("\n")[0]
         raise CommandError(
-            f"The database is away: {what}. The run goes on when it is back. Watch it again: {goes_on} {view.seq}"
+            f"The database is away: {first_line(error)}. The run goes on when it is back. Watch it again: {goes_on} {view.seq}"
         ) from error
     if not view.finished:  # its events ended without an end
         command.stderr.write(f"The run {run.pk} was deleted.")

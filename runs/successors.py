@@ -153,7 +153,7 @@ def _given_again(run: Run, origin: str, overrides: Mapping[str, Any], given: dic
     metadata = given.pop("metadata", None)
     with transaction.atomic():
         new = _again(run, origin, overrides, **given)
-        if metadata:
+        if metadata and new.input_message_id:
             Message.objects.filter(pk=new.input_message_id).update(metadata=metadata)
         return new
 

@@ -456,7 +456,7 @@ def test_a_held_run_that_was_cancelled_is_resumed_with_its_input(agent: Agent, s
     held = agent.start("second", thread=before.thread, messages=extra, client_id="c2").cancel()
     run_to_end(before)
     resumed = held.resume()
-    message = Message.objects.get(pk=resumed.input_message_id)
+    message = Message.objects.get(run_id=resumed.pk, role="user")
     assert (message.text, message.client_id, message.status) == ("second", "c2", "completed")
     assert Message.objects.get(run_id=resumed.pk, role="system").metadata == {"e": 1}
     run_to_end(resumed)
@@ -475,7 +475,7 @@ def test_a_saved_message_of_a_held_run_that_was_cancelled_is_given_again(
     held = agent.start(message=message).cancel()
     run_to_end(before)
     resumed = run_to_end(held.resume())
-    again = Message.objects.get(pk=resumed.input_message_id)
+    again = Message.objects.get(run_id=resumed.pk, role="user")
     assert (again.text, again.metadata, again.client_id) == ("second", {"m": 1}, "c2")
     assert texts(scripted_model.requests[1]) == ["first", "one", "second"]
     whole(before)

@@ -11,7 +11,7 @@ unexport VIRTUAL_ENV CONDA_PREFIX PYTHONPATH PYTHONHOME PIP_USER UV_PYTHON
 export UV_PROJECT_ENVIRONMENT := .venv
 export UV_PYTHON_DOWNLOADS := never
 
-.PHONY: help demo dev test test-slow lint bench proof mutants clean
+.PHONY: help demo dev test test-slow lint docs bench proof mutants clean
 
 help: ## say what there is
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1|\2/p' Makefile | awk -F'|' '{ printf "%-16s %s\n", $$1, $$2 }'
@@ -38,6 +38,10 @@ lint: .venv/ready ## style, types, imports, migrations, Django's and Longhaul's 
 	$(PYTHON) -W "ignore:Got an error checking:RuntimeWarning" manage.py makemigrations --check --dry-run
 	$(PYTHON) manage.py check --fail-level WARNING
 
+docs: .venv/ready ## the pages of docs/ as a site, in docs/_build/html
+	$(PYTHON) -m sphinx -W --keep-going -q -b html docs docs/_build/html
+	@echo docs/_build/html/index.html
+
 bench: .venv/ready ## what is claimed, measured; BENCH_ARGS="--quick"
 	@exec $(PYTHON) -m benchmarks $(BENCH_ARGS)
 
@@ -49,7 +53,7 @@ mutants: .venv/ready ## each rule of the protocol removed from a copy: a test mu
 
 clean: ## end and delete the embedded servers, their data and all caches; .venv stays
 	@python=$(PYTHON); [ -x $$python ] || python=python3; $$python -m agents_project.embedded remove --all
-	rm -rf .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis staticfiles
+	rm -rf docs/_build .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis staticfiles
 	find . -path ./.venv -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The second sync is for networks whose proxy signs with a certificate of the house, which only the system knows.

@@ -40,6 +40,39 @@ def run(block: Block, folder: Path, shell: Mapping[str, str]) -> None:
         assert not expected or shows(expected, done.stdout), f"{told}\n-- the page shows:\n{expected}"
 
 
+def session(blocks: Sequence[Block], folder: Path, shell: Mapping[str, str], *, here: Mapping[str, str]) -> None:
+    """Run the blocks' commands by one shell, so that what one sets the next one has; each shows what the page shows.
+
+    `here` says what stands on this machine for what the page says: the port of `make dev`, for one.
+    """
+    mark = "--- the next command ---"
+    expected = []
+    script = ["set -e"]
+    for block in blocks:
+        if block.kind == "python":
+            (folder / block.file).write_text(block.body)
+            continue
+        for command, shown in block.commands:
+            for page, local in here.items():
+                command = command.replace(page, local)
+            script += [command, f"echo '{mark}'"]
+            expected.append((block, command, shown))
+    done = subprocess.run(
+        ["bash", "-c", "\n".join(script)],
+        cwd=folder,
+        env=dict(shell),
+        capture_output=True,
+        text=True,
+        timeout=250,
+        check=False,
+    )
+    outputs = done.stdout.split(f"{mark}\n")
+    for (block, command, shown), output in zip(expected, outputs, strict=False):
+        told = f"{block}: $ {command}\n{output}"
+        assert not shown or shows(shown, output), f"{told}\n-- the page shows:\n{shown}\n{done.stderr}"
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 @contextmanager
 def workers(
     block: Block, folder: Path, shell: Mapping[str, str], *, database_url: str, logs_in: Path

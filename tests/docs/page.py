@@ -7,6 +7,7 @@ A comment right before a console block says what becomes of it; without one it i
     not run: REASON              nothing here can run it
     workers                      Celery workers, that run while the page's other commands do
     in the quickstart's project  run there
+    in a shell                   run by one shell with all such blocks of the page, beside `make dev`
 
 `<!-- test` opens Python that no reader sees: it runs between the page's blocks and looks at what they left.
 """

@@ -28,6 +28,7 @@ from runs.exceptions import (
 from runs.models import OCCUPYING, Run, Status, StopReason
 from threads import clock, database, transcript
 from threads.content import Part, clean, parts_of
+from threads.exceptions import within
 from threads.models import Message, MessageStatus, Role, Thread
 
 SAVE_MODES = ("prompt_and_output", "all", "none")
@@ -76,18 +77,19 @@ def start(
     if input is not None and message is not None:
         raise BadInput("Give input or message, not both.")
     if save not in SAVE_MODES:
-        raise BadInput(f"save must be one of {', '.join(SAVE_MODES)}; it is {save!r}.")
+        raise BadInput(f"save must be one of {', '.join(SAVE_MODES)}; it is {save!r}.", attr="save")
     if busy in LATER:
-        raise BadInput(f"busy={busy!r} is not there yet; use one of {', '.join(BUSY)}.")
+        raise BadInput(f"busy={busy!r} is not there yet; use one of {', '.join(BUSY)}.", attr="busy")
     if busy not in BUSY:
-        raise BadInput(f"busy must be one of {', '.join(BUSY)}; it is {busy!r}.")
+        raise BadInput(f"busy must be one of {', '.join(BUSY)}; it is {busy!r}.", attr="busy")
     if isinstance(priority, bool) or not isinstance(priority, int) or not -32768 <= priority <= 32767:
-        raise BadInput("priority must be a whole number from -32768 to 32767.")
+        raise BadInput("priority must be a whole number from -32768 to 32767.", attr="priority")
     client_id = transcript.name_of(client_id, "client_id")
     if idempotency_key is not None and not (idempotency_key := transcript.name_of(idempotency_key, "idempotency_key")):
         raise BadInput("idempotency_key is empty. Give a key, or leave it out.")
     metadata = transcript.metadata_of(metadata)
-    parts = _input_parts(input)
+    with within("input"):
+        parts = _input_parts(input)
     overrides = agents.check_overrides(
         {
             "model": model,
@@ -105,7 +107,8 @@ def start(
     agents.check_named_model(definition.model)
     if message is not None and idempotency_key is None:
         idempotency_key = f"message:{message.pk}"
-    drafts = transcript.drafts(thread, messages)
+    with within("messages"):
+        drafts = transcript.drafts(thread, messages)
     for extra in drafts:
         _refuse_size("A message", extra.content)
     fingerprint = _fingerprint(agent.name, parts, thread, message, list(messages), save, overrides, metadata, client_id)
@@ -235,9 +238,11 @@ def _thread_of(agent: agents.Agent, thread: Thread | None, message: Message | No
         raise BadInput("thread and message are rows: a Thread and a Message.")
     if message is not None:
         if thread is not None and thread.pk != message.thread_id:
-            raise BadInput("The message is not of this thread.")
+            raise BadInput("The message is not of this thread.", attr="message")
         if message._state.adding or message.role not in (Role.USER, Role.SYSTEM):
-            raise BadInput("message must be one of the user (or the system) that is saved in its thread.")
+            raise BadInput(
+                "message must be one of the user (or the system) that is saved in its thread.", attr="message"
+            )
         thread = message.thread
     if thread is None:
         return Thread(owner=owner, agent=agent.name), owner_id

@@ -26,6 +26,7 @@ from runs.exceptions import AgentsError, BadInput, UnknownAgent
 from runs.output_schema import OutputSchema
 from runs.providers.port import ToolSpec, UnknownProvider, check_model
 from threads.content import clean, plain
+from threads.exceptions import within
 from tools.registry import Tool, tools_by_name
 
 if TYPE_CHECKING:
@@ -162,16 +163,23 @@ def define(agent: Agent, *overrides: Mapping[str, Any]) -> Definition:
         context.update(layer.get("context") or {})
         options.update(layer.get("options") or {})
     if not said["model"]:
-        raise BadInput(f"Agent {agent.name!r} has no model. Give it one, or set LONGHAUL['DEFAULT_MODEL'].")
+        raise BadInput(
+            f"Agent {agent.name!r} has no model. Give it one, or set LONGHAUL['DEFAULT_MODEL'].", attr="model"
+        )
     tools = agent.tools_by_name
     if said["tools"] is not None:
         unknown = [name for name in said["tools"] if name not in tools]
         if unknown:
-            raise BadInput(f"Agent {agent.name!r} has no tool {unknown[0]!r}; it has: {', '.join(tools) or 'none'}.")
+            raise BadInput(
+                f"Agent {agent.name!r} has no tool {unknown[0]!r}; it has: {', '.join(tools) or 'none'}.", attr="tools"
+            )
         tools = {name: tools[name] for name in said["tools"]}
     choice = said["tool_choice"]
     if choice not in TOOL_CHOICES and choice not in tools:
-        raise BadInput(f"tool_choice must be {', '.join(TOOL_CHOICES)} or one of the run's tools; it is {choice!r}.")
+        raise BadInput(
+            f"tool_choice must be {', '.join(TOOL_CHOICES)} or one of the run's tools; it is {choice!r}.",
+            attr="tool_choice",
+        )
     seconds = limits.get("deadline_seconds")
     budget = limits.get("leg_budget_seconds")
     cost = limits.get("max_cost")
@@ -202,7 +210,7 @@ def check_overrides(given: Mapping[str, Any]) -> dict[str, Any]:
     for key in ("model", "instructions", "tool_choice"):
         if key in said:
             if not isinstance(said[key], str):
-                raise BadInput(f"{key} must be a string.")
+                raise BadInput(f"{key} must be a string.", attr=key)
             said[key] = clean(said[key])
     if "model" in said:
         check_named_model(said["model"])
@@ -212,18 +220,21 @@ def check_overrides(given: Mapping[str, Any]) -> dict[str, Any]:
         said["options"] = plain(dict(said["options"]), "options")
     if "tools" in said:
         if isinstance(said["tools"], str) or not isinstance(said["tools"], Sequence):
-            raise BadInput("tools must be a list of names of the agent's tools.")
+            raise BadInput("tools must be a list of names of the agent's tools.", attr="tools")
         names = [tool.name if isinstance(tool, Tool) else tool for tool in said["tools"]]
         if not all(isinstance(name, str) for name in names):
-            raise BadInput("tools must be a list of names of the agent's tools.")
+            raise BadInput("tools must be a list of names of the agent's tools.", attr="tools")
         said["tools"] = names
     if "limits" in said:
-        said["limits"] = check_limits(said["limits"])
+        with within("limits"):
+            said["limits"] = check_limits(said["limits"])
     if "context" in said:
-        check_context(said["context"])
+        with within("context"):
+            check_context(said["context"])
         said["context"] = dict(said["context"])
     if "output_schema" in said:
-        said["output_schema"] = output_schema.check(said["output_schema"])
+        with within("output_schema"):
+            said["output_schema"] = output_schema.check(said["output_schema"])
     return said
 
 
@@ -232,7 +243,7 @@ def check_named_model(model: str) -> None:
     try:
         check_model(model)
     except UnknownProvider as error:
-        raise BadInput(str(error)) from error
+        raise BadInput(str(error), attr="model") from error
 
 
 def check_limits(limits: Mapping[str, Any]) -> dict[str, Any]:
@@ -242,14 +253,14 @@ def check_limits(limits: Mapping[str, Any]) -> dict[str, Any]:
     checked: dict[str, Any] = {}
     for name, value in limits.items():
         if name not in LIMITS:
-            raise BadInput(f"There is no limit {name!r}; there are: {', '.join(LIMITS)}.")
+            raise BadInput(f"There is no limit {name!r}; there are: {', '.join(LIMITS)}.", attr=name)
         if value is None:
             continue
         whole = name in ("max_steps", "max_total_tokens")
         kinds = (int,) if whole else (int, float, Decimal)
         must, most = LIMITS[name]
         if isinstance(value, bool) or not isinstance(value, kinds) or not 0 < value <= most:
-            raise BadInput(f"{name} must be {must} to {most:,}; it is {value!r}.")
+            raise BadInput(f"{name} must be {must} to {most:,}; it is {value!r}.", attr=name)
         checked[name] = float(value) if isinstance(value, Decimal) else value
     return checked
 
@@ -259,12 +270,12 @@ def check_context(context: Mapping[str, Any]) -> None:
     if not isinstance(context, Mapping):
         raise BadInput("context must be a dict like {'last_messages': 100}.")
     if context.get("sources") is not None:
-        raise BadInput("context['sources'] is not there yet: a run is shown its thread. Leave it out.")
+        raise BadInput("context['sources'] is not there yet: a run is shown its thread. Leave it out.", attr="sources")
     if unknown := set(context) - set(CONTEXT_OPTIONS):
         raise BadInput(f"There is no context option {sorted(unknown)[0]!r}; there are: {', '.join(CONTEXT_OPTIONS)}.")
     last = context.get("last_messages")
     if last is not None and (isinstance(last, bool) or not isinstance(last, int) or not 1 <= last <= 10_000):
-        raise BadInput("last_messages must be a whole number from 1 to 10000.")
+        raise BadInput("last_messages must be a whole number from 1 to 10000.", attr="last_messages")
 
 
 class Registry:

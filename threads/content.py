@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
 from threads import database
-from threads.exceptions import BadInput
+from threads.exceptions import BadInput, within
 
 Part: TypeAlias = dict[str, Any]
 
@@ -39,13 +39,17 @@ def parts_of(content: object) -> list[Part]:
     parts: list[Part] = []
     for place, part in enumerate(content):
         if not isinstance(part, Mapping) or not isinstance(part.get("type"), str) or part["type"] not in REQUIRED:
-            raise BadInput(f"content[{place}] must be a part with a type of: {', '.join(GIVEN)}.")
+            raise BadInput(f"content[{place}] must be a part with a type of: {', '.join(GIVEN)}.", attr=str(place))
         if part["type"] in OF_RUNS:
-            raise BadInput(f"content[{place}] is a {part['type']}, which only runs write; give: {', '.join(GIVEN)}.")
+            raise BadInput(
+                f"content[{place}] is a {part['type']}, which only runs write; give: {', '.join(GIVEN)}.",
+                attr=str(place),
+            )
         for field, kind in REQUIRED[part["type"]].items():
             if not isinstance(part.get(field), kind):
-                raise BadInput(f"content[{place}].{field} must be a {kind.__name__}.")
-        parts.append(plain(dict(part), f"content[{place}]"))
+                raise BadInput(f"content[{place}].{field} must be a {kind.__name__}.", attr=f"{place}.{field}")
+        with within(str(place)):
+            parts.append(plain(dict(part), f"content[{place}]"))
     return parts
 
 

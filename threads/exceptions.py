@@ -8,6 +8,8 @@ LonghaulError
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from inspect import getdoc
 from typing import ClassVar
 
@@ -17,14 +19,26 @@ class LonghaulError(Exception):
 
     code: ClassVar[str] = "error"
 
-    def __init__(self, message: str = "") -> None:
+    def __init__(self, message: str = "", *, attr: str | None = None) -> None:
+        """`attr` names what was given by its path, where one thing is to blame: `limits.max_steps`."""
         super().__init__(message or (getdoc(type(self)) or "").partition("\n\n")[0])
+        self.attr = attr
 
 
 class BadInput(LonghaulError, ValueError):
     """What was given cannot be taken. Nothing was changed."""
 
     code = "invalid"
+
+
+@contextmanager
+def within(attr: str) -> Iterator[None]:
+    """Let what is raised inside name what it blames from here: `max_steps` becomes `limits.max_steps`."""
+    try:
+        yield
+    except BadInput as error:
+        error.attr = f"{attr}.{error.attr}" if error.attr else attr
+        raise
 
 
 class ThreadBusy(LonghaulError):

@@ -15,7 +15,7 @@ from django.db.models import Max
 
 from threads import database
 from threads.content import OF_RUNS, clean, parts_of, plain
-from threads.exceptions import BadInput, PartOfAStep, ThreadBusy
+from threads.exceptions import BadInput, PartOfAStep, ThreadBusy, within
 from threads.models import Message, MessageStatus, Role, Thread
 
 ROLES = {Role.USER, Role.SYSTEM, Role.ASSISTANT}
@@ -48,7 +48,11 @@ def drafts(thread: Thread, messages: Sequence[Mapping[str, Any]]) -> list[Messag
     """Return unsaved, placeless messages. Raises BadInput."""
     if isinstance(messages, str | Mapping) or not isinstance(messages, Sequence):
         raise BadInput("messages must be a list of dicts like {'role': 'user', 'content': '...'}.")
-    return [draft(thread, message) for message in messages]
+    found = []
+    for place, message in enumerate(messages):
+        with within(str(place)):
+            found.append(draft(thread, message))
+    return found
 
 
 def draft(thread: Thread, message: Mapping[str, Any]) -> Message:
@@ -59,11 +63,13 @@ def draft(thread: Thread, message: Mapping[str, Any]) -> Message:
         raise BadInput(f"A message has no {', '.join(sorted(map(str, unknown)))}; it has {', '.join(sorted(FIELDS))}.")
     role = message.get("role", Role.USER)
     if not isinstance(role, str) or role not in ROLES:
-        raise BadInput(f"role must be one of {', '.join(sorted(ROLES))}; it is {role!r}.")
+        raise BadInput(f"role must be one of {', '.join(sorted(ROLES))}; it is {role!r}.", attr="role")
+    with within("content"):
+        content = parts_of(message.get("content"))
     return Message(
         thread=thread,
         role=role,
-        content=parts_of(message.get("content")),
+        content=content,
         metadata=metadata_of(message.get("metadata")),
         client_id=name_of(message.get("client_id"), "client_id"),
     )
@@ -72,18 +78,19 @@ def draft(thread: Thread, message: Mapping[str, Any]) -> Message:
 def metadata_of(given: object) -> dict[str, Any]:
     """Return metadata as it is stored. Raises BadInput."""
     if given is not None and not isinstance(given, Mapping):
-        raise BadInput("metadata must be a dict.")
-    metadata: dict[str, Any] = plain(dict(given or {}), "metadata")
+        raise BadInput("metadata must be a dict.", attr="metadata")
+    with within("metadata"):
+        metadata: dict[str, Any] = plain(dict(given or {}), "metadata")
     return metadata
 
 
 def name_of(given: object, field: str) -> str:
     """Return a name that a client gave, "" for none. Raises BadInput."""
     if given is not None and not isinstance(given, str):
-        raise BadInput(f"{field} must be a string.")
+        raise BadInput(f"{field} must be a string.", attr=field)
     name = clean(given or "")
     if len(name) > LONGEST_NAME:
-        raise BadInput(f"{field} has at most {LONGEST_NAME} characters.")
+        raise BadInput(f"{field} has at most {LONGEST_NAME} characters.", attr=field)
     return name
 
 

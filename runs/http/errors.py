@@ -79,10 +79,10 @@ def status_of(error: LonghaulError) -> int:
 def of_core(error: LonghaulError) -> APIException:
     """Translate what the core raises."""
     answer = status_of(error)
+    attr = error.attr or ("agent" if isinstance(error, UnknownAgent) else None)
     if answer == status.HTTP_400_BAD_REQUEST:
-        attr = getattr(error, "attr", None) or ("agent" if isinstance(error, UnknownAgent) else None)
         return BadField(attr, str(error), error.code)
-    return Refused(str(error), error.code, answer)
+    return Refused(str(error), error.code, answer, attr)
 
 
 def of_pydantic(error: Invalid) -> ValidationError:

@@ -33,6 +33,7 @@ from agents_project import embedded
 from agents_project.processes import Children, free_port
 
 PORTS = {"web": ("PORT", 8000), "flower": ("FLOWER_PORT", 5555)}
+MODEL_PORT = 8087
 USER = "dev"
 # A drain: DRAIN_GRACE_SECONDS for streams, then the tools that run; a tool that takes longer is killed, and its call goes on
 # elsewhere.
@@ -79,10 +80,9 @@ class Stack:
         self._environment: dict[str, str] = {}
         self._readers: list[threading.Thread] = []
         self._lock: IO[str] | None = None
-        colours = get_colours()
+        self._colours = get_colours()
         for name, line in parse_procfile(self.procfile.read_text()).processes.items():
-            self.programs[name] = Program(name, line, colour=next(colours))
-        self.printer.width = max(len(name) for name in [*self.programs, "dev"])
+            self.add(name, line)
 
     def __enter__(self) -> Stack:
         self._lock = (self.folder / "lock").open("a+")
@@ -161,6 +161,11 @@ class Stack:
                 self._lines.put((program, line))
 
     # --- the processes ----------------------------------------------------------------------------------------------
+
+    def add(self, name: str, line: str) -> None:
+        """Have one more process, by a line as in the Procfile. Before `start`."""
+        self.programs[name] = Program(name, line, colour=next(self._colours))
+        self.printer.width = max(len(each) for each in [*self.programs, "dev"])
 
     def choose_ports(self) -> None:
         for name, (variable, usual) in PORTS.items():
@@ -292,6 +297,21 @@ def _ended_by_signals() -> Iterator[None]:
             signal.signal(number, handler)
 
 
+def _model(stack: Stack) -> Mapping[str, str]:
+    """Where the environment names no model service, have the scripted one of the demo; return what agents need for it."""
+    if os.environ.get("OPENAI_API_KEY") or os.environ.get("OPENAI_BASE_URL"):
+        return {}
+    port = free_port(MODEL_PORT)
+    stack.add("model", f"exec python -m agents_project.demo.model_server --port {port}")
+    return {
+        "OPENAI_BASE_URL": f"http://127.0.0.1:{port}/v1",
+        "OPENAI_API_KEY": "demo",
+        "LONGHAUL_DEMO_MODEL": "openai:demo",
+        "NO_PROXY": "127.0.0.1",
+        "no_proxy": "127.0.0.1",
+    }
+
+
 def _say_when_ready(stack: Stack, done: threading.Event) -> None:
     """Ask until everything is there, and say so; or say once what is missing."""
     from runs import health
@@ -324,6 +344,7 @@ def run(printer: Printer) -> None:
             "LONGHAUL_CELERY_EVENTS": os.environ.get("LONGHAUL_CELERY_EVENTS", "1"),
             "LONGHAUL_FLOWER_URL": stack.address("flower"),
             "LONGHAUL_ADMIN_URL": admin,
+            **_model(stack),
             "FLOWER_BASIC_AUTH": os.environ.get("FLOWER_BASIC_AUTH") or f"{USER}:{secret}",
         }
         os.environ.update(environment)
@@ -343,6 +364,8 @@ def run(printer: Printer) -> None:
         stack.say(f"API docs  {stack.address('web')}/api/docs")
         stack.say(f"Flower    {stack.address('flower')}/")
         stack.say(f"login     {login}")
+        if "model" in stack.programs:
+            stack.say("model     the demo's script, for the agent `tester`; OPENAI_API_KEY=... takes a real service")
         if own_database:
             stack.say(f"Flower's  {environment['FLOWER_BASIC_AUTH'].replace(':', ' / ', 1)}")
         threading.Thread(target=_say_when_ready, args=(stack, done), name="dev-ready", daemon=True).start()

@@ -65,7 +65,7 @@ def publish(
             [str(call_id), attempt],
             queue=queue or queue_name(),
             task_id=task_ids.new("tool_call", call_id, attempt),
-            shown=f"tool={tool} agent={agent} run={run_id} call={call_id} attempt={attempt}",
+            shown=f"tool={tool} agent={agent} run={run_id} attempt={attempt}",
             soft_time_limit=seconds,
             time_limit=seconds + GRACE_SECONDS,
         )

@@ -61,7 +61,7 @@ def test_the_sweep_says_which_run_and_which_tool(world: World, messages_sent: li
     name = ToolCall.objects.get(pk=call).name
     assert (call_task, of_call) == (
         "longhaul.execute_call",
-        f"tool={name} agent=echo run={waiting.run} call={call} attempt=1",
+        f"tool={name} agent=echo run={waiting.run} attempt=1",
     )
     assert flower.row_of(call_task_id) == ("tool_call", call)
 
@@ -103,5 +103,5 @@ def test_a_call_that_is_reclaimed_says_which_tool_it_is(
 
     name = ToolCall.objects.get(pk=held.id).name
     [(_, task_id, said)] = messages_sent
-    assert said == f"tool={name} agent=echo run={claim.run} call={held.id} attempt=2"
+    assert said == f"tool={name} agent=echo run={claim.run} attempt=2"
     assert flower.row_of(task_id) == ("tool_call", held.id)

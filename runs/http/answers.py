@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from runs import agents as agent_registry
 from runs import models
 from runs.explain import explain_all
+from runs.http.events import Event
 from runs.http.json import time
 from runs.models import OCCUPYING
 from threads.models import Message as MessageRow
@@ -441,16 +442,6 @@ def agent(definition: agent_registry.Agent) -> dict[str, Any]:
         "context": dict(definition.context),
         "tool_choice": definition.tool_choice,
     }
-
-
-class Event(BaseModel):
-    """A fact of a run's log, in its place. Each type has fields of its own beside these."""
-
-    model_config = ConfigDict(extra="allow")
-    seq: int
-    type: str
-    run: UUID
-    at: datetime
 
 
 class Events(BaseModel):

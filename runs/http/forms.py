@@ -50,7 +50,7 @@ class NewMessage(Given):
     client_id: Name | None = None
 
 
-class SavedMessages(RootModel[NewMessage | Annotated[list[NewMessage], Field(min_length=1)]]):
+class NewMessages(RootModel[NewMessage | Annotated[list[NewMessage], Field(min_length=1)]]):
     """One message, or a list of them."""
 
     model_config = ConfigDict(strict=True)

@@ -1,116 +1,166 @@
-"""The OpenAPI document (3.1), from what each operation says of itself, and its pages, which work offline."""
+"""The OpenAPI document (3.1), made of what each operation says of itself: its rule, its forms and its answers.
+
+drf-spectacular walks the URLs and holds the document together; each operation is described here, from its `Operation`.
+Neither its settings nor the host's change a word of the document.
+"""
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from copy import deepcopy
-from functools import cache
+from functools import lru_cache
 from http import HTTPStatus
+from importlib.metadata import PackageNotFoundError, version
 from inspect import getdoc
-from typing import TYPE_CHECKING, Any, TypeVar
+from threading import Lock
+from typing import TYPE_CHECKING, Any, Literal
 
+from django.conf import settings
+from django.urls import include, path, reverse
 from drf_spectacular.extensions import OpenApiAuthenticationExtension
 from drf_spectacular.generators import SchemaGenerator
 from drf_spectacular.openapi import AutoSchema
-from drf_spectacular.settings import patched_settings
-from drf_spectacular.utils import OpenApiParameter, OpenApiResponse, extend_schema
+from drf_spectacular.plumbing import ComponentRegistry, ResolvedComponent
+from drf_spectacular.settings import SPECTACULAR_DEFAULTS, patched_settings
 from pydantic import BaseModel, Field
+from pydantic.json_schema import GenerateJsonSchema
+from rest_framework.authentication import SessionAuthentication
+
+from runs.http import examples
 
 if TYPE_CHECKING:
     from runs.http.view import Operation
 
-Handler = TypeVar("Handler", bound=Callable[..., Any])
+JSON = "application/json"
 STREAM = "text/event-stream"
-logger = logging.getLogger("longhaul.http")
+Mode = Literal["validation", "serialization"]
+Described = dict[str, Any]
 
 
 class ErrorItem(BaseModel):
-    """One thing that is wrong. `attr` names the field by its path (`limits.max_steps`), or is null."""
+    """One thing that is wrong."""
 
-    code: str
-    detail: str
-    attr: str | None
+    code: str = Field(description="to program against: `required`, `unknown_field`, `not_found`, `thread_busy`, ...")
+    detail: str = Field(description="a sentence to read")
+    attr: str | None = Field(description="the field by its path (`limits.max_steps`), or null")
 
 
 class Error(BaseModel):
     """Something that could not be done. Nothing was changed."""
 
-    type: str = Field(description="validation_error, client_error or server_error")
+    type: Literal["validation_error", "client_error", "server_error"]
     errors: list[ErrorItem]
 
 
-SETTINGS = {
-    "TITLE": "Longhaul",
-    "VERSION": "0.1.0",
-    "OAS_VERSION": "3.1.0",
-    "DESCRIPTION": "Durable agent runs: threads, messages, runs, their events and tool calls.",
-    "COMPONENT_SPLIT_REQUEST": False,
-    "SCHEMA_PATH_PREFIX": "",
-    "APPEND_COMPONENTS": {},
-    "POSTPROCESSING_HOOKS": [],
-    "PREPROCESSING_HOOKS": [],
+TAGS = {
+    "threads": "Conversations: what agent they are with, and what they override of it.",
+    "messages": "The entries of a thread. Saving one runs nothing.",
+    "runs": "Executions of an agent over a thread: start them, follow them, cancel them, go on after them.",
+    "tool-calls": "What models have asked for, and what became of it.",
+    "agents": "The agents that this project defines.",
+    "tools": "The tools of these agents.",
+    "usage": "What model calls have used and cost.",
+    "service": "The service itself: alive, ready, this document.",
 }
+DESCRIPTION = """\
+Durable agent runs: kill any process at any moment, the run goes on, and every reader catches up.
+
+Start a run (`POST /api/runs`), then read its events (`/events`), follow them (`/stream`) or wait for its end (`/wait`).
+
+* What you may not see answers 404. What you see but may not do answers 403.
+* Times are RFC 3339 UTC, ids are UUIDv7.
+* Lists are pages: `{"next", "previous", "results"}`; `next` and `previous` are addresses, or null.
+* Errors are `{"type", "errors": [{"code", "detail", "attr"}]}`; after one nothing has changed.
+* A field or parameter that is not known is an error that names it.
+* `Idempotency-Key` makes a creating POST safe to send again.
+* Any answer to a browser's session also needs its CSRF token when it changes something.
+"""
+KEY = {"type": "string", "minLength": 1, "maxLength": 200, "pattern": "^[!-~]([ -~]*[!-~])?$"}
+FRAMES = """\
+Server-sent events, UTF-8. An event of the run is one frame of three lines and an empty one:
+
+    id: 57
+    event: text.delta
+    data: {"seq": 57, "type": "text.delta", "run": "...", "at": "...", "message": "...", "text": "Hel"}
+
+`data` is an `Event` on one line; `id` is its `seq`, `event` its `type`. Frames come in order, without gaps, and the
+stream ends after `run.completed`, `run.failed` or `run.cancelled`. While nothing happens a comment (`: ping`) comes about
+every 15 s; with `include_pings` it is a frame `event: ping` with `data: {}`, without an id. A stream that was cut goes on
+where it was with the last `id` as `starting_after`, or as the `Last-Event-ID` header, which a browser's EventSource sends
+by itself. Cutting a stream cancels nothing."""
+HEADERS: Mapping[str, Described] = {
+    "Location": {"description": "where what was made stands", "schema": {"type": "string", "format": "uri-reference"}},
+    "X-Run-Id": {"description": "the run, before its first event", "schema": {"type": "string", "format": "uuid"}},
+    "ETag": {
+        "description": "changes whenever the answer does; send it as If-None-Match",
+        "schema": {"type": "string"},
+    },
+    "Retry-After": {"description": "seconds until it may be tried again", "schema": {"type": "string"}},
+    "WWW-Authenticate": {"description": "what credentials are taken", "schema": {"type": "string"}},
+}
+BY_STATUS: Mapping[int, tuple[str, ...]] = {401: ("WWW-Authenticate",), 503: ("Retry-After",), 429: ("Retry-After",)}
+SECURITY = ("apiKey", "session", "csrf")
 
 
-def documented(handler: Handler, said: Operation) -> Handler:
-    """Tell drf-spectacular what the operation takes and answers; the errors follow from its rule and its forms."""
-    summary, _, description = (getdoc(handler) or "").partition("\n\n")
-    answers: dict[Any, Any] = {}
-    for status, answer in said.answers.items():
-        if isinstance(answer, tuple):  # several forms, by content type
-            for kind, form in answer:
-                answers[(status, kind)] = OpenApiResponse(form, HTTPStatus(status).phrase)
-        elif answer is None:
-            answers[status] = OpenApiResponse(None, HTTPStatus(status).phrase)
-        else:
-            answers[(status, "application/json")] = OpenApiResponse(answer, HTTPStatus(status).phrase)
-    for status in sorted(_errors(said)):
-        answers[(status, "application/json")] = OpenApiResponse(Error, HTTPStatus(status).phrase)
-    parameters = parameters_of(said.query) if said.query is not None else []
+def request_headers(said: Operation) -> list[Described]:
+    """Describe the headers that the operation reads."""
+    found: list[tuple[str, Described, str]] = []
     if said.creates:
-        parameters.append(
-            OpenApiParameter(
-                "Idempotency-Key",
-                {"type": "string", "minLength": 1, "maxLength": 200, "pattern": "^[!-~]([ -~]*[!-~])?$"},
-                OpenApiParameter.HEADER,
-                description="The same key with the same body gives the first answer again; with another body 409.",
-            )
-        )
-    handler.kwargs = {"schema": Schema}  # type: ignore[attr-defined] # what spectacular extends; else the host's own
-    return extend_schema(
-        operation_id=said.name or None,
-        summary=summary or None,
-        description=description or None,
-        parameters=parameters,
-        request={"application/json": said.body} if said.body is not None else None,
-        responses=answers,
-        auth=[] if said.rule.public else None,
-    )(handler)
+        told = "The same key with the same body gives the first answer again; with another body 409."
+        found.append(("Idempotency-Key", KEY, told))
+    if STREAM in {kind for answer in said.answers.values() if isinstance(answer, tuple) for kind, _ in answer} and (
+        said.rule.verb == "view"
+    ):
+        seen = {"type": "string", "pattern": "^[0-9]{1,18}$"}
+        found.append(("Last-Event-ID", seen, "the last seq that you have seen; wins over `starting_after`"))
+    if 304 in said.answers:
+        found.append(("If-None-Match", {"type": "string"}, "the ETag of the last answer: 304 when nothing has changed"))
+    return [
+        {"in": "header", "name": name, "schema": dict(schema), "description": description}
+        for name, schema, description in found
+    ]
 
 
-def _errors(said: Operation) -> set[int]:
-    found = set(said.raises)
+def errors_of(said: Operation) -> set[int]:
+    """Return the statuses with which the operation may refuse, from its rule and its forms."""
+    found = {400, 503, *said.raises}
     if not said.rule.public:
         found |= {401, 429}
     if said.rule.of is not None:
         found.add(404)
     if said.rule.verb not in ("", "view"):
         found.add(403)
-    found.add(400)
     if said.body is not None:
         found |= {403, 413, 415}  # 403: a session without its CSRF token
     if said.creates:
         found.add(409)
-    return found
+    return found - set(said.answers)
 
 
-def parameters_of(form: type[BaseModel]) -> list[OpenApiParameter]:
+class Forms(GenerateJsonSchema):
+    """JSON schemas of pydantic's models, with a title for none of their fields: it would only say the name again."""
+
+    def field_title_should_be_set(self, schema: Any) -> bool:
+        return False
+
+
+def form_of(model: type[BaseModel], mode: Mode) -> tuple[Described, dict[str, Described]]:
+    """Return the JSON schema of a form, and those of the forms that it names."""
+    made = model.model_json_schema(ref_template="#/components/schemas/{model}", mode=mode, schema_generator=Forms)
+    named = made.pop("$defs", {})
+    if set(made) == {"$ref"}:
+        return named.pop(model.__name__), named
+    return made, named
+
+
+def parameters_of(form: type[BaseModel]) -> list[Described]:
     """Describe the fields of a query's form."""
-    schema = form.model_json_schema()
+    schema = form.model_json_schema(schema_generator=Forms)
     found = []
     for name, field in schema.get("properties", {}).items():
-        described = {key: value for key, value in field.items() if key not in ("title", "description")}
+        described = {key: value for key, value in field.items() if key != "description"}
         alternatives = [each for each in described.pop("anyOf", []) if each != {"type": "null"}]
         if described.get("default", ...) is None:
             described.pop("default")
@@ -118,55 +168,236 @@ def parameters_of(form: type[BaseModel]) -> list[OpenApiParameter]:
             described |= alternatives[0]
         elif alternatives:
             described["anyOf"] = alternatives
-        if "$ref" in described:
-            described = _resolved(schema, described)
-        many = described.get("type") == "array"
-        found.append(
-            OpenApiParameter(
-                name, described, OpenApiParameter.QUERY, description=field.get("description", ""),
-                explode=True if many else None, style="form" if many else None,
-                required=name in schema.get("required", []),
-            )
-        )  # fmt: skip
+        parameter = {"in": "query", "name": name, "schema": described}
+        if "description" in field:
+            parameter["description"] = field["description"]
+        if described.get("type") == "array":
+            parameter |= {"explode": True, "style": "form"}
+        if name in schema.get("required", []):
+            parameter["required"] = True
+        found.append(parameter)
     return found
 
 
-def _resolved(schema: dict[str, Any], described: dict[str, Any]) -> dict[str, Any]:
-    name = described.pop("$ref").rpartition("/")[2]
-    named = {key: value for key, value in schema["$defs"][name].items() if key not in ("title", "description")}
-    return {**named, **described}
-
-
 class Schema(AutoSchema):
-    """Describes an operation; its tag is the resource."""
+    """Describes an operation of ours, in Longhaul's document and in a host's own."""
 
-    def get_tags(self) -> list[str]:
-        # /api/threads/{id}/messages belongs to messages
-        names = [part for part in self.path.split("/") if part and not part.startswith("{") and part != "api"]
-        tags = ["threads", "messages", "runs", "tool-calls", "agents", "tools", "usage"]
-        known = [name for name in names if name in tags]
-        return known[-1:] or ["service"]
+    def get_operation(
+        self, path: str, path_regex: str, path_prefix: str, method: str, registry: ComponentRegistry
+    ) -> Described | None:
+        self.registry = registry
+        view: Any = self.view
+        said: Operation = view.operations()[method.lower()]
+        summary, _, description = (getdoc(getattr(view, method.lower())) or "").partition("\n\n")
+        described: Described = {"operationId": said.name, "summary": " ".join(summary.split())}
+        if description:
+            described["description"] = description
+        described["tags"] = [tag_of(path)]
+        parameters = [self._in_path(name) for name in re.findall(r"{(\w+)}", path)]
+        parameters += parameters_of(said.query) if said.query is not None else []
+        parameters += request_headers(said)
+        if parameters:
+            described["parameters"] = parameters
+        if said.body is not None:
+            described["requestBody"] = self._body(said)
+        described["security"] = [] if said.rule.public else self._security(method)
+        described["responses"] = self._answers(said)
+        return described
 
-    def get_filter_backends(self) -> list[Any]:
-        return []
+    def _in_path(self, name: str) -> Described:
+        schema: Described = {"type": "string", "format": "uuid"}
+        if name != "id":
+            view: Any = self.view
+            schema = {"type": "string", "enum": list(view.names)}
+        return {"in": "path", "name": name, "required": True, "schema": schema}
 
-    def _get_paginator(self) -> Any:
-        return None
+    def _body(self, said: Operation) -> Described:
+        assert said.body is not None
+        content: Described = {"schema": self._form(said.body, "validation")}
+        if said.name in examples.REQUESTS:
+            content["examples"] = {
+                name: {"summary": name, "value": value} for name, value in examples.REQUESTS[said.name].items()
+            }
+        # Not required where all of its fields may be left out: an empty body counts as {}.
+        fields = said.body.model_fields
+        required = "root" in fields or any(field.is_required() for field in fields.values())
+        return {"content": {JSON: content}, **({"required": True} if required else {})}
+
+    def _answers(self, said: Operation) -> Described:
+        found: dict[int, Described] = {}
+        for status, answer in said.answers.items():
+            answers: Mapping[str, Any] = dict(answer) if isinstance(answer, tuple) else {JSON: answer}
+            content = {kind: self._content(said, status, kind, form) for kind, form in answers.items() if form}
+            found[status] = {
+                "description": HTTPStatus(status).phrase,
+                **({"content": content} if content else {}),
+                "headers": self._headers(said, status),
+            }
+        for status in errors_of(said):
+            found[status] = {
+                "description": HTTPStatus(status).phrase,
+                "content": {JSON: {"schema": self._form(Error, "serialization")}},
+                "headers": self._headers(said, status),
+            }
+        for told in found.values():
+            if not told["headers"]:
+                del told["headers"]
+        return {str(status): found[status] for status in sorted(found)}
+
+    def _content(self, said: Operation, status: int, kind: str, form: Any) -> Described:
+        if kind == STREAM:
+            from runs.http.events import Event
+
+            event = self._form(Event, "serialization")
+            schema = {"type": "string", "description": FRAMES, "x-event": event}
+            self._register("EventStream", schema)
+            return {"schema": {"$ref": "#/components/schemas/EventStream"}, "example": examples.FRAMES}
+        if isinstance(form, type) and issubclass(form, BaseModel):
+            content: Described = {"schema": self._form(form, "serialization")}
+        elif form is str:
+            content = {"schema": {"type": "string"}}
+        elif form is bytes:
+            content = {"schema": {"type": "string", "format": "binary"}}
+        else:
+            content = {"schema": {"type": "object", "additionalProperties": True}}
+        if (said.name, status) in examples.ANSWERS:
+            content["example"] = examples.ANSWERS[said.name, status]
+        return content
+
+    def _headers(self, said: Operation, status: int) -> Described:
+        names = [*BY_STATUS.get(status, ())] if status not in said.answers else []
+        if status in said.answers and status < 300:
+            if status == 202 or STREAM in self._kinds(said, status):
+                names += ["Location", "X-Run-Id"]
+            elif status == 201 and said.name == "create_thread":
+                names.append("Location")
+        if 304 in said.answers and status in (200, 304):
+            names.append("ETag")
+        for name in names:
+            self._register(name, {**HEADERS[name], "required": name not in ("Retry-After",)}, "headers")
+        return {name: {"$ref": f"#/components/headers/{name}"} for name in names}
+
+    def _kinds(self, said: Operation, status: int) -> list[str]:
+        answer = said.answers[status]
+        return [kind for kind, _ in answer] if isinstance(answer, tuple) else [JSON]
+
+    def _form(self, model: type[BaseModel], mode: Mode) -> Described:
+        made, named = form_of(model, mode)
+        self._register(model.__name__, made)
+        for name, schema in named.items():
+            self._register(name, schema)
+        return {"$ref": f"#/components/schemas/{model.__name__}"}
+
+    def _register(self, name: str, schema: Described, kind: str = "schemas") -> None:
+        component = ResolvedComponent(name=name, type=kind, object=name, schema=schema)  # type: ignore[no-untyped-call]
+        known = self.registry._components.get(component.key)
+        if known is None:
+            self.registry.register(component)
+        elif known.object == name and known.schema != schema:
+            raise ValueError(f"Two forms of the API are named {name}.")
+
+    def _security(self, method: str) -> list[Described]:
+        """Say whose credentials are taken: ours, and those of the host's classes that drf-spectacular knows."""
+        from runs.http.view import of_the_host
+
+        for name, definition in security_schemes().items():
+            self._register(name, definition, "securitySchemes")
+        found: list[Described] = [{"apiKey": []}]
+        found.append({"session": []} if method in ("GET", "HEAD") else {"session": [], "csrf": []})
+        for kind in of_the_host():
+            extension = OpenApiAuthenticationExtension.get_match(kind())
+            if extension is None or issubclass(kind, SessionAuthentication):
+                continue
+            names = [extension.name] if isinstance(extension.name, str) else extension.name
+            definitions = extension.get_security_definition(self)
+            for name, definition in zip(
+                names, definitions if isinstance(definitions, list) else [definitions], strict=True
+            ):
+                self._register(name, definition, "securitySchemes")
+            required = extension.get_security_requirement(self)
+            if required is not None:
+                found += required if isinstance(required, list) else [required]
+        return found
 
 
-class _ApiKey(OpenApiAuthenticationExtension):
+def security_schemes() -> dict[str, Described]:
+    header = settings.CSRF_HEADER_NAME.removeprefix("HTTP_").replace("_", "-")
+    return {
+        "apiKey": {
+            "type": "http", "scheme": "bearer", "bearerFormat": "lh_...",
+            "description": "A key of the API: `manage.py create_api_key --user NAME`.",
+        },
+        "session": {
+            "type": "apiKey", "in": "cookie", "name": settings.SESSION_COOKIE_NAME,
+            "description": "Whoever is signed in to the site.",
+        },
+        "csrf": {
+            "type": "apiKey", "in": "header", "name": header,
+            "description": f"The value of the cookie `{settings.CSRF_COOKIE_NAME}`, beside a session.",
+        },
+    }  # fmt: skip
+
+
+def tag_of(path: str) -> str:
+    """Name the resource: /api/threads/{id}/messages belongs to messages."""
+    found = [part for part in path.split("/") if part in TAGS]
+    return found[-1] if found and "/api/" in path else "service"
+
+
+class _ApiKey(OpenApiAuthenticationExtension):  # type: ignore[no-untyped-call] # it registers itself: for a host's own document
     target_class = "threads.authentication.ApiKeyAuthentication"
     name = "apiKey"
 
-    def get_security_definition(self, auto_schema: AutoSchema) -> dict[str, Any]:
-        return {"type": "http", "scheme": "bearer", "bearerFormat": "lh_...", "description": "manage.py create_api_key"}
+    def get_security_definition(self, auto_schema: AutoSchema) -> Described:
+        return security_schemes()["apiKey"]
 
 
-@cache
-def document() -> dict[str, Any]:
-    """Return the OpenAPI document. Made once a process: it follows from the code."""
+def _version() -> str:
+    try:
+        return version("django-longhaul")
+    except PackageNotFoundError:  # a checkout on the path
+        return "0"
+
+
+@contextmanager
+def _our_settings() -> Iterator[None]:
+    """Lay ours, and drf-spectacular's defaults, over what the host says."""
+    ours = {
+        "TITLE": "Longhaul",
+        "VERSION": _version(),
+        "OAS_VERSION": "3.1.0",
+        "DESCRIPTION": DESCRIPTION,
+        "SERVERS": [{"url": "/", "description": "this server"}],
+        "TAGS": [{"name": name, "description": told} for name, told in TAGS.items()],
+        "POSTPROCESSING_HOOKS": [],
+        "SORT_OPERATIONS": False,
+    }
+    defaults = {
+        name: value
+        for name, value in SPECTACULAR_DEFAULTS.items()
+        if not name.startswith("SERVE_") and name != "DEFAULT_GENERATOR_CLASS"
+    }
+    with _making, patched_settings({**deepcopy(defaults), **ours}):
+        yield
+
+
+_making = Lock()
+
+
+def prefix() -> str:
+    """Return what stands before `api/` where the host has included the URLs: `/`, `/longhaul/`."""
+    return reverse("longhaul:schema").removesuffix("api/schema")
+
+
+@lru_cache(maxsize=4)
+def document(under: str = "/") -> dict[str, Any]:
+    """Return the OpenAPI document. Made once a process and prefix: it follows from the code."""
     from runs.http import urls
 
-    with patched_settings(SETTINGS):
-        made: dict[str, Any] = SchemaGenerator(patterns=urls.urlpatterns).get_schema(request=None, public=True)
-    return deepcopy(made)
+    with _our_settings():
+        patterns = [path(under.lstrip("/"), include((urls.urlpatterns, urls.app_name)))]
+        made: dict[str, Any] = SchemaGenerator(patterns=patterns).get_schema(request=None, public=True)  # type: ignore[no-untyped-call]
+    return made
+
+
+__all__ = ["JSON", "STREAM", "Error", "Schema", "document", "prefix"]

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, lru_cache
 from importlib.resources import files
-from typing import Any
+from typing import Any, ClassVar
 
 from django.http import Http404, HttpResponse
 from django.urls import reverse
 from pydantic import BaseModel
 from rest_framework.request import Request
 from rest_framework.response import Response
+from rest_framework.throttling import BaseThrottle
 
 from runs import health
 from runs.http.json import dumps
-from runs.http.schema import document
+from runs.http.schema import document, prefix
 from runs.http.view import PUBLIC, View, operation
 
 ASSETS = {
@@ -58,7 +59,7 @@ class Ready(BaseModel):
 
 
 class Health(View):
-    throttle_classes = ()
+    throttle_classes: ClassVar[tuple[type[BaseThrottle], ...]] = ()  # type: ignore[misc]
 
     @operation(PUBLIC, name="healthz", answers={200: Alive})
     def get(self, request: Request) -> Response:
@@ -67,7 +68,7 @@ class Health(View):
 
 
 class Readiness(View):
-    throttle_classes = ()
+    throttle_classes: ClassVar[tuple[type[BaseThrottle], ...]] = ()  # type: ignore[misc]
 
     @operation(PUBLIC, name="readyz", answers={200: Ready, 503: Ready})
     def get(self, request: Request) -> Response:
@@ -80,12 +81,12 @@ class SchemaDocument(View):
     @operation(PUBLIC, name="schema", answers={200: dict[str, Any]})
     def get(self, request: Request) -> HttpResponse:
         """Return this document: OpenAPI 3.1."""
-        return HttpResponse(_document(), content_type="application/json")
+        return HttpResponse(_document(prefix()), content_type="application/json")
 
 
-@cache
-def _document() -> bytes:
-    return dumps(document())
+@lru_cache(maxsize=4)
+def _document(under: str) -> bytes:
+    return dumps(document(under))
 
 
 class Docs(View):
@@ -97,9 +98,13 @@ class Docs(View):
 
 
 class DocsAsset(View):
-    throttle_classes = ()
+    throttle_classes: ClassVar[tuple[type[BaseThrottle], ...]] = ()  # type: ignore[misc]
+    names: ClassVar[tuple[str, ...]] = ("start.js", *ASSETS)
 
-    @operation(PUBLIC, name="docs_asset", answers={200: (("application/octet-stream", str),)}, raises=(404,))
+    @operation(
+        PUBLIC, name="docs_asset", raises=(404,),
+        answers={200: (("text/css", str), ("text/javascript", str), ("image/png", bytes))},
+    )  # fmt: skip
     def get(self, request: Request, name: str) -> HttpResponse:
         """Return a file of the API's page."""
         if name == "start.js":

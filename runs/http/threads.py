@@ -156,10 +156,10 @@ class Messages(View):
         return page
 
     @operation(
-        may("save", Thread), name="save_messages", body=forms.SavedMessages, creates=True,
+        may("save", Thread), name="save_messages", body=forms.NewMessages, creates=True,
         answers={201: SavedMessages},
     )  # fmt: skip
-    def post(self, request: Request, thread: Thread, body: forms.SavedMessages) -> Response:
+    def post(self, request: Request, thread: Thread, body: forms.NewMessages) -> Response:
         """Save one message or a list of them, all or none. Runs nothing.
 
         While a run occupies the thread they wait, and get their places at its next step or its end.

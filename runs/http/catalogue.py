@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Annotated, Any, Literal
 
 from django.db.models import Count, Sum
@@ -80,7 +80,7 @@ class UsageOverview(View):
             rows = rows.filter(run__agent__in=query.agent)
         by: Any = {"agent": "run__agent", "model": "model", "day": "day"}[query.by]
         if query.by == "day":
-            rows = rows.annotate(day=TruncDate("created_at"))
+            rows = rows.annotate(day=TruncDate("created_at", tzinfo=UTC))
         sums = ("input_tokens", "output_tokens", "cached_tokens", "reasoning_tokens", "cost")
         summed = rows.values(by).annotate(
             model_calls=Count("id"), runs=Count("run", distinct=True), **{f"sum_{name}": Sum(name) for name in sums}
@@ -105,6 +105,4 @@ def _row(by: str, column: str, row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _aware(moment: datetime | None) -> datetime | None:
-    from datetime import UTC
-
     return moment.replace(tzinfo=UTC) if moment is not None and moment.tzinfo is None else moment

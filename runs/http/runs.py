@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
+from math import isfinite
 from typing import Annotated, Any
 from uuid import UUID
 
@@ -11,8 +11,6 @@ import orjson
 from django.db.models import Q
 from django.http import HttpResponseBase
 from django.urls import reverse
-from django.utils.cache import get_conditional_response
-from django.utils.crypto import salted_hmac
 from pydantic import ConfigDict, Field, model_validator
 from rest_framework.request import Request
 from rest_framework.response import Response
@@ -21,8 +19,9 @@ from runs import admission, agents, events
 from runs.access import visible
 from runs.http import answers, forms
 from runs.http.errors import BadField, Refused
+from runs.http.etags import tagged
 from runs.http.idempotency import Answer, once
-from runs.http.pages import Page, Paged, paged
+from runs.http.pages import BY_ID, BY_NUMBER, Page, Paged, paged
 from runs.http.query import Query, Text, storable
 from runs.http.streams import can_stream, stream_of
 from runs.http.threads import MessageList, answered, page_of_messages, said
@@ -46,15 +45,18 @@ class RunList(Paged):
 
     @model_validator(mode="after")
     def _only_metadata(self) -> RunList:
-        for name in self.model_extra or {}:
+        for name, value in (self.model_extra or {}).items():
             if not name.startswith("metadata.") or name == "metadata.":
-                raise ValueError(f"There is no parameter {name!r}.")
-            storable(name)
+                raise BadField(name, "There is no such field.", "unknown_field")
+            try:
+                storable(name + value)
+            except ValueError as error:
+                raise BadField(name, str(error)) from error
         return self
 
     @property
     def metadata(self) -> dict[str, str]:
-        return {name.removeprefix("metadata."): storable(value) for name, value in (self.model_extra or {}).items()}
+        return {name.removeprefix("metadata."): value for name, value in (self.model_extra or {}).items()}
 
 
 class EventList(Query):
@@ -89,7 +91,7 @@ class RunsOfThread(View):
 
 
 class Runs(View):
-    @operation(SIGNED_IN, name="list_runs", query=RunList, answers={200: RunPage})
+    @operation(SIGNED_IN, name="list_runs", query=RunList, answers={200: RunPage, 304: None})
     def get(self, request: Request, query: RunList) -> Response:
         """List your runs, the newest first.
 
@@ -126,7 +128,8 @@ def _says(key: str, value: str) -> Q:
         read = orjson.loads(value)
     except orjson.JSONDecodeError:
         return found
-    return found if isinstance(read, str | dict | list) else found | Q(metadata__contains={key: read})
+    unusable = isinstance(read, str | dict | list) or (isinstance(read, float) and not isfinite(read))
+    return found if unusable else found | Q(metadata__contains={key: read})
 
 
 def _started(view: View, request: Request, body: forms.NewRun, start: Callable[[], Run]) -> HttpResponseBase:
@@ -196,21 +199,12 @@ def overrides_of(body: Any) -> dict[str, Any]:
 
 class OneRun(View):
     @operation(sees(Run), name="get_run", answers={200: answers.Run, 304: None})
-    def get(self, request: Request, run: Run) -> HttpResponseBase:
+    def get(self, request: Request, run: Run) -> Response:
         """Show a run as it is now.
 
         The `ETag` changes whenever the run does, and whenever `why` says something else than another time.
         """
-        shown = answers.run(run)
-        return tagged(request, shown, [shown["last_seq"], shown["status"], re.sub(r"[\d.]+", "#", shown["why"])])
-
-
-def tagged(request: Request, shown: Any, facts: Any) -> HttpResponseBase:
-    """Answer with an ETag over the facts; 304 when the client has seen them."""
-    etag = f'W/"{salted_hmac("longhaul.etag", orjson.dumps(facts)).hexdigest()[:32]}"'
-    response: HttpResponseBase = Response(shown, headers={"ETag": etag, "Cache-Control": "private, no-cache"})
-    found = get_conditional_response(request._request, etag=etag, response=response)
-    return response if found is None else found
+        return tagged(request, answers.run(run))
 
 
 class EventsOfRun(View):
@@ -225,33 +219,33 @@ class EventsOfRun(View):
 
 
 class StepsOfRun(View):
-    @operation(sees(Run), name="list_steps", query=Paged, answers={200: StepPage})
+    @operation(sees(Run), name="list_steps", query=Paged, answers={200: StepPage, 304: None})
     def get(self, request: Request, run: Run, query: Paged) -> Response:
         """List the committed model turns of a run, in order."""
         rows = Step.objects.filter(run=run)
-        return paged(request, rows, query, answers.steps, order=("number",), place=int)
+        return paged(request, rows, query, answers.steps, BY_NUMBER)
 
 
 class LegsOfRun(View):
-    @operation(sees(Run), name="list_legs", query=Paged, answers={200: LegPage})
+    @operation(sees(Run), name="list_legs", query=Paged, answers={200: LegPage, 304: None})
     def get(self, request: Request, run: Run, query: Paged) -> Response:
         """List the legs of a run: the Celery tasks that took it on, one after another."""
-        return paged(request, Leg.objects.filter(run=run), query, answers.legs, order=("number",), place=int)
+        return paged(request, Leg.objects.filter(run=run), query, answers.legs, BY_NUMBER)
 
 
 class MessagesOfRun(View):
-    @operation(sees(Run), name="list_run_messages", query=MessageList, answers={200: RunMessagePage})
+    @operation(sees(Run), name="list_run_messages", query=MessageList, answers={200: RunMessagePage, 304: None})
     def get(self, request: Request, run: Run, query: MessageList) -> Response:
         """List what a run was given and what it said, also what its thread does not show."""
         return page_of_messages(request, Message.objects.filter(run_id=run.pk), query)
 
 
 class CallsOfRun(View):
-    @operation(sees(Run), name="list_run_tool_calls", query=Paged, answers={200: ToolCallPage})
+    @operation(sees(Run), name="list_run_tool_calls", query=Paged, answers={200: ToolCallPage, 304: None})
     def get(self, request: Request, run: Run, query: Paged) -> Response:
         """List the tool calls of a run, in the order in which they were made."""
         rows = ToolCall.objects.filter(run_id=run.pk).prefetch_related("attempts")
-        return paged(request, rows, query, answers.tool_calls, order=("id",))
+        return paged(request, rows, query, answers.tool_calls, BY_ID)
 
 
 class Cancelled(View):

@@ -7,8 +7,7 @@ from typing import Annotated, Any, Literal
 from uuid import UUID
 
 from django.db import transaction
-from django.db.models import Q, QuerySet, Value
-from django.db.models.functions import Coalesce
+from django.db.models import Q, QuerySet
 from django.urls import reverse
 from pydantic import BaseModel, Field
 from rest_framework.request import Request
@@ -18,8 +17,9 @@ from runs import agents, events
 from runs.access import visible
 from runs.http import answers, forms
 from runs.http.errors import BadField
+from runs.http.etags import tagged
 from runs.http.idempotency import Answer, once
-from runs.http.pages import Page, Paged, paged
+from runs.http.pages import BY_ID, NEWEST_FIRST, Page, Paged, Places, number, paged
 from runs.http.query import Text
 from runs.http.view import SIGNED_IN, View, may, operation, sees
 from runs.invariants import snapshot
@@ -29,7 +29,6 @@ from threads.content import clean
 from threads.models import Message, MessageStatus, Role, Thread
 
 OVERRIDES = ("model", "instructions", "tools", "limits", "context")
-PLACELESS = 2**62  # a waiting message comes after all that have a place
 
 
 class ThreadList(Paged):
@@ -65,21 +64,21 @@ class SavedMessages(BaseModel):
 
 
 class Threads(View):
-    @operation(SIGNED_IN, name="list_threads", query=ThreadList, answers={200: ThreadPage})
+    @operation(SIGNED_IN, name="list_threads", query=ThreadList, answers={200: ThreadPage, 304: None})
     def get(self, request: Request, query: ThreadList) -> Response:
         """List your threads, the newest first."""
         rows = visible(Thread, request.user).filter(archived_at__isnull=not query.archived)
         if query.agent:
             rows = rows.filter(agent__in=query.agent)
-        order = ("id",) if query.order == "asc" else ("-id",)
-        return paged(request, answers.with_run(rows), query, answers.threads, order=order)
+        places = BY_ID if query.order == "asc" else NEWEST_FIRST
+        return paged(request, answers.with_run(rows), query, answers.threads, places)
 
     @operation(may("create"), name="create_thread", body=forms.NewThread, creates=True, answers={201: answers.Thread})
     def post(self, request: Request, body: forms.NewThread) -> Response:
         """Make a thread, with messages if there are some already. Runs nothing."""
 
         def work() -> Answer:
-            thread = Thread(owner=request.user)
+            thread = Thread(owner_id=request.user.pk)
             with transaction.atomic():
                 _write(thread, body)
                 if body.messages:
@@ -90,10 +89,10 @@ class Threads(View):
 
 
 class OneThread(View):
-    @operation(sees(Thread), name="get_thread", answers={200: answers.Thread})
+    @operation(sees(Thread), name="get_thread", answers={200: answers.Thread, 304: None})
     def get(self, request: Request, thread: Thread) -> Response:
         """Show a thread, with the status of its live run or of its last one."""
-        return Response(_shown(thread))
+        return tagged(request, _shown(thread))
 
     @operation(may("change", Thread), name="update_thread", body=forms.ThreadChange, answers={200: answers.Thread})
     def patch(self, request: Request, thread: Thread, body: forms.ThreadChange) -> Response:
@@ -139,7 +138,12 @@ def _address(thread: Thread) -> str:
 
 
 class Messages(View):
-    @operation(sees(Thread), name="list_messages", query=MessageList, answers={200: MessagePage})
+    @classmethod
+    def as_view(cls, **initkwargs: Any) -> Any:
+        # A host's ATOMIC_REQUESTS would open a transaction that sees more than one moment: text and cursor would part.
+        return transaction.non_atomic_requests(super().as_view(**initkwargs))
+
+    @operation(sees(Thread), name="list_messages", query=MessageList, answers={200: MessagePage, 304: None})
     def get(self, request: Request, thread: Thread, query: MessageList) -> Response:
         """List the messages of a thread.
 
@@ -151,9 +155,8 @@ class Messages(View):
             rows = Message.objects.filter(thread=thread)
             if not query.status:
                 rows = rows.filter(shown=True)
-            page = page_of_messages(request, rows, query)
-        page.data["cursor"] = {"run": None, "seq": 0} if live is None else {"run": str(live.pk), "seq": live.last_seq}
-        return page
+            cursor = {"run": None, "seq": 0} if live is None else {"run": str(live.pk), "seq": live.last_seq}
+            return page_of_messages(request, rows, query, cursor=cursor)
 
     @operation(
         may("save", Thread), name="save_messages", body=forms.NewMessages, creates=True,
@@ -182,11 +185,36 @@ class OneMessage(View):
         return Response(status=204)
 
 
-def page_of_messages(request: Request, rows: QuerySet[Message], query: MessageList) -> Response:
+class PlacesInThread(Places):
+    """As the messages stand in their thread: by position, and those that have none yet after all others, by id."""
+
+    def __init__(self, *, descending: bool = False) -> None:
+        super().__init__("position", number, descending=descending)
+
+    def of(self, row: Message) -> str:
+        return f"w{row.pk}" if row.position is None else str(row.position)
+
+    def ordering(self, *, backwards: bool) -> tuple[str, ...]:
+        # Postgres puts nulls last, and first in a descending order: where they belong.
+        return ("-position", "-id") if self.descending != backwards else ("position", "id")
+
+    def beyond(self, place: str, *, backwards: bool, itself: bool) -> Q:
+        placeless = Q(position__isnull=True)
+        before = self.descending != backwards
+        if not place.startswith("w"):
+            found = super().beyond(place, backwards=backwards, itself=itself)
+            return found if before else found | placeless
+        side = ("lt" if before else "gt") + ("e" if itself else "")
+        found = placeless & Q(**{f"id__{side}": UUID(place.removeprefix("w"))})
+        return found | Q(position__isnull=False) if before else found
+
+
+def page_of_messages(request: Request, rows: QuerySet[Message], query: MessageList, **more: Any) -> Response:
     """Answer with a page of messages as they stand in their thread; pending ones with their text so far."""
     gone = (MessageStatus.DISCARDED, MessageStatus.SUPERSEDED, MessageStatus.ROLLED_BACK)
-    rows = base = rows.annotate(place=Coalesce("position", Value(PLACELESS)))
+    base = rows
     rows = rows.filter(status__in=query.status) if query.status else rows.exclude(status__in=gone)
+    places = PlacesInThread(descending=query.order == "desc")
     if query.kind is not None:
         tools = Q(role=Role.TOOL) | Q(content__contains=[{"type": "tool_call"}])
         rows = rows.filter(tools if query.kind == "tool" else ~tools)
@@ -194,9 +222,8 @@ def page_of_messages(request: Request, rows: QuerySet[Message], query: MessageLi
         after = base.filter(pk=query.after).first()
         if after is None:
             raise BadField("after", "There is no such message here.")
-        rows = rows.filter(place__gt=after.place) if query.order == "asc" else rows.filter(place__lt=after.place)
-    order = ("place", "id") if query.order == "asc" else ("-place", "-id")
-    return paged(request, rows, query, _with_text, order=order, place=int)
+        rows = rows.filter(places.beyond(places.of(after), backwards=False, itself=False))
+    return paged(request, rows, query, _with_text, places, **more)
 
 
 def _with_text(rows: Iterable[Message]) -> list[dict[str, Any]]:

@@ -5,12 +5,16 @@ from __future__ import annotations
 from typing import Annotated, Literal
 from uuid import UUID
 
+from django.contrib.auth import get_user_model
+from django.core.exceptions import ValidationError
+from django.db.models import QuerySet
 from pydantic import Field
 from rest_framework.request import Request
 from rest_framework.response import Response
 
 from runs.access import visible
 from runs.http import answers
+from runs.http.etags import tagged
 from runs.http.pages import Page, Paged, paged
 from runs.http.query import Text
 from runs.http.view import SIGNED_IN, View, operation, sees
@@ -38,7 +42,7 @@ class ToolCallPage(Page[answers.ToolCall]):
 
 
 class ToolCalls(View):
-    @operation(SIGNED_IN, name="list_tool_calls", query=CallList, answers={200: ToolCallPage})
+    @operation(SIGNED_IN, name="list_tool_calls", query=CallList, answers={200: ToolCallPage, 304: None})
     def get(self, request: Request, query: CallList) -> Response:
         """List the tool calls of your runs, the newest first."""
         rows = visible(ToolCall, request.user).prefetch_related("attempts")
@@ -55,18 +59,15 @@ class ToolCalls(View):
         return paged(request, rows, query, answers.tool_calls)
 
 
-def _assigned(rows, key):  # type: ignore[no-untyped-def]
-    from django.core.exceptions import ValidationError
-
-    field = ToolCall._meta.get_field("assignee").target_field
+def _assigned(rows: QuerySet[ToolCall], key: str) -> QuerySet[ToolCall]:
     try:
-        return rows.filter(assignee=field.to_python(key))
+        return rows.filter(assignee=get_user_model()._meta.pk.to_python(key))
     except (ValidationError, ValueError, OverflowError):
         return rows.none()  # no user can have such a key
 
 
 class OneToolCall(View):
-    @operation(sees(ToolCall), name="get_tool_call", answers={200: answers.ToolCall})
+    @operation(sees(ToolCall), name="get_tool_call", answers={200: answers.ToolCall, 304: None})
     def get(self, request: Request, toolcall: ToolCall) -> Response:
         """Show a tool call with its attempts."""
-        return Response(answers.tool_call(toolcall))
+        return tagged(request, answers.tool_call(toolcall))

@@ -6,7 +6,7 @@
     E004  values that contradict one another           W004  a broker connection that may hang, or lose what it is given
     E005  a database that is not Postgres              W005  late acknowledgement set for all tasks
     E006  a price that cannot be read                  W006  agents workers, and nobody who sweeps (`--database default`)
-    E007  ACCESS names no class                        W007  USE_TZ is off
+    E007  ACCESS names no policy                        W007  USE_TZ is off
     E008  an agents.py that cannot be imported
     E009  an agent without a model
 
@@ -86,19 +86,23 @@ def _is_price(value: object) -> bool:
 
 
 def _access(access: Any) -> Iterator[CheckMessage]:
-    if not isinstance(access, str) or not access:
-        return
+    if not isinstance(access, str | type) or not access:
+        return  # a wrong type was told above
     try:
-        found = import_string(access)
+        found = import_string(access) if isinstance(access, str) else access
     except ImportError as error:
-        problem = str(error)
+        problem = f"which is no class: {error}"
     else:
-        if isinstance(found, type):
+        missing = [method for method in ("visible", "may") if not callable(getattr(found, method, None))]
+        if not isinstance(found, type):
+            problem = f"which is no class: it is a {type(found).__name__}"
+        elif missing:
+            problem = f"which has no method {' and no method '.join(missing)}"
+        else:
             return
-        problem = f"it is a {type(found).__name__}"
     yield Error(
-        f"LONGHAUL['ACCESS'] names {access!r}, which is no class: {problem}.",
-        hint="Name a policy class by its dotted path, or leave ACCESS out for the default policy.",
+        f"LONGHAUL['ACCESS'] names {access!r}, {problem}.",
+        hint="Name a policy class, like threads.access.Policy, by its dotted path, or leave ACCESS out for the default.",
         id="longhaul.E007",
     )
 

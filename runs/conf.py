@@ -114,6 +114,7 @@ KEYS: Mapping[str, Key] = MappingProxyType(
         "DEFAULT_MODEL": Key(None, str, nullable=True),
         "ACCESS": Key(None, (str, type), nullable=True),
         "API_RATE": Key(None, str, nullable=True, form=(r"[1-9]\d*/(s|min|h|d)", "a rate like '600/min'")),
+        "START_RATE": Key(None, str, nullable=True, form=(r"[1-9]\d*/(s|min|h|d)", "a rate like '20/min'")),
         "MAX_BODY_BYTES": _count(8_000_000, least=1000),
         "IDEMPOTENCY_KEY_SECONDS": _time(86400, least=60),
         "AGENTS_QUEUE": _queue("longhaul.agents"),
@@ -159,6 +160,7 @@ class Settings:
     default_model: str | None
     access: str | type | None
     api_rate: str | None  # requests a client, "600/min"
+    start_rate: str | None  # those of them that create something
     max_body_bytes: int
     idempotency_key: timedelta  # how long a request that is sent again is known
     agents_queue: str

@@ -12,6 +12,7 @@ from typing import Any
 
 from django.contrib.auth.models import AbstractBaseUser
 from django.db.models import DateTimeField, ExpressionWrapper, Q
+from django.views.decorators.debug import sensitive_variables
 from rest_framework.authentication import BaseAuthentication, get_authorization_header
 from rest_framework.exceptions import AuthenticationFailed
 from rest_framework.request import Request
@@ -22,8 +23,12 @@ from threads.models import ApiKey
 PREFIX = "lh_"
 SHOWN = len(PREFIX) + 6  # characters that stay readable, to tell keys apart
 NOTED_EVERY = timedelta(minutes=1)  # last_used_at: a write for each request would cost more than the check
+UNNOTED = Q(last_used_at=None) | Q(
+    last_used_at__lt=ExpressionWrapper(Now() - NOTED_EVERY, output_field=DateTimeField())
+)
 
 
+@sensitive_variables("key")
 def create_key(owner: Any, name: str = "", *, lasts: timedelta | None = None) -> tuple[ApiKey, str]:
     """Make a key. Returns its row and the key itself, which is nowhere else and cannot be shown again."""
     key = PREFIX + secrets.token_urlsafe(32)
@@ -49,21 +54,23 @@ def digest(key: str) -> str:
 class ApiKeyAuthentication(BaseAuthentication):
     """Says whose key a request carries. A bearer token that is not ours is left to the host's own classes."""
 
+    @sensitive_variables("token")  # a report of an error shows what the frames hold
     def authenticate(self, request: Request) -> tuple[AbstractBaseUser, ApiKey] | None:
-        scheme, _, token = get_authorization_header(request).decode("latin-1").partition(" ")
+        scheme, _, token = get_authorization_header(request).decode("latin-1").strip().partition(" ")
+        token = token.strip()
         if scheme.lower() != "bearer" or not token.startswith(PREFIX):
             return None
         key = self._key(token)
         return key.owner, key
 
+    @sensitive_variables("token")
     def _key(self, token: str) -> ApiKey:
         key = (
             ApiKey.objects.filter(digest=digest(token))
             .select_related("owner")
             .annotate(
                 expired=Q(expires_at__lte=Now()),
-                unnoted=Q(last_used_at=None)
-                | Q(last_used_at__lt=ExpressionWrapper(Now() - NOTED_EVERY, output_field=DateTimeField())),
+                unnoted=UNNOTED,
             )
             .first()
         )
@@ -76,7 +83,9 @@ class ApiKeyAuthentication(BaseAuthentication):
         if not key.owner.is_active:
             raise AuthenticationFailed("The owner of this key is not active.", code="inactive")
         if key.unnoted:
-            ApiKey.objects.filter(pk=key.pk).update(last_used_at=Now())
+            # Not behind a request that notes it too: with ATOMIC_REQUESTS that one holds the row to its end.
+            free = ApiKey.objects.select_for_update(skip_locked=True).filter(UNNOTED, pk=key.pk)
+            ApiKey.objects.filter(pk__in=free.values("pk")).update(last_used_at=Now())
         return key
 
     def authenticate_header(self, request: Request) -> str:

@@ -10,19 +10,21 @@ is 404, what may not be done 403. A method without a rule cannot be routed: `as_
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar, cast
 from uuid import UUID
 
+from django.contrib.auth.models import AnonymousUser
 from django.core.exceptions import ImproperlyConfigured
-from django.db import transaction
+from django.core.signals import setting_changed
+from django.db import connections, transaction
 from django.db.models import Model
 from django.http import Http404, HttpRequest, HttpResponseBase
 from pydantic import BaseModel
 from rest_framework.authentication import BaseAuthentication, SessionAuthentication
-from rest_framework.exceptions import NotAuthenticated, PermissionDenied
+from rest_framework.exceptions import APIException, MethodNotAllowed, NotAuthenticated, PermissionDenied
 from rest_framework.negotiation import BaseContentNegotiation
 from rest_framework.request import Request
 from rest_framework.response import Response
@@ -36,7 +38,7 @@ from runs.http.body import Body
 from runs.http.json import JSONRenderer
 from runs.http.query import read_query
 from runs.http.schema import Schema
-from runs.http.throttles import Rate
+from runs.http.throttles import Rate, StartRate
 from threads import access
 from threads.authentication import ApiKeyAuthentication
 from threads.database import apart
@@ -111,7 +113,16 @@ def of_the_host() -> tuple[type[BaseAuthentication], ...]:
     """Return the authentication classes that the host's settings name; DRF's own defaults let passwords in."""
     if "DEFAULT_AUTHENTICATION_CLASSES" not in api_settings.user_settings:
         return ()
-    return tuple(api_settings.DEFAULT_AUTHENTICATION_CLASSES)
+    named: Any = api_settings.DEFAULT_AUTHENTICATION_CLASSES  # imported by now, though its type says names
+    return tuple(named)
+
+
+def _forget(*, setting: str, **_: object) -> None:
+    if setting == "REST_FRAMEWORK":
+        of_the_host.cache_clear()
+
+
+setting_changed.connect(_forget, dispatch_uid="longhaul.runs.http.view")
 
 
 class View(APIView):
@@ -120,7 +131,7 @@ class View(APIView):
     renderer_classes = (JSONRenderer,)
     parser_classes = ()
     permission_classes = ()
-    throttle_classes: ClassVar[tuple[type[BaseThrottle], ...]] = (Rate,)  # type: ignore[misc]
+    throttle_classes: Sequence[type[BaseThrottle]] = (Rate, StartRate)
     content_negotiation_class = OnlyJSON
     metadata_class = None
     versioning_class = None
@@ -147,31 +158,45 @@ class View(APIView):
         return super().as_view(**initkwargs)
 
     def get_authenticators(self) -> list[BaseAuthentication]:
-        kinds = (ApiKeyAuthentication, SessionAuthentication, *of_the_host())
+        kinds: tuple[type[BaseAuthentication], ...] = (ApiKeyAuthentication, SessionAuthentication, *of_the_host())
         return [kind() for kind in dict.fromkeys(kinds)]
 
     def get_exception_handler(self) -> Any:
         return errors.handle
 
+    @property
+    def allowed_methods(self) -> list[str]:
+        found = [method.upper() for method in self.operations()]
+        return [*found, "HEAD"] if "GET" in found else found
+
     def operation(self, request: Request) -> Operation | None:
         method = (request.method or "").lower()
-        handler = (
-            getattr(self, "get" if method == "head" else method, None) if method in self.http_method_names else None
-        )
-        return getattr(handler, "__operation__", None)
+        return self.operations().get("get" if method == "head" else method)
 
     def initial(self, request: Request, *args: Any, **kwargs: Any) -> None:
         request.accepted_renderer = self.get_renderers()[0]
         request.accepted_media_type = request.accepted_renderer.media_type
         said = self.operation(request)
-        self.perform_authentication(request)
-        if not (said and said.rule.public) and not request.user.is_authenticated:
-            raise NotAuthenticated
+        if said.rule.public if said is not None else all(each.rule.public for each in self.operations().values()):
+            # Nobody is asked who they are: the service says that it is alive also when the database is not.
+            request.user, request.auth = AnonymousUser(), None
+            self.check_throttles(request)
+        else:
+            self._sign_in(request)
         if said is None:
-            self.http_method_not_allowed(request)
-            return
-        self.check_throttles(request)
+            raise MethodNotAllowed(request.method or "")
         self.given = self._given(request, said, kwargs)
+
+    def _sign_in(self, request: Request) -> None:
+        """Raises NotAuthenticated, AuthenticationFailed, PermissionDenied (CSRF), Throttled."""
+        try:
+            self.perform_authentication(request)
+        except APIException:
+            self.check_throttles(request)  # wrong keys are counted too, by the address that sends them
+            raise
+        self.check_throttles(request)
+        if not signed_in(request):
+            raise NotAuthenticated
 
     def _given(self, request: Request, said: Operation, named: Mapping[str, Any]) -> dict[str, Any]:
         """Return what the operation is called with. Who may not is told so before what they sent is looked at."""
@@ -199,11 +224,6 @@ class View(APIView):
             raise PermissionDenied
         return row
 
-    def http_method_not_allowed(self, request: Any, *args: Any, **kwargs: Any) -> Any:
-        from rest_framework.exceptions import MethodNotAllowed
-
-        raise MethodNotAllowed(request.method or "")
-
     def dispatch(self, request: HttpRequest, *args: Any, **kwargs: Any) -> HttpResponseBase:
         self.args, self.kwargs = args, kwargs
         asked = self.initialize_request(request, *args, **kwargs)
@@ -216,11 +236,15 @@ class View(APIView):
             response = getattr(self, "get" if method == "head" else method)(asked, **self.given)
         except Exception as error:
             response = self._refused(error)
-        self.response = self.finalize_response(asked, response, *args, **kwargs)  # type: ignore[type-var]
-        return self.response
+        return self._finished(asked, response)
 
     def _refused(self, error: Exception) -> Response:
         return self.handle_exception(error)
+
+    def _finished(self, request: Request, response: HttpResponseBase) -> HttpResponseBase:
+        finished = self.finalize_response(request, cast(Response, response), *self.args, **self.kwargs)
+        self.response = finished
+        return finished
 
 
 class AsyncView(View):
@@ -228,8 +252,11 @@ class AsyncView(View):
 
     @classmethod
     def as_view(cls, **initkwargs: Any) -> Any:
-        # A host with ATOMIC_REQUESTS cannot have a transaction around a coroutine: Django refuses.
-        return transaction.non_atomic_requests(super().as_view(**initkwargs))
+        view = super().as_view(**initkwargs)
+        for alias in connections:
+            # A host with ATOMIC_REQUESTS cannot have a transaction around a coroutine: Django refuses.
+            view = transaction.non_atomic_requests(using=alias)(view)
+        return view
 
     async def dispatch(self, request: HttpRequest, *args: Any, **kwargs: Any) -> HttpResponseBase:  # type: ignore[override]
         self.args, self.kwargs = args, kwargs
@@ -243,8 +270,12 @@ class AsyncView(View):
             response = await getattr(self, "get" if method == "head" else method)(asked, **self.given)
         except Exception as error:
             response = await apart(self._refused)(error)
-        self.response = self.finalize_response(asked, response, *args, **kwargs)  # type: ignore[type-var]
-        return self.response
+        return self._finished(asked, response)
+
+
+def signed_in(request: Request) -> bool:
+    """Return whether the request is somebody's. DRF can be told to have no user at all in place of an anonymous one."""
+    return bool(getattr(request.user, "is_authenticated", False))
 
 
 def policed(row: Model) -> Model:

@@ -13,6 +13,7 @@ from django.test import Client
 
 from runs import agents
 from runs.pytest_longhaul import ScriptedModel
+from tests.http.web import web as web
 from threads.authentication import create_key
 
 

@@ -11,6 +11,7 @@ from datetime import timedelta
 from typing import Any
 
 from django.contrib.auth.models import AbstractBaseUser
+from django.db import transaction
 from django.db.models import DateTimeField, ExpressionWrapper, Q
 from django.views.decorators.debug import sensitive_variables
 from rest_framework.authentication import BaseAuthentication, get_authorization_header
@@ -85,7 +86,8 @@ class ApiKeyAuthentication(BaseAuthentication):
         if key.unnoted:
             # Not behind a request that notes it too: with ATOMIC_REQUESTS that one holds the row to its end.
             free = ApiKey.objects.select_for_update(skip_locked=True).filter(UNNOTED, pk=key.pk)
-            ApiKey.objects.filter(pk__in=free.values("pk")).update(last_used_at=Now())
+            with transaction.atomic():  # one statement, but Django takes no lock without
+                ApiKey.objects.filter(pk__in=free.values("pk")).update(last_used_at=Now())
         return key
 
     def authenticate_header(self, request: Request) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 
 from runs.events import RunEvent
 from runs.terminal.words import seconds
@@ -34,7 +34,8 @@ class Player:
         self._shown = 0.0  # when it was due, monotonic
 
     def clock(self) -> datetime:
-        assert self._at is not None  # nothing is drawn of a view that has seen no event
+        if self._at is None:  # a view that has seen no event knows its own begin
+            return datetime.min.replace(tzinfo=UTC)
         return self._at + timedelta(seconds=(time.monotonic() - self._shown) * self._speed)
 
     def __iter__(self) -> Iterator[RunEvent]:

@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Iterator
 from datetime import timedelta
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -166,6 +167,83 @@ def test_a_database_that_stays_away_ends_the_wait() -> None:
 
     with pytest.raises(OperationalError, match="connection refused"):
         list(patient(read, RunView("r"), lambda lines: None, patience=timedelta()))
+
+
+@pytest.mark.django_db(transaction=True)
+def test_a_second_outage_without_an_event_between_is_another_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run may be silent for hours: the patience counts from each outage, not from the first."""
+    moment = [0.0]
+    monkeypatch.setattr("runs.terminal.reader.time.monotonic", lambda: moment[0])
+    monkeypatch.setattr("runs.terminal.reader._AGAIN_SECONDS", 0.0)
+    lines, reads = list[str](), list[int]()
+
+    def read(after: int) -> Iterator[RunEvent]:
+        reads.append(after)
+        moment[0] += 3600  # of waiting for the next event, in which the database answered each second
+        if len(reads) < 5:
+            raise OperationalError("the server restarts")
+        yield from ()
+
+    assert list(patient(read, RunView("r"), lines.extend, patience=timedelta(minutes=5))) == []
+    assert reads == [0] * 5
+    assert ["away" in line for line in lines] == [True, False] * 4
+
+
+@pytest.mark.django_db(transaction=True)
+def test_an_outage_that_comes_back_at_once_is_the_same_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The database answers, and reading fails all the same: that ends, and is told once."""
+    monkeypatch.setattr("runs.terminal.reader._AGAIN_SECONDS", 0.01)
+    lines, reads = list[str](), list[int]()
+
+    def read(after: int) -> list[RunEvent]:
+        reads.append(after)
+        raise OperationalError("a standby that lags")
+
+    with pytest.raises(OperationalError, match="lags"):
+        list(patient(read, RunView("r"), lines.extend, patience=timedelta(seconds=0.2)))
+    assert len(reads) > 2
+    assert len(lines) == 2
+
+
+@pytest.mark.django_db(transaction=True)
+def test_a_database_that_answers_no_more_ends_the_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("runs.terminal.reader._AGAIN_SECONDS", 0.01)
+
+    def away(*_: Any) -> Any:
+        raise OperationalError("connection refused")
+
+    monkeypatch.setattr("runs.terminal.reader.clock", SimpleNamespace(now=away))
+    with pytest.raises(OperationalError, match="connection refused"):
+        list(patient(away, RunView("r"), lambda lines: None, patience=timedelta(seconds=0.1)))
+
+
+@pytest.mark.django_db
+@pytest.mark.parametrize("arguments", [["run_agent", "tester", "hi"], ["follow_run", "0199"], ["list_runs"]])
+def test_a_database_that_is_away_is_told_in_a_line(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def away(*_: Any, **__: Any) -> Any:
+        raise OperationalError("connection refused\n  Is the server running?")
+
+    before = (Run.objects.count(), Thread.objects.count())
+    with monkeypatch.context() as patched, pytest.raises(CommandError) as caught:
+        patched.setattr("django.db.models.sql.compiler.SQLCompiler.execute_sql", away)
+        patched.setattr("runs.agents.Agent.start", away)
+        told(*arguments)
+    assert str(caught.value) == "The database is away: connection refused."
+    assert (Run.objects.count(), Thread.objects.count()) == before
+
+
+@pytest.mark.django_db
+def test_a_run_that_was_started_is_followed_though_the_database_went_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    def away(*_: Any) -> Any:
+        raise OperationalError("connection refused")
+
+    monkeypatch.setattr("runs.management.commands.run_agent.absent_workers", away)
+    monkeypatch.setattr("runs.terminal.reader.clock", SimpleNamespace(now=away))
+    monkeypatch.setattr(Run, "events", lambda run, after=0, follow=False: iter(()))
+    with pytest.raises(SystemExit) as caught:
+        told("run_agent", "tester", "hi", "--follow")
+    assert caught.value.code == 1  # its events ended without an end, and nothing was raised
+    assert Run.objects.count() == 1
 
 
 def ended() -> Run:

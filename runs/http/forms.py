@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 from uuid import UUID
 
 from pydantic import ConfigDict, Field, RootModel
+from typing_extensions import TypeAliasType
 
 from runs.http.body import Given
 
@@ -21,7 +22,8 @@ class Part(Given):
 
 
 Content = Annotated[str | list[Part], Field(description="a text, or a list of parts")]
-Metadata = Annotated[dict[str, Any] | None, Field(description="yours: kept as it is")]
+Metadata = TypeAliasType("Metadata", Annotated[dict[str, Any], Field(description="yours: kept as it is")])
+JSONSchema = TypeAliasType("JSONSchema", Annotated[dict[str, Any], Field(description="a JSON schema")])
 Name = Annotated[str, Field(max_length=200)]
 
 
@@ -46,7 +48,7 @@ class NewMessage(Given):
 
     role: Literal["user", "system", "assistant"] = "user"
     content: Content
-    metadata: Metadata = None
+    metadata: Metadata | None = None
     client_id: Name | None = None
 
 
@@ -70,7 +72,7 @@ class ThreadFields(Overrides):
     agent: Name | None = Field(default=None, description="the agent of runs that name none")
     title: Annotated[str | None, Field(max_length=500)] = None
     summary: str | None = None
-    metadata: Metadata = None
+    metadata: Metadata | None = None
 
 
 class NewThread(ThreadFields):
@@ -101,8 +103,8 @@ class NewRun(Overrides):
     )
     priority: Annotated[int, Field(ge=-32768, le=32767)] = 0
     tool_choice: Name | None = Field(default=None, description="auto, none, required, or the name of a tool")
-    output_schema: dict[str, Any] | None = Field(default=None, description="a JSON schema of the final answer")
-    metadata: Metadata = None
+    output_schema: JSONSchema | None = Field(default=None, description="a JSON schema of the final answer")
+    metadata: Metadata | None = None
     client_id: Name | None = Field(default=None, description="comes back in the event of the saved input")
 
 
@@ -120,7 +122,7 @@ class Retry(Given):
 
 class ForkOverrides(Overrides):
     tool_choice: Name | None = None
-    output_schema: dict[str, Any] | None = None
+    output_schema: JSONSchema | None = None
 
 
 class Fork(Given):

@@ -25,10 +25,11 @@ BEGIN
     RETURN v_seq;
 END $$;
 
--- Locks the live run by appending an event to it: lock and seq in one UPDATE. All NULL when it has ended or is gone.
+-- Locks the live run by appending an event to it: lock and seq in one UPDATE. All NULL when it has ended or is gone. `at` is
+-- the event's time: that of the lock, for who held it before may have written later ones than the time at which we asked.
 CREATE OR REPLACE FUNCTION longhaul_run_append(
-    p_run uuid, p_type text, p_payload jsonb, p_at timestamptz,
-    OUT thread_id uuid, OUT owner text, OUT agent text, OUT deadline timestamptz, OUT overrides jsonb)
+    p_run uuid, p_type text, p_payload jsonb,
+    OUT thread_id uuid, OUT owner text, OUT agent text, OUT deadline timestamptz, OUT overrides jsonb, OUT at timestamptz)
 LANGUAGE plpgsql AS $$
 DECLARE
     v_seq bigint;
@@ -39,7 +40,9 @@ BEGIN
     INTO longhaul_run_append.thread_id, owner, longhaul_run_append.agent, longhaul_run_append.deadline,
          longhaul_run_append.overrides, v_seq;
     IF NOT FOUND THEN RETURN; END IF;
-    INSERT INTO longhaul_runs_event (run_id, seq, type, at, payload) VALUES (p_run, v_seq, p_type, p_at, p_payload);
+    longhaul_run_append.at := longhaul_now();
+    INSERT INTO longhaul_runs_event (run_id, seq, type, at, payload)
+    VALUES (p_run, v_seq, p_type, longhaul_run_append.at, p_payload);
 END $$;
 
 -- Takes back what this very transaction appended last, for its guard found no row: the log stays gap-free.

@@ -114,6 +114,41 @@ def test_given_two_workers_that_claim_a_call_at_once_then_one_of_them_gets_it(wo
     assert world.types(claim.run).count("tool_call.started") == 1
 
 
+def test_given_a_claim_of_a_call_that_waited_for_its_run_then_its_times_are_those_of_the_lock(
+    world: World, db_b: Database
+) -> None:
+    claim = world.waiting(a_call())
+    [call] = world.calls(claim.run)
+    worker, other = world.worker(), World(db_b)
+    told = {"p_run": claim.run, "p_type": "data", "p_payload": {"data": 1}}
+    with world.db.transaction():
+        world.db.call("longhaul_run_record", **told)
+        late = db_b.in_background(other.try_call_claim, call, 1, worker)
+        wait_until(lambda: waits_for_a_lock(world.db, db_b))
+        world.db.call("longhaul_run_record", **told)
+    assert late.result() is not None
+    events = world.db.rows("SELECT type, at FROM longhaul_runs_event WHERE run_id = %s ORDER BY seq", claim.run)
+    times = [event["at"] for event in events]
+    assert (events[-1]["type"], times) == ("tool_call.started", sorted(times))
+    [attempt] = world.attempts(call)
+    assert attempt["started_at"] == world.tool_call(call)["claimed_at"] == times[-1]
+
+
+def test_given_a_worker_that_goes_while_its_claim_of_a_call_waits_then_it_is_refused(
+    world: World, db_b: Database
+) -> None:
+    claim = world.waiting(a_call())
+    [call] = world.calls(claim.run)
+    worker, other, before = world.worker(), World(db_b), world.types(claim.run)
+    with world.db.transaction():
+        world.db.call("longhaul_run_lock", p_run=claim.run)
+        late = db_b.in_background(other.try_call_claim, call, 1, worker)
+        wait_until(lambda: waits_for_a_lock(world.db, db_b))
+        world.db.execute("UPDATE longhaul_tools_worker SET gone_at = longhaul_now() WHERE id = %s", worker)
+    assert late.result() == {"absent": True}
+    assert (world.tool_call(call)["status"], world.types(claim.run)) == ("requested", before)
+
+
 def test_given_a_requested_call_when_claimed_then_the_attempt_is_a_row(world: World) -> None:
     claim = world.waiting(a_call(timeout_seconds=30, atomic=True, max_attempts=3))
     [call] = world.calls(claim.run)

@@ -58,8 +58,6 @@ BEGIN
     SELECT * INTO v_seen FROM longhaul_tools_toolcall WHERE id = p_call;
     IF NOT FOUND THEN RETURN NULL; END IF;  -- its run was deleted
     IF v_seen.attempt <> p_attempt OR v_seen.status NOT IN ('requested', 'retrying') THEN RETURN NULL; END IF;  -- a doubled message
-    v_now := longhaul_now();
-    IF NOT longhaul_worker_present(p_worker, v_now) THEN RETURN '{"absent": true}'; END IF;
     IF p_alone THEN
         SELECT jsonb_agg(jsonb_build_array(id, attempt)) INTO v_orphans
         FROM longhaul_tools_toolcall WHERE holder = p_worker AND status = 'running';
@@ -68,8 +66,13 @@ BEGIN
     v_run_id := v_seen.run_id;
     -- The lock: the event comes with it, and goes again should the guard below find that somebody was faster.
     SELECT * INTO v_run FROM longhaul_run_append(v_run_id, 'tool_call.started', jsonb_build_object(
-        'tool_call', p_call, 'name', v_seen.name, 'message', v_seen.message_id, 'attempt', p_attempt, 'worker', p_worker_name), v_now);
+        'tool_call', p_call, 'name', v_seen.name, 'message', v_seen.message_id, 'attempt', p_attempt, 'worker', p_worker_name));
     IF v_run.thread_id IS NULL THEN RETURN NULL; END IF;  -- the run has ended, and closed its calls
+    v_now := v_run.at;
+    IF NOT longhaul_worker_present(p_worker, v_now) THEN  -- looked at under the lock: the wait for it may have been long
+        PERFORM longhaul_run_retract(v_run_id);
+        RETURN '{"absent": true}';
+    END IF;
     UPDATE longhaul_tools_toolcall
     SET status = 'running', holder = p_worker, claimed_at = v_now, next_publish_at = NULL, not_before = NULL,
         timeout_at = least(v_now + timeout, v_run.deadline)

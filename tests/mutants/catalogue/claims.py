@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from tests.mutants.catalogue.places import CALLS, CLAIM, DELTAS, FENCE, LEGS, LINGER
-from tests.mutants.mutant import Change, Exempt, Group, Mutant
+from tests.mutants.mutant import Change, Exempt, Group, Mutant, one
 
 CLAIMS = Group(
     "Claim",
@@ -71,12 +71,23 @@ CLAIMS = Group(
             [
                 Change(
                     CALLS,
-                    "    IF NOT longhaul_worker_present(p_worker, v_now) THEN RETURN '{\"absent\": true}'; END IF;\n",
-                    "",
+                    "    IF NOT longhaul_worker_present(p_worker, v_now) THEN  -- looked at",
+                    "    IF false THEN  -- looked at",
                 )
             ],
-            [f"{CLAIM}a_worker_that_is_not_present_when_it_claims_then_it_is_refused"],
+            [
+                f"{CLAIM}a_worker_that_is_not_present_when_it_claims_then_it_is_refused",
+                f"{CLAIM}a_worker_that_goes_while_its_claim_of_a_call_waits_then_it_is_refused",
+            ],
             model="claim_while_absent",
+        ),
+        one(
+            "call_claimed_before_its_lock",
+            "The time of a call's claim is that of the lock: the times of a run's events rise with `seq`.",
+            "runs/sql/0001_log.sql",
+            "    longhaul_run_append.at := longhaul_now();\n",
+            "    longhaul_run_append.at := statement_timestamp();\n",
+            f"{CLAIM}a_claim_of_a_call_that_waited_for_its_run_then_its_times_are_those_of_the_lock",
         ),
         Mutant(
             "linger_claim_while_absent",
@@ -139,7 +150,7 @@ CLAIMS = Group(
         Mutant(
             "call_claim_keeps_its_event",
             "A claim that finds no row takes its event back: the log tells of no claim that was none.",
-            [Change(CALLS, "        PERFORM longhaul_run_retract(v_run_id);\n", "")],
+            [Change(CALLS, "        PERFORM longhaul_run_retract(v_run_id);\n        RETURN NULL;", "        RETURN NULL;")],
             [f"{CLAIM}two_workers_that_claim_a_call_at_once_then_one_of_them_gets_it"],
         ),
         Mutant(

@@ -204,8 +204,8 @@ BUSY = Group(
             "cancelled_input_waits_on",
             "The input of a held run that was cancelled never gets one.",
             LEGS,
-            "        UPDATE longhaul_threads_message SET status = 'discarded' WHERE run_id = p_run AND status = 'waiting';\n",
-            "        NULL;\n",
+            "            UPDATE longhaul_threads_message SET status = 'discarded' WHERE run_id = p_run AND",
+            "            UPDATE longhaul_threads_message SET status = status WHERE run_id = p_run AND",
             f"{HELD}a_held_run_when_it_is_cancelled_then_nothing_is_released_and_its_input_never_had_a_place",
         ),
         one(

@@ -477,18 +477,27 @@ BEGIN
     RETURN jsonb_build_object('run', p_run, 'status', 'queued', 'dispatch_seq', v_run.dispatch_seq, 'lingering', false, 'agent', v_run.agent);
 END $$;
 
--- Queued runs whose message must be sent (again). Raises next_publish_at, doubling from 1 s to 15 s.
+-- Queued runs whose message must be sent (again), those of the highest priority first, then the longest overdue. What is
+-- overdue by more than 30 s comes before all, by age alone, so that no priority starves. Read are at most ten times as many as
+-- are asked for, by index. Raises next_publish_at, doubling from 1 s to 15 s.
 CREATE OR REPLACE FUNCTION longhaul_runs_due(p_limit integer) RETURNS TABLE (run_id uuid, dispatch_seq integer, priority smallint, agent text)
 LANGUAGE plpgsql AS $$
 DECLARE
     v_now timestamptz := longhaul_now();
 BEGIN
     RETURN QUERY
-    WITH due AS (
+    WITH overdue AS (
         SELECT r.id FROM longhaul_runs_run r WHERE r.status = 'queued' AND r.next_publish_at <= v_now
-        ORDER BY r.next_publish_at LIMIT p_limit FOR NO KEY UPDATE SKIP LOCKED)
-    UPDATE longhaul_runs_run r
-    SET publishes = r.publishes + 1, next_publish_at = v_now + least(interval '15 seconds', interval '1 second' * 2 ^ least(r.publishes, 4))
-    FROM due WHERE r.id = due.id
-    RETURNING r.id, r.dispatch_seq, r.priority, r.agent::text;
+        ORDER BY r.next_publish_at LIMIT p_limit::bigint * 10),
+    due AS (
+        SELECT r.id, r.priority AS rank, r.next_publish_at AS since FROM longhaul_runs_run r
+        WHERE r.id IN (SELECT id FROM overdue) AND r.status = 'queued' AND r.next_publish_at <= v_now
+        ORDER BY CASE WHEN r.next_publish_at > v_now - interval '30 seconds' THEN r.priority ELSE 32767 END DESC, r.next_publish_at
+        LIMIT p_limit FOR NO KEY UPDATE SKIP LOCKED),
+    raised AS (
+        UPDATE longhaul_runs_run r
+        SET publishes = r.publishes + 1, next_publish_at = v_now + least(interval '15 seconds', interval '1 second' * 2 ^ least(r.publishes, 4))
+        FROM due WHERE r.id = due.id
+        RETURNING r.id, r.dispatch_seq AS dispatch, r.agent::text AS name, due.rank, due.since)
+    SELECT raised.id, raised.dispatch, raised.rank, raised.name FROM raised ORDER BY raised.rank DESC, raised.since, raised.id;
 END $$;

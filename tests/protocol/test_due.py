@@ -92,6 +92,26 @@ def test_given_a_bound_then_the_longest_overdue_come_first(world: World) -> None
     assert due_runs(world.db, limit=2) == [(runs[2], 1)]
 
 
+def test_given_a_bound_then_those_of_a_higher_priority_come_first_and_then_the_longest_overdue(world: World) -> None:
+    low, old, new, high = (world.start() for _ in range(4))
+    for run, priority in ((low, -1), (old, 5), (new, 5), (high, 9)):
+        world.db.execute("UPDATE longhaul_runs_run SET priority = %s WHERE id = %s", priority, run)
+    world.ahead(2 * SECOND)
+    assert [run for run, _ in due_runs(world.db, limit=3)] == [high, old, new]
+    assert [run for run, _ in due_runs(world.db, limit=3)] == [low]
+
+
+def test_given_more_of_a_high_priority_than_are_sent_then_the_longest_overdue_does_not_starve(world: World) -> None:
+    low = world.start()
+    world.db.execute("UPDATE longhaul_runs_run SET priority = -1 WHERE id = %s", low)
+    for _ in range(30):
+        world.start()
+    world.ahead(20 * SECOND)
+    assert due_runs(world.db, limit=1) != [(low, 1)]
+    world.ahead(40 * SECOND)  # the others are overdue as long, or again
+    assert due_runs(world.db, limit=1) == [(low, 1)]
+
+
 def test_given_two_sweepers_at_once_then_none_waits_and_nothing_is_published_twice(
     world: World, db_b: Database
 ) -> None:

@@ -10,8 +10,8 @@ its thread; a step, leg, event or tool call its run.
         def may(self, user, verb, obj):
             return verb == "view" or obj is None or obj.owner_id == user.pk
 
-Verbs: `view`; `create` (a thread), `change`, `delete`; `save` (a message into a thread); `start` (a run, on a thread or on a new
-one), `cancel`, and `resume`, `retry`, `fork` of a run.
+Verbs of threads: `view`, `create`, `change`, `delete`; `save` and `delete_message` of a message in it; `start` of a run on it.
+Verbs of runs: `view`, `start` (on a new thread), `cancel`, `resume`, `retry`, `fork`. A policy that raises answers nobody: 500.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ Row = TypeVar("Row", bound=Model)
 # What staff need for a verb on what is not theirs; any other verb is a permission of the row's own model.
 PERMISSIONS: Mapping[str, str] = {
     "save": "longhaul_threads.add_message",
+    "delete_message": "longhaul_threads.delete_message",
     "start": "longhaul_runs.add_run",
     "resume": "longhaul_runs.add_run",
     "retry": "longhaul_runs.add_run",

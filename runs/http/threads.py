@@ -178,7 +178,7 @@ class Messages(View):
 
 
 class OneMessage(View):
-    @operation(may("delete", Message), name="delete_message", answers={204: None}, raises=(409,))
+    @operation(may("delete_message", Message), name="delete_message", answers={204: None}, raises=(409,))
     def delete(self, request: Request, message: Message) -> Response:
         """Delete a message. Not while a run occupies its thread, and no tool call or result: a model needs both."""
         transcript.delete_message(message)

@@ -1,0 +1,445 @@
+"""Who may do what over HTTP, tried on every URL, with every method, as everybody.
+
+`RULES` is the contract, written out: a URL or a method that is not there fails, and so does a view whose rule says less.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+from uuid import uuid4
+
+import orjson
+import pytest
+from django.contrib.auth.models import Permission, User
+from django.core.exceptions import ImproperlyConfigured
+from django.db import transaction
+from django.http import HttpRequest, HttpResponse
+from django.test import Client
+from django.urls import URLPattern, path, reverse
+from rest_framework.request import Request
+from rest_framework.response import Response
+from rest_framework.views import APIView
+
+from runs import agents
+from runs.http import urls
+from runs.http.view import PUBLIC, SIGNED_IN, AsyncView, Rule, View, may, operation, sees
+from runs.models import Run
+from runs.providers.port import ProviderError
+from runs.pytest_longhaul import ScriptedModel, call, run_to_end
+from tests.http.conftest import Api
+from tests.runs.scenes import rows
+from threads.authentication import create_key, revoke
+from threads.models import Message, Thread
+from tools import tool
+from tools.models import ToolCall
+
+pytestmark = pytest.mark.django_db
+
+RULES: dict[str, dict[str, Rule]] = {
+    "threads": {"GET": SIGNED_IN, "POST": may("create")},
+    "thread": {"GET": sees(Thread), "PATCH": may("change", Thread), "DELETE": may("delete", Thread)},
+    "messages": {"GET": sees(Thread), "POST": may("save", Thread)},
+    "thread-runs": {"POST": may("start", Thread)},
+    "message": {"DELETE": may("delete_message", Message)},
+    "runs": {"GET": SIGNED_IN, "POST": may("start")},
+    "run": {"GET": sees(Run)},
+    "run-events": {"GET": sees(Run)},
+    "run-stream": {"GET": sees(Run), "POST": sees(Run)},
+    "run-wait": {"GET": sees(Run)},
+    "run-steps": {"GET": sees(Run)},
+    "run-legs": {"GET": sees(Run)},
+    "run-messages": {"GET": sees(Run)},
+    "run-tool-calls": {"GET": sees(Run)},
+    "run-cancel": {"POST": may("cancel", Run)},
+    "run-resume": {"POST": may("resume", Run)},
+    "run-retry": {"POST": may("retry", Run)},
+    "run-fork": {"POST": may("fork", Run)},
+    "tool-calls": {"GET": SIGNED_IN},
+    "tool-call": {"GET": sees(ToolCall)},
+    "agents": {"GET": SIGNED_IN},
+    "tools": {"GET": SIGNED_IN},
+    "usage": {"GET": SIGNED_IN},
+    "schema": {"GET": PUBLIC},
+    "docs": {"GET": PUBLIC},
+    "docs-asset": {"GET": PUBLIC},
+    "healthz": {"GET": PUBLIC},
+    "readyz": {"GET": PUBLIC},
+}
+# What staff need beside the owner: to know of a row, and to do something to it.
+TO_SEE = {
+    Thread: "longhaul_threads.view_thread",
+    Message: "longhaul_threads.view_thread",
+    Run: "longhaul_runs.view_run",
+    ToolCall: "longhaul_runs.view_run",
+}
+TO_ACT = {
+    "change": "longhaul_threads.change_thread",
+    "delete": "longhaul_threads.delete_thread",
+    "save": "longhaul_threads.add_message",
+    "delete_message": "longhaul_threads.delete_message",
+    "start": "longhaul_runs.add_run",
+    "cancel": "longhaul_runs.cancel_run",
+    "resume": "longhaul_runs.add_run",
+    "retry": "longhaul_runs.add_run",
+    "fork": "longhaul_runs.add_run",
+}
+METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "PROPFIND")
+BODIES: dict[str, Any] = {
+    "messages": {"content": "hello"},
+    "thread-runs": {"agent": "clerk", "input": "hello"},
+    "runs": {"agent": "clerk", "input": "hello"},
+}
+QUERIES = {"run-wait": "?timeout_seconds=0"}
+# The test client speaks WSGI, which cannot stream: who is let in hears that.
+ELSE = {"run-stream": 501}
+
+
+def view_of(pattern: URLPattern) -> Any:
+    return getattr(pattern.callback, "cls", None)
+
+
+def problems(patterns: list[Any]) -> list[str]:
+    """Say what of the URLs is not behind the gate, or not in the contract."""
+    found = []
+    for pattern in patterns:
+        if not isinstance(pattern, URLPattern):
+            found.append(f"{pattern} is not one URL")
+            continue
+        view = view_of(pattern)
+        if not (isinstance(view, type) and issubclass(view, View)):
+            found.append(f"{pattern.name} is not a View of the API")
+            continue
+        gate = AsyncView if issubclass(view, AsyncView) else View
+        for step in (
+            "initial",
+            "dispatch",
+            "operation",
+            "operations",
+            "get_authenticators",
+            "_sign_in",
+            "_given",
+            "_row",
+        ):
+            # The same function: a view that had one of its own could let anybody in.
+            if getattr(getattr(view, step), "__func__", getattr(view, step)) is not getattr(
+                getattr(gate, step), "__func__", getattr(gate, step)
+            ):
+                found.append(f"{pattern.name} has a gate of its own: {step}")
+        if pattern.callback.initkwargs:  # type: ignore[attr-defined]
+            found.append(f"{pattern.name} is made with options of its own")
+        declared = {method.upper(): said.rule for method, said in view.operations().items()}
+        if pattern.name not in RULES:
+            found.append(f"{pattern.name} has no rule in the contract")
+        elif declared != RULES[pattern.name]:
+            found.append(f"{pattern.name} lets others in than the contract says: {declared}")
+    return found
+
+
+def test_every_url_is_behind_the_gate_and_in_the_contract() -> None:
+    assert problems(urls.urlpatterns) == []
+    assert {pattern.name for pattern in urls.urlpatterns} == set(RULES)
+
+
+class TestWhatTheContractFinds:
+    """It is no use if it finds nothing."""
+
+    def test_a_function(self) -> None:
+        def naked(request: HttpRequest) -> HttpResponse:
+            return HttpResponse("all runs")
+
+        assert problems([path("x", naked, name="x")]) == ["x is not a View of the API"]
+
+    def test_a_view_of_drf(self) -> None:
+        class Naked(APIView):
+            def get(self, request: Request) -> Response:
+                return Response([])
+
+        assert problems([path("x", Naked.as_view(), name="x")]) == ["x is not a View of the API"]
+
+    def test_a_method_without_a_rule_cannot_even_be_routed(self) -> None:
+        class Forgotten(View):
+            def get(self, request: Request) -> Response:
+                return Response([])
+
+        with pytest.raises(ImproperlyConfigured, match=r"Forgotten\.get has no access rule"):
+            Forgotten.as_view()
+
+    def test_a_new_url(self) -> None:
+        class New(View):
+            @operation(sees(Run))
+            def get(self, request: Request, run: Run) -> Response:
+                return Response([])
+
+        assert problems([path("x/<uuid:id>", New.as_view(), name="x")]) == ["x has no rule in the contract"]
+
+    def test_a_rule_that_was_loosened(self) -> None:
+        class Loose(View):
+            @operation(sees(Run))
+            def post(self, request: Request, run: Run) -> Response:
+                return Response([])
+
+        (told,) = problems([path("x/<uuid:id>", Loose.as_view(), name="run-cancel")])
+        assert told.startswith("run-cancel lets others in")
+
+    def test_a_method_that_was_added(self) -> None:
+        class More(View):
+            @operation(sees(Run))
+            def get(self, request: Request, run: Run) -> Response:
+                return Response([])
+
+            @operation(SIGNED_IN)
+            def delete(self, request: Request) -> Response:
+                return Response([])
+
+        (told,) = problems([path("x/<uuid:id>", More.as_view(), name="run")])
+        assert told.startswith("run lets others in")
+
+    def test_a_gate_of_its_own(self) -> None:
+        class Own(View):
+            def initial(self, request: Request, *args: Any, **kwargs: Any) -> None:
+                self.given = {}
+
+            @operation(sees(Run))
+            def get(self, request: Request) -> Response:
+                return Response([])
+
+        assert problems([path("x", Own.as_view(), name="run")]) == ["run has a gate of its own: initial"]
+
+
+# --- everybody, everywhere ------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Caller:
+    """Somebody who calls. `signed_in` is None for those who are nobody to the API."""
+
+    name: str
+    client: Client
+    headers: dict[str, str]
+    user: User | None
+
+    def send(self, method: str, address: str, body: Any = None) -> Any:
+        data = {} if body is None else {"data": orjson.dumps(body), "content_type": "application/json"}
+        return self.client.generic(method, address, headers=self.headers, **data)  # type: ignore[arg-type]
+
+
+def with_key(name: str, key: str, user: User | None = None) -> Caller:
+    return Caller(name, Client(), {"Authorization": f"Bearer {key}"}, user)
+
+
+def with_session(user: User) -> Caller:
+    client = Client()
+    client.force_login(user)
+    return Caller(f"{user.username}, signed in", client, {}, user)
+
+
+def staff(name: str, *permissions: str) -> User:
+    user = User.objects.create_user(name, is_staff=True)
+    return granted(user, *permissions)
+
+
+def granted(user: User, *permissions: str) -> User:
+    for permission in permissions:
+        label, _, codename = permission.partition(".")
+        user.user_permissions.add(Permission.objects.get(content_type__app_label=label, codename=codename))
+    return user
+
+
+@tool
+def look_up(number: int) -> str:
+    """Look up an order."""
+    return f"order {number}"
+
+
+@dataclass
+class Scene:
+    """A thread with a run that has failed after a step, so that all can be done to it; and a message, and a tool call."""
+
+    owner: User | None
+    thread: Thread
+    run: Run
+
+    def __post_init__(self) -> None:
+        message = Message.objects.filter(thread=self.thread).order_by("position").first()
+        assert message is not None
+        self.message = message
+        self.call = ToolCall.objects.get(run_id=self.run.pk)
+
+    def address(self, name: str) -> str:
+        ids: dict[str, list[Any]] = {"docs-asset": ["start.js"]}
+        rule = next(iter(RULES[name].values()))
+        if rule.of is not None:
+            row = {Thread: self.thread, Run: self.run, Message: self.message, ToolCall: self.call}[rule.of]  # type: ignore[index]
+            ids[name] = [row.pk]
+        return reverse(f"longhaul:{name}", args=ids.get(name)) + QUERIES.get(name, "")
+
+
+Play = Callable[[User | None], Scene]
+
+
+@pytest.fixture
+def play(db: None, scripted_model: ScriptedModel, monkeypatch: pytest.MonkeyPatch) -> Play:
+    monkeypatch.setattr(agents.registry, "_agents", {**agents.registry.all()})
+    clerk = agents.registry.add(agents.Agent(name="clerk", model="openai:test", tools=[look_up]))
+
+    def made(owner: User | None) -> Scene:
+        scripted_model.say(call("look_up", number=1042), ProviderError("auth", "the key is wrong"))
+        run = clerk.start("Where is order 1042?", owner=owner)
+        run_to_end(run)
+        assert (run.status, run.steps) == ("failed", 1)
+        return Scene(owner, run.thread, run)
+
+    return made
+
+
+@pytest.fixture
+def nobodies(db: None) -> list[Caller]:
+    ann, gone = User.objects.get_or_create(username="ann")[0], User.objects.create_user("gone")
+    revoked_row, revoked = create_key(ann, "revoked")
+    revoke(revoked_row)
+    _, expired = create_key(ann, "expired", lasts=timedelta(0))
+    _, inactive = create_key(gone)
+    left = with_session(gone)
+    User.objects.filter(pk=gone.pk).update(is_active=False)
+    return [
+        Caller("nobody", Client(), {}, None),
+        with_key("a revoked key", revoked),
+        with_key("an expired key", expired),
+        with_key("a made-up key", "lh_" + "x" * 43),
+        with_key("an inactive owner's key", inactive),
+        Caller("an inactive user, signed in", left.client, {}, None),
+        Caller("a password", Client(), {"Authorization": "Basic YW5uOnB3"}, None),
+    ]
+
+
+@pytest.fixture
+def somebodies(db: None) -> list[Caller]:
+    ann = User.objects.get_or_create(username="ann")[0]
+    every = {*TO_SEE.values(), *TO_ACT.values()}
+    users = [
+        ann,
+        granted(User.objects.create_user("bob, no staff, with all permissions"), *every),
+        staff("staff without permissions"),
+        staff("staff who see", *TO_SEE.values()),
+        staff("staff who may act and not see", *(set(TO_ACT.values()))),
+        staff("staff with all permissions", *every),
+        User.objects.create_superuser("root"),
+    ]
+    sessions = [with_session(user) for user in (ann, users[1], users[2], users[-1])]
+    return [*(with_key(user.username, create_key(user)[1], user) for user in users), *sessions]
+
+
+def expected(rules: dict[str, Rule], method: str, user: User | None, owner: User | None) -> int | None:
+    """The status that the contract wants, None for being let in."""
+    rule = rules.get("GET" if method == "HEAD" else method)
+    if rule is not None and rule.public:
+        return None
+    if all(each.public for each in rules.values()):
+        return 405
+    if user is None:
+        return 401
+    if rule is None:
+        return 405
+    if rule.of is None or (owner is not None and user == owner):
+        return None
+    if not (user.is_staff and user.has_perm(TO_SEE[rule.of])):  # type: ignore[index]
+        return 404
+    return None if rule.verb == "view" or user.has_perm(TO_ACT[rule.verb]) else 403
+
+
+@contextmanager
+def undone() -> Iterator[None]:
+    with transaction.atomic():
+        yield
+        transaction.set_rollback(True)
+
+
+@pytest.mark.parametrize("owned", [True, False], ids=["ann's", "nobody's"])
+@pytest.mark.parametrize("name", sorted(RULES))
+def test_everybody_is_answered_as_the_contract_says(
+    name: str, owned: bool, play: Play, nobodies: list[Caller], somebodies: list[Caller]
+) -> None:
+    if not owned and all(rule.of is None for rule in RULES[name].values()):
+        return  # there is no row whose owner would matter
+    owner = User.objects.get(username="ann") if owned else None
+    scene = play(owner)
+    address = scene.address(name)
+    let_in: list[tuple[Caller, str]] = []
+    before = rows()
+    # A row without an owner differs for who is signed in, and where it is asked for.
+    callers = [*nobodies, *somebodies] if owned else somebodies
+    methods = METHODS if owned else tuple(RULES[name])
+    for caller in callers:
+        for method in methods:
+            body = BODIES.get(name, {}) if method not in ("GET", "HEAD") else None
+            status = expected(RULES[name], method, caller.user, owner)
+            if status is None:
+                let_in.append((caller, method))
+                continue
+            response = caller.send(method, address, body)
+            assert response.status_code == status, (caller.name, method, response.content)
+            assert response["Content-Type"] == "application/json"
+            if status == 401:
+                assert response["WWW-Authenticate"] == 'Bearer realm="longhaul"'
+            if status == 405:
+                allowed = {*RULES[name], *({"HEAD"} if "GET" in RULES[name] else ())}
+                assert set(response["Allow"].split(", ")) == allowed
+            for secret in (str(scene.thread.pk), str(scene.run.pk), "1042", "clerk"):
+                assert secret not in response.content.decode().replace(address, "")
+    assert rows() == before
+    assert let_in, "somebody must be let in"
+    for caller, method in let_in:
+        body = BODIES.get(name, {}) if method not in ("GET", "HEAD") else None
+        with undone():
+            response = caller.send(method, address, body)
+        said = view_of(next(each for each in urls.urlpatterns if each.name == name)).operations()
+        answers = set(said["get" if method == "HEAD" else method.lower()].answers)
+        assert response.status_code in answers | {ELSE.get(name)}, (caller.name, method, response.content)
+
+
+@pytest.mark.parametrize(
+    "name, method",
+    [
+        (name, method)
+        for name, rules in RULES.items()
+        for method, rule in rules.items()
+        if rule.of and rule.verb != "view"
+    ],
+)
+def test_staff_need_just_the_one_permission(name: str, method: str, play: Play) -> None:
+    scene = play(User.objects.create_user("ann"))
+    rule = RULES[name][method]
+    see, act = TO_SEE[rule.of], TO_ACT[rule.verb]  # type: ignore[index]
+    allowed = with_session(staff("one", see, act))
+    not_allowed = with_session(staff("all but one", see, *({*TO_SEE.values(), *TO_ACT.values()} - {act})))
+    unseeing = with_session(staff("acts unseeing", *({*TO_SEE.values(), *TO_ACT.values()} - {see})))
+    address, body = scene.address(name), BODIES.get(name, {})
+    assert not_allowed.send(method, address, body).status_code == 403
+    assert unseeing.send(method, address, body).status_code == 404
+    assert allowed.send(method, address, body).status_code in (200, 201, 202, 204)
+
+
+@pytest.mark.parametrize(
+    "name", sorted(name for name, rules in RULES.items() if any(rule.of for rule in rules.values()))
+)
+def test_what_may_not_be_seen_is_answered_like_what_is_not_there(name: str, play: Play, api_of: Any) -> None:
+    scene = play(User.objects.create_user("ann"))
+    bob: Api = api_of("bob")
+    there = scene.address(name)
+    rule = next(iter(RULES[name].values()))
+    row: Any = {Thread: scene.thread, Run: scene.run, Message: scene.message, ToolCall: scene.call}[rule.of]  # type: ignore[index]
+    nowhere = there.replace(str(row.pk), str(uuid4()))
+    for method in METHODS:
+        body = BODIES.get(name, {}) if method not in ("GET", "HEAD") else None
+        answers = [bob.client.generic(
+            method, address, orjson.dumps(body) if body is not None else b"", "application/json",
+            headers={"Authorization": f"Bearer {bob.key}"},
+        ) for address in (there, nowhere)]  # fmt: skip
+        assert answers[0].status_code in (404, 405)
+        assert answers[0].status_code == answers[1].status_code
+        assert answers[0].content == answers[1].content
+        assert dict(answers[0].items()) == dict(answers[1].items())

@@ -153,6 +153,10 @@ class Handler(ExceptionHandler):
             headers["Retry-After"] = "1"
         return headers
 
+    def report_exception(self, exc: APIException, response: Response) -> None:
+        if exc.status_code != status.HTTP_501_NOT_IMPLEMENTED:  # what this server cannot do is no fault of it
+            super().report_exception(exc, response)
+
     def format_exception(self, exc: APIException) -> dict[str, Any]:
         formatted: dict[str, Any] = Formatter(exc, self.context, self.exc).run()
         return formatted

@@ -8,7 +8,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 
-MODULES = ("step_cost", "resume", "rolling_restart", "flat_cost", "memory", "celery_events", "provider")
+MODULES = ("step_cost", "resume", "rolling_restart", "flat_cost", "memory", "celery_events", "provider", "http")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

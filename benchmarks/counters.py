@@ -97,4 +97,5 @@ class StatementLog:
 def _shape(statement: str) -> str:
     """Return a statement without its values, short enough for a table."""
     text = re.sub(r"'[^']*'", "'?'", statement)
+    text = re.sub(r"\"s\d+_x\d+\"", "?", text)  # Django names a savepoint by its thread
     return re.sub(r"\b\d+\b", "?", text)[:100]

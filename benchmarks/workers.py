@@ -22,9 +22,9 @@ POOLS: dict[str, tuple[str, ...]] = {
 }
 
 
-def prepare(rig: Rig) -> None:
+def prepare(rig: Rig, settings: str = "benchmarks.settings") -> None:
     """Make the tables, and be the benchmark's own process to Django. Call once, inside the rig."""
-    os.environ["DJANGO_SETTINGS_MODULE"] = "benchmarks.settings"
+    os.environ["DJANGO_SETTINGS_MODULE"] = settings
     import django
     from django.core.management import call_command
     from django.db import connection

@@ -269,14 +269,20 @@ def prepare_database(secret: str) -> None:
     connections.close_all()
 
 
-def _is_migrated() -> bool:
-    from django.db import connection
+def _refuse_unmigrated() -> None:
+    """Raise DevError unless the database answers and has all tables."""
+    from django.db import DatabaseError, connection
     from django.db.migrations.executor import MigrationExecutor
 
-    executor = MigrationExecutor(connection)
-    plan = executor.migration_plan(executor.loader.graph.leaf_nodes())
-    connection.close()
-    return not plan
+    try:
+        executor = MigrationExecutor(connection)
+        plan = executor.migration_plan(executor.loader.graph.leaf_nodes())
+    except DatabaseError as error:
+        raise DevError(f"The database of DATABASE_URL does not answer ({type(error).__name__}).") from None
+    finally:
+        connection.close()
+    if plan:
+        raise DevError("The database of DATABASE_URL is not migrated. Run: .venv/bin/python manage.py migrate")
 
 
 # --- all of it ------------------------------------------------------------------------------------------------------
@@ -321,7 +327,8 @@ def _say_when_ready(stack: Stack, done: threading.Event) -> None:
     while not done.wait(READY_SECONDS):
         answer = health.readiness()
         if answer["ready"]:
-            stack.say(f"everything is up after {time.monotonic() - began:.0f} s; Ctrl-C ends it")
+            took = time.monotonic() - began
+            stack.say(f"everything is up after {took:.0f} s: {stack.address('web')}/admin/; Ctrl-C ends it")
             return
         if time.monotonic() - began > patience:
             missing = {name: check["detail"] for name, check in answer["checks"].items() if not check["ok"]}
@@ -353,8 +360,7 @@ def run(printer: Printer) -> None:
         django.setup()
         if own_database:
             # Somebody's own database: neither its tables nor its users are ours to change.
-            if not _is_migrated():
-                raise DevError("The database of DATABASE_URL is not migrated. Run: .venv/bin/python manage.py migrate")
+            _refuse_unmigrated()
             login = "a user of your own (manage.py createsuperuser)"
         else:
             prepare_database(secret)

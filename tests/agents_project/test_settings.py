@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 from django.contrib.auth.models import User
 
@@ -47,3 +51,17 @@ def test_the_session_has_real_servers(servers: embedded.Servers) -> None:
     assert User.objects.count() == 0
     with redis.Redis.from_url(servers.redis_url) as client:
         assert client.ping()
+
+
+@pytest.mark.parametrize(("said", "sends"), [("1", "True"), ("0", "False"), ("", "False"), (None, "False")])
+def test_celerys_events_are_on_only_where_the_environment_says_so(said: str | None, sends: str) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "LONGHAUL_CELERY_EVENTS"}
+    if said is not None:
+        environment["LONGHAUL_CELERY_EVENTS"] = said
+    ask = "from agents_project.celery import app; print(app.conf.worker_send_task_events)"
+
+    told = subprocess.run(
+        [sys.executable, "-c", ask], cwd=embedded.PROJECT, env=environment, capture_output=True, text=True
+    )
+
+    assert (told.stdout.strip(), told.returncode) == (sends, 0), told.stderr

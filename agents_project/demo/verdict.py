@@ -15,6 +15,7 @@ from agents_project.demo.models import Ledger
 from agents_project.demo.source import Package
 from agents_project.demo.supervisor import Kill
 from runs.models import Event, Leg, Run, Status, Step
+from runs.verification import verify
 from threads.models import Message, MessageStatus, Role
 from tools.models import CallStatus, Outcome, ToolAttempt, ToolCall
 
@@ -95,6 +96,7 @@ def judge(run: Run, kills: Sequence[Kill], asked: Sequence[str], violations: int
     a_step = Counter(calls.values_list("step", flat=True))
     steps = Step.objects.filter(run=run).count()
     resumed = [resumed_after(run.pk, kill) for kill in kills]
+    differences = verify(run).differences
 
     claims = [
         Claim("the run is completed", run.status == Status.COMPLETED, f"{run.status} ({run.stop_reason})"),
@@ -113,6 +115,7 @@ def judge(run: Run, kills: Sequence[Kill], asked: Sequence[str], violations: int
         ),
         Claim("no message is pending", pending == 0, str(pending)),
         Claim("no invariant is violated", violations == 0, f"{violations} violations"),
+        Claim("the event log alone tells the same run", not differences, f"{len(differences)} differences"),
     ]
     for kind in asked:
         kill = next((each for each in kills if each.kind == kind), None)
@@ -155,6 +158,7 @@ def judge(run: Run, kills: Sequence[Kill], asked: Sequence[str], violations: int
         "pending_messages": pending,
         "resumed_after_ms": [None if after is None else milliseconds(after) for after in resumed],
         "violations": violations,
+        "differences": len(differences),
         "duration_s": round(duration.total_seconds(), 2),
     }
     return Verdict(tuple(claims), figures)
@@ -179,6 +183,7 @@ def judge_audit(run: Run, package: Package, violations: int, duration: timedelta
     again = [call for call in calls if call.name == "list_modules" and call.outcome == Outcome.SUCCESS] + looked[-1:]
     tools = {tool.name: tool for tool in audit.TOOLS}
     same = [call.result == tools[call.name](**call.arguments) for call in again]
+    differences = verify(run).differences
 
     claims = [
         Claim("the run is completed", run.status == Status.COMPLETED, f"{run.status} ({run.stop_reason})"),
@@ -192,6 +197,7 @@ def judge_audit(run: Run, package: Package, violations: int, duration: timedelta
         Claim("the report says how many modules there are", modules in numbers_in(report), f"{modules:,}"),
         Claim("no message is pending", pending == 0, str(pending)),
         Claim("no invariant is violated", violations == 0, f"{violations} violations"),
+        Claim("the event log alone tells the same run", not differences, f"{len(differences)} differences"),
     ]
     figures = {
         "status": run.status,
@@ -208,6 +214,7 @@ def judge_audit(run: Run, package: Package, violations: int, duration: timedelta
         "most_running_at_once": running,
         "pending_messages": pending,
         "violations": violations,
+        "differences": len(differences),
         "duration_s": round(duration.total_seconds(), 2),
         "report": report,
     }

@@ -221,6 +221,7 @@ def test_the_main_job_survives_both_kills_and_says_so_in_one_line(demo_environme
         "pending_messages",
         "resumed_after_ms",
         "violations",
+        "differences",
         "duration_s",
         "audit",
     ]
@@ -231,7 +232,7 @@ def test_the_main_job_survives_both_kills_and_says_so_in_one_line(demo_environme
     assert figures["tool_attempts"] > 50
     assert (figures["kills"], len(figures["resumed_after_ms"])) == (2, 2)
     assert figures["discarded_messages"] >= 1
-    assert (figures["pending_messages"], figures["violations"]) == (0, 0)
+    assert (figures["pending_messages"], figures["violations"], figures["differences"]) == (0, 0, 0)
     # And the audit after it asked for several tools at once, which ran at once, and told real numbers
     audit = figures["audit"]
     assert (audit["status"], audit["package"]) == ("completed", "celery")
@@ -240,7 +241,7 @@ def test_the_main_job_survives_both_kills_and_says_so_in_one_line(demo_environme
     assert audit["most_running_at_once"] >= 2
     assert audit["tool_calls"] == audit["tool_attempts"] == 24
     assert f"{audit['undocumented']:,} of {audit['public_names']:,} public names have none" in audit["report"]
-    assert (audit["pending_messages"], audit["violations"]) == (0, 0)
+    assert (audit["pending_messages"], audit["violations"], audit["differences"]) == (0, 0, 0)
     # And it told what happened, and left nothing running
     assert "kill -9 agents-" in err
     assert "kill -9 tools-" in err

@@ -20,6 +20,7 @@ from django.db import connection
 from agents_project.demo.model_server import Cut, ModelCall, ModelServer, Pause, Reply, Silence, Status, Text, ToolCall
 from runs import Run, invariants
 from runs.agents import registry
+from runs.verification import verify_all
 from tests.workers.app.agents import worker_test
 from tools.models import Worker
 
@@ -161,7 +162,7 @@ def kit(django_db_setup: None, tmp_path_factory: pytest.TempPathFactory) -> Iter
 
 @pytest.fixture
 def workers(kit: Kit, transactional_db: None) -> Iterator[Kit]:
-    """Workers of every kind; afterwards nothing runs on, and no invariant is violated."""
+    """Workers of every kind; afterwards nothing runs on, no invariant is violated, and the logs tell what the tables hold."""
     registry.add(worker_test)
     kit.up(agents=2, tools=1, control=1)
     yield kit
@@ -169,3 +170,4 @@ def workers(kit: Kit, transactional_db: None) -> Iterator[Kit]:
         run.cancel()
     report = invariants.check()
     assert not any(report.violations.values()), str(report)
+    assert [f"{told.run}: {each}" for told in verify_all() for each in told.differences] == []

@@ -117,6 +117,8 @@ class Ear:
         self._lock = threading.RLock()
         self._events: dict[str, set[Wake]] = {}
         self._pubsub: Any = None
+        self._stale = False  # a channel may be missing from the subscription
+        self._away_until = 0.0
         self._thread: threading.Thread | None = None
 
     @contextlib.contextmanager
@@ -133,11 +135,23 @@ class Ear:
         loop = asyncio.get_running_loop()
         wake = LoopWake(loop)
         # In a thread, for a Redis that hangs would hold up the loop.
-        await loop.run_in_executor(None, self._add, channel, wake)
+        added = loop.run_in_executor(None, self._add, channel, wake)
+
+        def remove(_: object = None) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop was closed, and all that listened on it has gone
+                loop.run_in_executor(None, self._remove, channel, wake)
+
         try:
+            # Not for long: who listens looks once a second itself. And not cancelled with its caller, who may have left
+            # while it subscribed: it is undone below.
+            await asyncio.wait([added], timeout=_PAUSE_SECONDS)
             yield wake.event
         finally:
-            loop.run_in_executor(None, self._remove, channel, wake)  # not awaited: who leaves was perhaps cancelled
+            # Not awaited: who leaves was perhaps cancelled.
+            if added.done():
+                remove()
+            else:
+                added.add_done_callback(remove)
 
     def _add(self, channel: str, wake: Wake) -> None:
         with self._lock:
@@ -161,11 +175,15 @@ class Ear:
         if client is None:
             return
         try:
+            if time.monotonic() < self._away_until:
+                self._stale = True
+                return  # it has just not answered: hundreds of listeners would each wait for it in turn
             if self._pubsub is None:
                 self._pubsub = _pubsub(client)
             self._pubsub.subscribe(channel)
         except (RedisError, OSError):
-            return  # the thread subscribes again when Redis is back
+            self._away_until = time.monotonic() + _PAUSE_SECONDS
+            self._stale = True  # the thread subscribes to all when Redis is back
         finally:
             if self._thread is None or not self._thread.is_alive():
                 self._thread = threading.Thread(target=self._hear, name="longhaul-ear", daemon=True)
@@ -174,7 +192,7 @@ class Ear:
     def _hear(self) -> None:
         while True:
             try:
-                if self._pubsub is None:
+                if self._pubsub is None or self._stale:
                     self._renew()
                 heard = self._pubsub.get_message(timeout=5.0)
             except (RedisError, OSError, ValueError, AttributeError):
@@ -196,7 +214,7 @@ class Ear:
             channels = list(self._events)
             if channels:
                 made.subscribe(*channels)
-            self._pubsub = made
+            self._pubsub, self._stale = made, False
 
     def _wake_all(self) -> None:
         with self._lock:

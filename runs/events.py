@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Container, Iterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Container, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, TypeVar
 from uuid import UUID
+from weakref import WeakKeyDictionary
 
 from runs import bells
 from runs.models import Event
@@ -17,6 +18,7 @@ from threads import database
 
 BATCH = 1000
 LOOK_SECONDS = 1.0  # how often a reader looks though no bell rang
+LOOKS_AT_ONCE = 8  # of the readers of one event loop; Django's pool is often not much larger
 TERMINAL_TYPES = frozenset({"run.completed", "run.failed", "run.cancelled"})
 
 
@@ -107,26 +109,37 @@ def _over(run_id: UUID, after: int) -> bool:
 
 async def afollow(run_id: UUID, after: int = 0) -> AsyncIterator[RunEvent]:
     """`follow`, from async code."""
-    async for batch in abatches(run_id, after):
-        for event in batch:
-            yield event
+    async with contextlib.aclosing(abatches(run_id, after)) as batches:
+        async for batch in batches:
+            for event in batch:
+                yield event
 
 
-async def abatches(run_id: UUID, after: int = 0, size: int = BATCH) -> AsyncIterator[list[RunEvent]]:
+Looked = TypeVar("Looked")
+_turns: WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Semaphore] = WeakKeyDictionary()
+
+
+async def _look(at: Callable[..., Looked], *args: Any) -> Looked:
+    """Ask the database in a thread. Few at once: readers who are woken together would want every connection there is."""
+    async with _turns.setdefault(asyncio.get_running_loop(), asyncio.Semaphore(LOOKS_AT_ONCE)):
+        return await database.apart(at)(*args)
+
+
+async def abatches(run_id: UUID, after: int = 0, size: int = BATCH) -> AsyncGenerator[list[RunEvent], None]:
     """Yield the events after the cursor in batches, and those to come, until the terminal one or the run's deletion.
 
-    An empty batch says about once a second that nothing came. Holds neither a thread nor a connection while it waits.
+    An empty batch says about once a second that nothing came. Holds no connection while it waits.
     """
     async with bells.ear().alisten(bells.run_channel(run_id)) as rung:
         while True:
             rung.clear()
-            batch: list[RunEvent] = await database.apart(read)(run_id, after, size)
+            batch = await _look(read, run_id, after, size)
             yield batch
             if batch:
                 after = batch[-1].seq
                 if batch[-1].terminal:
                     return
-            elif await database.apart(_over)(run_id, after):
+            elif await _look(_over, run_id, after):
                 return
             if len(batch) < size:
                 with contextlib.suppress(TimeoutError):
@@ -139,7 +152,7 @@ async def await_status(run_id: UUID, statuses: Container[str], timeout_seconds: 
     async with bells.ear().alisten(bells.run_channel(run_id)) as rung:
         while True:
             rung.clear()
-            status = await database.apart(_status)(run_id)
+            status = await _look(_status, run_id)
             if status is None or status in statuses:
                 return True
             remaining = until - time.monotonic()

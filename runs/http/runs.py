@@ -9,7 +9,7 @@ from uuid import UUID
 
 import orjson
 from django.db.models import Q
-from django.http import HttpResponseBase
+from django.http import Http404, HttpResponseBase
 from django.urls import reverse
 from pydantic import ConfigDict, Field, model_validator
 from rest_framework.request import Request
@@ -138,9 +138,19 @@ def _started(view: View, request: Request, body: forms.NewRun, start: Callable[[
             "This server speaks WSGI, which cannot stream: leave `stream` out, and read /events or /wait of the run.",
             "needs_asgi", 501,
         )  # fmt: skip
-    answer = once(request, view.body, lambda: run_answer(start(), 202))
+    started: list[Run] = []
+
+    def work() -> Answer:
+        started.append(start())
+        return run_answer(started[0], 202)
+
+    answer = once(request, view.body, work)
     if body.stream:
-        return stream_of(UUID(answer.data["id"]), headers=answer.headers)
+        id = UUID(answer.data["id"])
+        # The first answer is told again, but a stream shows what the run says now: it may be gone, or somebody else's.
+        if not started and not visible(Run, request.user).filter(pk=id).exists():
+            raise Http404
+        return stream_of(id, headers=answer.headers)
     return answered(answer)
 
 

@@ -1,14 +1,18 @@
-"""What waits: the event stream of a run, and the long poll for its end. Neither holds a thread or a connection meanwhile."""
+"""What waits: the event stream of a run, and the long poll for its end. Neither holds a connection while it waits.
+
+Django's ASGI handler keeps a thread for each open answer, asleep. Its ORM is used in that one, so none waits for another's.
+"""
 
 from __future__ import annotations
 
 import time
 from collections.abc import AsyncIterator, Mapping
+from contextlib import aclosing
 from typing import Annotated, Any, Literal
 from uuid import UUID
 
 from django.core.handlers.asgi import ASGIRequest
-from django.http import StreamingHttpResponse
+from django.http import HttpResponse, HttpResponseBase, StreamingHttpResponse
 from django.urls import reverse
 from pydantic import Field
 from rest_framework.request import Request
@@ -56,7 +60,7 @@ class WaitQuery(Query):
 
 class StreamOfRun(AsyncView):
     @operation(sees(Run), name="stream_run", query=StreamQuery, answers={200: ((STREAM, str),)}, raises=(413, 415, 501))
-    async def get(self, request: Request, run: Run, query: StreamQuery) -> StreamingHttpResponse:
+    async def get(self, request: Request, run: Run, query: StreamQuery) -> HttpResponseBase:
         """Follow a run: its events after the cursor, then live ones, to its last.
 
         A `Last-Event-ID` header wins over `starting_after`, so a browser's EventSource resumes by itself.
@@ -67,11 +71,11 @@ class StreamOfRun(AsyncView):
         sees(Run), name="stream_run_by_post", query=StreamQuery, body=StreamBody, answers={200: ((STREAM, str),)},
         raises=(501,),
     )  # fmt: skip
-    async def post(self, request: Request, run: Run, query: StreamQuery, body: StreamBody) -> StreamingHttpResponse:
+    async def post(self, request: Request, run: Run, query: StreamQuery, body: StreamBody) -> HttpResponseBase:
         """Follow a run, with the parameters in the body."""
         return self._stream(request, run, query, body)
 
-    def _stream(self, request: Request, run: Run, query: StreamQuery, body: StreamBody) -> StreamingHttpResponse:
+    def _stream(self, request: Request, run: Run, query: StreamQuery, body: StreamBody) -> HttpResponseBase:
         if not can_stream(request):
             raise Refused("This server speaks WSGI, which cannot stream: use /events or /wait.", "needs_asgi", 501)
         told = body.model_copy(update=provided(query))
@@ -84,7 +88,10 @@ class StreamOfRun(AsyncView):
         if after > run.last_seq:
             name = "Last-Event-ID" if seen else "starting_after"
             raise BadField(name, f"The run's last event so far is {run.last_seq}.")
-        return stream_of(run.pk, after=after, batch=told.batch_size, pings=told.include_pings)
+        response = stream_of(run.pk, after=after, batch=told.batch_size, pings=told.include_pings)
+        if request.method == "HEAD":  # its answer has no body, and must not wait for the run's end to say so
+            return HttpResponse(content_type=STREAM, headers=dict(response.items()))
+        return response
 
 
 def can_stream(request: Request) -> bool:
@@ -105,14 +112,15 @@ async def _frames(run_id: UUID, after: int, batch: int, pings: bool) -> AsyncIte
     sent = time.monotonic()
     # What is sent before the first event lets a client, and a proxy, know that the stream stands.
     yield b": longhaul\n\n"
-    async for found in events.abatches(run_id, after, batch):
-        if found:
-            yield b"".join(map(frame, found))
-        elif time.monotonic() - sent < PING_SECONDS:
-            continue
-        else:
-            yield b"event: ping\ndata: {}\n\n" if pings else b": ping\n\n"
-        sent = time.monotonic()
+    async with aclosing(events.abatches(run_id, after, batch)) as batches:
+        async for found in batches:
+            if found:
+                yield b"".join(map(frame, found))
+            elif time.monotonic() - sent < PING_SECONDS:
+                continue
+            else:
+                yield b"event: ping\ndata: {}\n\n" if pings else b": ping\n\n"
+            sent = time.monotonic()
 
 
 def frame(event: RunEvent) -> bytes:

@@ -34,18 +34,18 @@ TABLES = (
 )
 
 _BEGUN = ["message.completed user", "run.queued start", "run.started", "leg.started", "message.created 1"]
-_SPOKEN = ["text.delta 1", "message.completed 1", "leg.ended finished", "run.completed"]
+_SPOKEN = ["text.delta 1", "message.completed 1", "leg.ended finished", "run.completed end_turn"]
 _CALLED = [*_BEGUN, "text.delta 1", "tool_call.created", "message.completed 1", "leg.ended tools"]
 # The log of a run of each kind: a type, and which message or reason it is about.
 LOGS: dict[str, Sequence[str]] = {
     "short": [*_BEGUN, *_SPOKEN],
     "tool": [
-        *_CALLED, "run.waiting", "tool_call.started", "tool_call.settled", "message.completed tool", "run.queued tools",
-        "leg.started", "message.created 2", "text.delta 2", "message.completed 2", "leg.ended finished", "run.completed",
+        *_CALLED, "run.waiting", "tool_call.started", "tool_call.settled success", "message.completed tool", "run.queued tools",
+        "leg.started", "message.created 2", "text.delta 2", "message.completed 2", "leg.ended finished", "run.completed end_turn",
     ],
     "long": [*_BEGUN, *["text.delta 1"] * 1000, *_SPOKEN],
-    "failed": [*_BEGUN, "text.delta 1", "message.discarded", "leg.ended failed", "run.failed"],
-    "cancelled": [*_BEGUN, "message.discarded", "leg.ended cancelled", "run.cancelled"],
+    "failed": [*_BEGUN, "text.delta 1", "message.discarded", "leg.ended failed", "run.failed model_error"],
+    "cancelled": [*_BEGUN, "message.discarded", "leg.ended cancelled", "run.cancelled cancelled"],
     "queued": ["message.completed user", "run.queued start"],
     "held": ["run.held"],
     "running": [*_BEGUN, "text.delta 1", "text.delta 1"],
@@ -76,7 +76,8 @@ $$
 _TABLES = """
 CREATE TEMPORARY TABLE crowd (
     n integer PRIMARY KEY, id uuid, thread integer, thread_id uuid, turn bigint, owner_id integer, agent text, kind text,
-    status text, at timestamptz, ended timestamptz, said uuid, first uuid, told uuid, last uuid, leg uuid, leg2 uuid, call uuid);
+    status text, at timestamptz, ended timestamptz, said uuid, first uuid, told uuid, last uuid, leg uuid, leg2 uuid, call uuid,
+    asked jsonb, calling jsonb, answered jsonb, result jsonb);
 CREATE TEMPORARY TABLE crowd_log (kind text, seq integer, leg integer, type text, about text);
 """
 # `n` counts runs from 0, the oldest first. A thread's runs lie as far apart as there are threads, so the live ones, the last,
@@ -101,6 +102,18 @@ FROM (SELECT n, (CASE WHEN n >= %(unheld)s::int THEN n - %(held)s::int ELSE n EN
                   WHEN chance %% 5 = 1 THEN 'tool' ELSE 'short' END AS kind
       FROM (SELECT n, (n::bigint * 7919 + 12345) %% 1000003 AS chance FROM generate_series(0, %(runs)s::int - 1) AS n) AS s) AS p
 """
+# What was said: the question, the message that calls, the answer (as many words as a long run streamed), the call's result.
+_SAID = """
+UPDATE crowd SET
+    asked = jsonb_build_array(jsonb_build_object('type', 'text', 'text', 'Question ' || n || ', and what it is about.')),
+    calling = jsonb_build_array(
+        jsonb_build_object('type', 'text', 'text', 'Let me look.'),
+        jsonb_build_object('type', 'tool_call', 'tool_call', call, 'name', 'take', 'arguments', '{"number": 1}'::jsonb)),
+    answered = jsonb_build_array(jsonb_build_object('type', 'text', 'text',
+        CASE kind WHEN 'long' THEN repeat('word after ', 1001) ELSE 'The answer to question ' || n || '.' END)),
+    result = jsonb_build_array(jsonb_build_object(
+        'type', 'tool_result', 'tool_call', call, 'name', 'take', 'outcome', 'success', 'result', 1))
+"""
 _THREADS = """
 INSERT INTO longhaul_threads_thread (id, owner_id, agent, title, summary, metadata, overrides, created_at)
 SELECT DISTINCT ON (thread) thread_id, owner_id, agent, 'Conversation ' || thread, '', '{}', '{}', at FROM crowd ORDER BY thread, n
@@ -120,12 +133,12 @@ INSERT INTO longhaul_runs_run (
 SELECT id, thread_id, owner_id, agent, status,
        CASE status WHEN 'completed' THEN 'end_turn' WHEN 'failed' THEN 'model_error' WHEN 'cancelled' THEN 'cancelled' ELSE '' END,
        'start', 0, 'enqueue', 0, '{}', 'prompt_and_output', jsonb_build_object('customer', n % 1000), said, '',
-       CASE WHEN kind = 'tool' THEN 2 WHEN kind IN ('queued', 'held') THEN 0 ELSE 1 END,
+       CASE WHEN kind IN ('tool', 'cancelled') THEN 2 WHEN kind IN ('queued', 'held') THEN 0 ELSE 1 END,
        CASE WHEN kind = 'running' THEN %s::uuid END,
        CASE kind WHEN 'tool' THEN 2 WHEN 'held' THEN 0 ELSE 1 END,
        CASE WHEN kind = 'running' THEN first END, CASE WHEN kind = 'running' THEN 2 ELSE 0 END,
        CASE WHEN kind = 'running' THEN longhaul_now() + interval '1 day' END,
-       CASE WHEN kind = 'queued' THEN 1 ELSE 0 END, CASE WHEN kind = 'queued' THEN longhaul_now() + interval '1 day' END,
+       CASE WHEN kind = 'queued' THEN 1 ELSE 0 END, CASE WHEN kind = 'queued' THEN longhaul_now() + interval '10 s' END,
        l.length, CASE WHEN kind = 'tool' THEN 2 WHEN kind IN ('short', 'long', 'waiting', 'requires_action') THEN 1 ELSE 0 END,
        CASE WHEN kind = 'tool' THEN 2 WHEN kind IN ('queued', 'held') THEN 0 ELSE 1 END,
        0, 0, 0, CASE WHEN kind IN ('queued', 'held', 'running') THEN 0 ELSE 900 END,
@@ -141,19 +154,13 @@ INSERT INTO longhaul_threads_message (
 SELECT m.id, c.thread_id, c.id, m.step, m.role, m.status, CASE WHEN m.status <> 'waiting' THEN c.turn * 4 + m.place END, m.content,
        '{}', '', true, c.at
 FROM crowd c CROSS JOIN LATERAL (VALUES
-    (said, NULL::integer, 'user', CASE WHEN kind = 'held' THEN 'waiting' ELSE 'completed' END, 1,
-     jsonb_build_array(jsonb_build_object('type', 'text', 'text', 'Question ' || n || ', and what it is about.')), true),
+    (said, NULL::integer, 'user', CASE kind WHEN 'held' THEN 'waiting' ELSE 'completed' END, 1, asked, true),
     (first, 1, 'assistant',
      CASE WHEN kind = 'running' THEN 'pending' WHEN kind IN ('failed', 'cancelled') THEN 'discarded' ELSE 'completed' END, 2,
-     CASE WHEN kind IN ('running', 'failed', 'cancelled') THEN '[]'::jsonb
-          WHEN kind IN ('tool', 'waiting', 'requires_action') THEN jsonb_build_array(
-              jsonb_build_object('type', 'tool_call', 'tool_call', call, 'name', 'take', 'arguments', '{"number": 1}'::jsonb))
-          ELSE jsonb_build_array(jsonb_build_object('type', 'text', 'text', 'The answer to question ' || n || '.')) END,
-     kind NOT IN ('queued', 'held')),
-    (told, 1, 'tool', 'completed', 3, jsonb_build_array(jsonb_build_object(
-        'type', 'tool_result', 'tool_call', call, 'name', 'take', 'outcome', 'success', 'result', 1)), kind = 'tool'),
-    (last, 2, 'assistant', 'completed', 4,
-     jsonb_build_array(jsonb_build_object('type', 'text', 'text', 'The answer to question ' || n || '.')), kind = 'tool')
+     CASE WHEN kind IN ('running', 'failed', 'cancelled') THEN '[]'
+          WHEN kind IN ('tool', 'waiting', 'requires_action') THEN calling ELSE answered END, kind NOT IN ('queued', 'held')),
+    (told, 1, 'tool', 'completed', 3, result, kind = 'tool'),
+    (last, 2, 'assistant', 'completed', 4, answered, kind = 'tool')
     ) AS m(id, step, role, status, place, content, there)
 WHERE m.there ORDER BY c.n, m.place
 """
@@ -164,7 +171,7 @@ INSERT INTO longhaul_tools_toolcall (
 SELECT call, id, first, 1, 0, 'take', '{"number": 1}',
        CASE kind WHEN 'tool' THEN 'settled' WHEN 'waiting' THEN 'requested' ELSE 'awaiting_approval' END,
        CASE kind WHEN 'tool' THEN 'success' ELSE '' END, CASE kind WHEN 'tool' THEN '1'::jsonb END, 1, 3, call::text, true, false,
-       false, interval '60 s', '', CASE kind WHEN 'waiting' THEN longhaul_now() + interval '1 day' END, 1, at,
+       false, interval '60 s', '', CASE kind WHEN 'waiting' THEN longhaul_now() + interval '10 s' END, 1, at,
        CASE kind WHEN 'tool' THEN ended END
 FROM crowd WHERE kind IN ('tool', 'waiting', 'requires_action') ORDER BY n
 """
@@ -204,17 +211,24 @@ INSERT INTO longhaul_runs_event (run_id, seq, type, at, epoch, message_id, ordin
 SELECT c.id, l.seq, l.type, c.at + l.seq * interval '10 ms',
        CASE WHEN l.type ~ '^(leg|text|message.cr)' THEN l.leg END,
        CASE l.about WHEN '1' THEN first WHEN '2' THEN last END, CASE WHEN l.type = 'text.delta' THEN l.seq - 5 END,
-       CASE split_part(l.type, '.', 1)
-       WHEN 'text' THEN jsonb_build_object('message', CASE l.about WHEN '1' THEN first ELSE last END, 'text', 'The answer to it ')
-       WHEN 'message' THEN CASE l.about WHEN 'user' THEN jsonb_build_object('message', said, 'role', 'user', 'client_id', '',
-               'content', jsonb_build_array(jsonb_build_object('type', 'text', 'text', 'Question ' || n || ', and what it is about.')))
-           WHEN 'tool' THEN jsonb_build_object('message', told, 'role', 'tool', 'step', 1)
-           ELSE jsonb_build_object('message', CASE l.about WHEN '2' THEN last ELSE first END, 'role', 'assistant',
-                                   'step', CASE l.about WHEN '2' THEN 2 ELSE 1 END) END
-       WHEN 'leg' THEN jsonb_build_object('leg', l.leg, 'epoch', l.leg, 'worker', 'agents@crowd') || CASE
-           WHEN l.about = '' THEN '{}'::jsonb ELSE jsonb_build_object('reason', l.about) END
-       WHEN 'tool_call' THEN jsonb_build_object('tool_call', call, 'name', 'take', 'message', first)
-       ELSE CASE WHEN l.about = '' THEN '{}'::jsonb ELSE jsonb_build_object('reason', l.about) END END
+       CASE WHEN l.type = 'text.delta' THEN jsonb_build_object('message', CASE l.about WHEN '1' THEN first ELSE last END, 'text',
+                CASE WHEN kind = 'long' THEN 'word after ' WHEN l.about = '2' OR kind = 'short' THEN answered->0->>'text'
+                     ELSE 'Let me look.' END)
+            WHEN l.about = 'user' THEN jsonb_build_object('message', said, 'role', 'user', 'client_id', '', 'content', asked)
+            WHEN l.about = 'tool' THEN jsonb_build_object('message', told, 'role', 'tool', 'step', 1, 'content', result)
+            WHEN l.type = 'message.discarded' THEN jsonb_build_object('message', first, 'reason', kind)
+            WHEN l.type LIKE 'message.%' THEN jsonb_build_object(
+                'message', CASE l.about WHEN '2' THEN last ELSE first END, 'role', 'assistant', 'step', l.about::integer)
+                || CASE WHEN l.type = 'message.created' THEN '{}' ELSE jsonb_build_object(
+                    'content', CASE WHEN l.about = '1' AND kind <> 'short' AND kind <> 'long' THEN calling ELSE answered END) END
+            WHEN l.type LIKE 'leg.%' THEN jsonb_strip_nulls(jsonb_build_object(
+                'leg', l.leg, 'epoch', l.leg, 'worker', 'agents@crowd', 'reason', nullif(l.about, '')))
+            WHEN l.type LIKE 'tool_call.%' THEN jsonb_strip_nulls(jsonb_build_object(
+                'tool_call', call, 'name', 'take', 'message', first, 'outcome', nullif(l.about, ''),
+                'result', CASE WHEN l.about <> '' THEN 1 END))
+            WHEN l.type IN ('run.completed', 'run.failed', 'run.cancelled') THEN jsonb_build_object('stop_reason', l.about)
+            WHEN l.type IN ('run.waiting', 'run.requires_action') THEN jsonb_build_object('tool_calls', jsonb_build_array(call))
+            WHEN l.about <> '' THEN jsonb_build_object('reason', l.about) ELSE '{}' END
 FROM crowd c JOIN crowd_log l USING (kind) ORDER BY c.n, l.seq
 """
 
@@ -267,6 +281,7 @@ def fill(
             "long": EVERY_LONG,
         }
         cursor.execute(_PLAN, values)
+        cursor.execute(_SAID)
         cursor.execute("ANALYZE crowd")
         cursor.execute(_THREADS)
         cursor.execute(_WORKER)

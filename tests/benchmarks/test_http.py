@@ -10,6 +10,7 @@ import pytest
 from benchmarks import crowd
 from benchmarks.http import CALLS, Results, Sample, chosen, figures, tables
 from benchmarks.http_client import Refused, measure
+from runs import invariants
 from runs.models import LIVE, Event, Run
 from tests.benchmarks.conftest import Quick
 from threads.models import Message, Thread
@@ -69,6 +70,8 @@ def test_a_crowd_is_what_runs_would_have_left() -> None:
         "running",
     }
     assert Run.objects.filter(owner__username=crowd.MANY).count() == 100
+    report = invariants.check()
+    assert report.clean, str(report)
 
 
 def test_a_client_refuses_what_the_plan_does_not_expect() -> None:

@@ -155,6 +155,23 @@ def form_of(model: type[BaseModel], mode: Mode) -> tuple[Described, dict[str, De
     return made, named
 
 
+def frame_of(event: Described) -> Described:
+    """Describe one frame of a stream, as a client's parser gives it."""
+    return {
+        "title": "Frame",
+        "description": "One frame of an event stream. A ping has neither an id nor anything in its data.",
+        "type": "object",
+        "required": ["event", "data"],
+        "properties": {
+            "id": {"type": "string", "pattern": "^[1-9][0-9]*$", "description": "the event's seq"},
+            "event": {"type": "string", "description": "the event's type, or `ping`"},
+            "data": {"type": "string", "contentMediaType": "application/json", "contentSchema": event},
+        },
+        "if": {"required": ["id"]},
+        "else": {"properties": {"event": {"const": "ping"}, "data": {"const": "{}", "contentSchema": {}}}},
+    }
+
+
 def parameters_of(form: type[BaseModel]) -> list[Described]:
     """Describe the fields of a query's form."""
     schema = form.model_json_schema(schema_generator=Forms)
@@ -248,10 +265,13 @@ class Schema(AutoSchema):
         if kind == STREAM:
             from runs.http.events import Event
 
-            event = self._form(Event, "serialization")
-            schema = {"type": "string", "description": FRAMES, "x-event": event}
-            self._register("EventStream", schema)
-            return {"schema": {"$ref": "#/components/schemas/EventStream"}, "example": examples.FRAMES}
+            self._register("EventStream", {"type": "string", "description": FRAMES})
+            self._register("Frame", frame_of(self._form(Event, "serialization")))
+            return {
+                "schema": {"$ref": "#/components/schemas/EventStream"},
+                "x-itemSchema": {"$ref": "#/components/schemas/Frame"},  # OpenAPI 3.2 has itemSchema
+                "example": examples.FRAMES,
+            }
         if isinstance(form, type) and issubclass(form, BaseModel):
             content: Described = {"schema": self._form(form, "serialization")}
         elif form is str:

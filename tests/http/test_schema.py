@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import warnings
 from contextlib import redirect_stderr
 from importlib.metadata import version
@@ -60,7 +61,7 @@ def test_every_url_and_method_is_in_the_document(document: dict[str, Any]) -> No
     routed = set()
     for pattern in urls.urlpatterns:
         assert isinstance(pattern, URLPattern)
-        address = "/" + str(pattern.pattern).replace("<uuid:", "{").replace("<str:", "{").replace(">", "}")
+        address = "/" + re.sub(r"<\w+:(\w+)>", r"{\1}", str(pattern.pattern))
         view: Any = pattern.callback.view_class  # type: ignore[attr-defined]
         routed |= {(address, method) for method in METHODS if hasattr(view, method)}
     assert set(operations(document)) == routed

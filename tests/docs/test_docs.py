@@ -82,7 +82,12 @@ def test_a_command_that_is_not_run_here_is_run_by_the_test_that_is_named(block: 
         assert words(command)[0] == "make"
         answer = subprocess.run(["make", "-n", *words(command)[1:]], cwd=ROOT, capture_output=True, text=True)
         assert answer.returncode == 0, answer.stderr
-        runs = {"demo": "manage.py demo", "clean": "agents_project.embedded remove --all", "dev": "agents_project.dev", "test": "-m pytest"}
+        runs = {
+            "demo": "manage.py demo",
+            "clean": "agents_project.embedded remove --all",
+            "dev": "agents_project.dev",
+            "test": "-m pytest",
+        }
         assert runs[words(command)[1]] in answer.stdout
 
 

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from datetime import timedelta
 from decimal import Decimal
 from typing import Any
 from unittest import mock
 
+import orjson
 import pytest
 from asgiref.sync import sync_to_async
 from django.contrib.auth.models import User
 from django.db import connection, transaction
 
-from runs import admission
+from runs import admission, agents
 from runs.agents import Agent
 from runs.exceptions import BadInput, IdempotencyConflict, NothingToDo
 from runs.models import Run
@@ -245,6 +247,56 @@ def test_what_the_run_says_wins_over_its_thread_and_that_over_its_agent(
     assert texts(request) == ["2"]
     assert (last.tool_choice, run.stop_reason) == ("none", "max_steps")
     assert_invariants(run)
+
+
+NEAREST: dict[str, tuple[tuple[Any, Any, Any], Callable[[Run, ScriptedModel], Any]]] = {
+    # what agent, thread and run say, and what came of it
+    "model": (("scripted:a", "scripted:t", "scripted:r"), lambda run, model: f"scripted:{model.requests[0].model}"),
+    "instructions": (("a", "t", "r"), lambda run, model: model.requests[0].instructions),
+    "tools": (([add, shout], ["shout"], ["add"]), lambda run, model: asked(model.requests[0])["tools"]),
+    "tool_choice": (("required", "add", "shout"), lambda run, model: model.requests[0].tool_choice),
+    "limits": (
+        ({"max_steps": 2}, {"max_steps": 4}, {"max_steps": 3}),
+        lambda run, model: {"max_steps": run.steps},
+    ),
+    "context": (
+        ({"last_messages": 4}, {"last_messages": 2}, {"last_messages": 3}),
+        lambda run, model: {"last_messages": len(model.requests[0].messages)},
+    ),
+    "options": (({"seed": 1}, {"seed": 2}, {"seed": 3}), lambda run, model: model.requests[0].options),
+    "output_schema": (({"const": "a"}, {"const": "t"}, {"const": "r"}), lambda run, model: {"const": run.output}),
+}
+
+
+@pytest.mark.parametrize("layers", [1, 2, 3], ids=["agent", "thread", "run"])
+@pytest.mark.parametrize("key", NEAREST)
+def test_the_nearest_that_says_something_wins(cast: Cast, scripted_model: ScriptedModel, key: str, layers: int) -> None:
+    (of_agent, of_thread, of_run), came_of_it = NEAREST[key]
+    said = (of_agent, of_thread, of_run)[layers - 1]
+
+    def answer(messages: list[dict[str, Any]]) -> Any:
+        if key == "output_schema":
+            return orjson.dumps(said["const"]).decode()
+        goes_on = key == "limits" and scripted_model.requests[-1].tool_choice != "none"
+        return call("add", a=1, b=2) if goes_on else "done"
+
+    scripted_model.answer = answer
+    agent = cast(**{"tools": [add, shout], key: of_agent})
+    thread = Thread.objects.create(overrides={key: of_thread} if layers > 1 else {})
+    thread.save_many([{"role": "user", "content": str(number)} for number in range(5)])
+    run = run_to_end(agent.start("hello", thread=thread, **({key: of_run} if layers > 2 else {})))
+    assert run.status == "completed", run.why()
+    found = came_of_it(run, scripted_model)
+    assert found == ([each.name for each in said] if key == "tools" and layers == 1 else said)
+    assert set(NEAREST) == set(agents.OVERRIDES)
+    assert_invariants(run)
+
+
+def test_context_sources_are_not_there_yet(agent: Agent) -> None:
+    with refused(BadInput, "sources", "not there yet"):
+        agent.start("hello", context={"sources": ["thread"]})
+    with refused(BadInput, "sources"):
+        agent.start("hello", thread=Thread(overrides={}), context={"sources": []})
 
 
 def test_a_tool_may_be_named_by_itself(agent: Agent, scripted_model: ScriptedModel) -> None:

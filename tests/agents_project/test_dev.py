@@ -311,6 +311,9 @@ def test_one_command_brings_all_up_survives_kills_and_ends_without_a_trace(up: D
     assert up.get(f"{web}/admin/login/", login=False)[0] == 200
     assert "--primary" in up.get(f"{web}/static/admin/css/base.css", login=False)[1]
 
+    assert up.get(f"{web}/healthz", login=False)[0] == 200
+    assert json.loads(up.get(f"{web}/readyz", login=False)[1])["ready"] is True
+
     # Flower wants to know who asks
     for path in ("/", "/tasks", "/workers", "/api/tasks", "/api/workers"):
         assert up.get(f"{flower_url}{path}", login=False)[0] == 401, path
@@ -335,7 +338,9 @@ def test_one_command_brings_all_up_survives_kills_and_ends_without_a_trace(up: D
             assert task["args"] == f"tool=test_tool agent=tester run={run} attempt=1"
     # Its page leads to the admin's
     some = next(iter(tasks()))
-    assert f'href="{web}/admin/longhaul_runs/run/task/{some}/"' in up.get(f"{flower_url}/task/{some}")[1]
+    page = f"{web}/admin/longhaul_runs/run/task/{some}/"
+    assert f'href="{page}"' in up.get(f"{flower_url}/task/{some}")[1]
+    assert "id_password" in up.get(page, login=False)[1]  # which is there, behind the admin's login
 
     # Whoever kills a worker sees it come back, and the next run go through
     for kind in ("agents", "tools"):

@@ -19,6 +19,7 @@ from celery._state import get_current_app
 from django.db import connections
 
 from runs import health
+from runs.sweep import SWEEP_LOCK
 from tests.protocol.rows import Database, World
 from tools.models import Worker
 
@@ -138,6 +139,17 @@ def test_without_workers_it_says_which_are_missing(world: World) -> None:
     assert (answer["ready"], failed(answer)) == (False, {"tools", "control"})
     assert answer["checks"]["agents"]["present"] == 1
     assert answer["checks"]["tools"] == {"ok": False, "detail": "no workers present", "present": 0}
+
+
+def test_who_holds_the_sweeps_lock_sweeps_while_it_asks(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    world.db.execute("SELECT pg_advisory_lock(%s)", SWEEP_LOCK)
+
+    assert asked()["checks"]["control"] == {"ok": True, "detail": "a worker of several kinds sweeps", "present": 0}
+
+    # A process that was stopped keeps the lock, and asks nothing more
+    health.DATABASE.forget()
+    monkeypatch.setattr(health, "SWEPT_WITHIN", timedelta(microseconds=1))
+    assert asked()["checks"]["control"]["detail"] == "no workers present"
 
 
 def test_a_child_of_a_prefork_worker_is_no_worker_more(world: World) -> None:

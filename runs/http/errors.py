@@ -106,12 +106,17 @@ def _unions(errors: Iterable[Any]) -> list[tuple[str, Any]]:
     named = []
     for found in errors:
         steps: list[str] = []
-        for step in found["loc"]:
-            if isinstance(step, str) and steps and (step in _ALTERNATIVES or "[" in step):
+        for place, step in enumerate(found["loc"]):
+            said = found["type"] == "extra_forbidden" and place == len(found["loc"]) - 1  # by the client
+            if isinstance(step, str) and not said and (step[:1] == "[" or (steps and _alternative(step))):
                 continue
             steps.append(str(step))
         named.append((".".join(steps) or "non_field_errors", found))
     return named
+
+
+def _alternative(step: str) -> bool:
+    return step in _ALTERNATIVES or "[" in step
 
 
 _ALTERNATIVES = frozenset({"str", "list", "int", "float", "bool", "dict", "uuid", "nullable"})

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 from uuid import UUID
 
-from pydantic import ConfigDict, Field, RootModel
+from pydantic import ConfigDict, Discriminator, Field, RootModel, Tag
 from typing_extensions import TypeAliasType
 
 from runs.http.body import Given
@@ -31,7 +31,7 @@ class Limits(Given):
     """What bounds a run. What is left out counts as the thread's, then the agent's, then the settings'."""
 
     max_steps: Annotated[int | None, Field(ge=1, le=1_000_000)] = None
-    max_total_tokens: Annotated[int | None, Field(ge=1, le=2**62)] = None
+    max_total_tokens: Annotated[int | None, Field(ge=1, le=10**12)] = None
     max_cost: Annotated[float | None, Field(gt=0, le=10**9)] = None
     deadline_seconds: Annotated[float | None, Field(gt=0, le=315_360_000)] = None
     leg_budget_seconds: Annotated[float | None, Field(gt=0, le=315_360_000)] = None
@@ -52,8 +52,16 @@ class NewMessage(Given):
     client_id: Name | None = None
 
 
-class NewMessages(RootModel[NewMessage | Annotated[list[NewMessage], Field(min_length=1)]]):
-    """One message, or a list of them."""
+def _one_or_many(given: object) -> str:
+    return "[many]" if isinstance(given, list) else "[one]"
+
+
+One = Annotated[NewMessage, Tag("[one]")]
+Many = Annotated[list[NewMessage], Field(min_length=1), Tag("[many]")]
+
+
+class NewMessages(RootModel[Annotated[One | Many, Discriminator(_one_or_many)]]):
+    """One message, or a list of them. Which it is, is seen before: mistakes are told of that form only."""
 
     model_config = ConfigDict(strict=True)
 

@@ -26,6 +26,7 @@ from runs.invariants import snapshot
 from runs.models import OCCUPYING, Run
 from threads import clock, transcript
 from threads.content import clean
+from threads.exceptions import BadInput, within
 from threads.models import Message, MessageStatus, Role, Thread
 
 OVERRIDES = ("model", "instructions", "tools", "limits", "context")
@@ -82,7 +83,8 @@ class Threads(View):
             with transaction.atomic():
                 _write(thread, body)
                 if body.messages:
-                    thread.save_many(said(body.messages))
+                    with within("messages"):
+                        thread.save_many(said(body.messages))
             return Answer(201, _shown(thread), {"Location": _address(thread)})
 
         return answered(once(request, self.body, work))
@@ -170,7 +172,12 @@ class Messages(View):
 
         def work() -> Answer:
             given = body.root if isinstance(body.root, list) else [body.root]
-            saved = thread.save_many(said(given))
+            try:
+                saved = thread.save_many(said(given))
+            except BadInput as error:
+                if error.attr and not isinstance(body.root, list):
+                    error.attr = error.attr.partition(".")[2]  # the client sent no list
+                raise
             stored = Message.objects.in_bulk([message.pk for message in saved])
             return Answer(201, {"results": answers.messages(stored[message.pk] for message in saved)})
 

@@ -28,8 +28,8 @@ class Api:
         self.client = Client()
 
     def call(self, method: str, path: str, body: Any = None, *, status: int | None = None, **headers: str) -> Any:
-        given = body if isinstance(body, bytes) else json.dumps(body)
-        data = {} if body is None else {"data": given, "content_type": "application/json"}
+        given = body if isinstance(body, bytes) else b"" if body is None else json.dumps(body)
+        data = {} if method in ("get", "head") else {"data": given, "content_type": "application/json"}
         response = getattr(self.client, method)(
             path, headers={"Authorization": f"Bearer {self.key}", **headers}, **data
         )

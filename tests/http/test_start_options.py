@@ -10,7 +10,7 @@ import pytest
 from runs import agents
 from runs.agents import Agent
 from runs.models import Run
-from runs.pytest_longhaul import ScriptedModel, assert_invariants, run_to_end
+from runs.pytest_longhaul import ScriptedModel, assert_invariants, call, run_to_end
 from tests.http.conftest import Api
 from tests.runs.scenes import asked, rows, texts
 from threads.models import Message, Thread
@@ -229,8 +229,6 @@ def test_limits_are_laid_over_one_another_key_by_key(api: Api, clerk: Agent) -> 
 
 
 def test_a_limit_ends_the_run(api: Api, clerk: Agent, scripted_model: ScriptedModel) -> None:
-    from runs.pytest_longhaul import call
-
     scripted_model.say(call("look_up", number=1), "Enough.")
     run = ended(api, api.post("/api/runs", {"agent": "clerk", "input": "go", "limits": {"max_steps": 2}}, 202))
     assert (run["status"], run["stop_reason"], run["steps"]) == ("completed", "max_steps", 2)

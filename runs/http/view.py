@@ -26,6 +26,7 @@ from pydantic import BaseModel
 from rest_framework.authentication import BaseAuthentication, SessionAuthentication
 from rest_framework.exceptions import APIException, MethodNotAllowed, NotAuthenticated, PermissionDenied
 from rest_framework.negotiation import BaseContentNegotiation
+from rest_framework.parsers import BaseParser
 from rest_framework.request import Request
 from rest_framework.response import Response
 from rest_framework.settings import api_settings
@@ -98,6 +99,15 @@ def operation(rule: Rule, **told: Any) -> Callable[[Handler], Handler]:
     return mark
 
 
+class Unread(BaseParser):
+    """Leaves the body where it is: `Body` reads it. DRF asks too, for a CSRF token in a form, and finds none."""
+
+    media_type = "*/*"
+
+    def parse(self, stream: Any, media_type: str | None = None, parser_context: Any = None) -> Any:
+        return {}
+
+
 class OnlyJSON(BaseContentNegotiation):
     """One form of answers, whatever is accepted: a client that cannot read JSON reads no error either."""
 
@@ -129,7 +139,7 @@ class View(APIView):
     """A resource of the API. The host's own DRF settings change nothing of it but who is signed in."""
 
     renderer_classes = (JSONRenderer,)
-    parser_classes = ()
+    parser_classes = (Unread,)
     permission_classes = ()
     throttle_classes: Sequence[type[BaseThrottle]] = (Rate, StartRate)
     content_negotiation_class = OnlyJSON

@@ -44,22 +44,38 @@ class Body:
             raise ParseError("The body ended too early.") from error
         if len(data) > most:
             raise TooLarge(_too_large(most))
-        if data and request.content_type != "application/json":
-            raise UnsupportedMediaType(
-                request.content_type or "none", "Send JSON, with Content-Type: application/json."
-            )
+        if data:
+            _readable(request)
         return cls(data or b"{}")
 
     def form(self, form: type[Form]) -> Form:
-        """Return the body as its form. Raises pydantic's ValidationError."""
+        """Return the body as its form. Raises ParseError, pydantic's ValidationError."""
+        self.value()  # pydantic takes NaN, and numbers of any length, which no column does
         return form.model_validate_json(self.data)
+
+    def value(self) -> Any:
+        """Return the body's JSON. Raises ParseError."""
+        try:
+            return orjson.loads(self.data)
+        except orjson.JSONDecodeError as error:
+            raise ParseError(f"The body is not JSON: {error}.") from error
 
     def fingerprint(self, *more: str) -> str:
         """SHA-256 (hex) of what the body says, however it is spaced, and of what else tells two requests apart."""
-        found = hashlib.sha256(orjson.dumps(orjson.loads(self.data), option=orjson.OPT_SORT_KEYS))
+        found = hashlib.sha256(orjson.dumps(self.value(), option=orjson.OPT_SORT_KEYS))
         for each in more:
             found.update(b"\0" + each.encode())
         return found.hexdigest()
+
+
+def _readable(request: HttpRequest) -> None:
+    """Raises UnsupportedMediaType for anything but plain JSON in UTF-8."""
+    charset = request.content_params.get("charset", "utf-8") if request.content_params else "utf-8"
+    if request.content_type != "application/json" or charset.lower() not in ("utf-8", "utf8"):
+        raise UnsupportedMediaType(request.content_type or "none", "Send JSON, with Content-Type: application/json.")
+    encoding = request.META.get("HTTP_CONTENT_ENCODING", "identity")
+    if encoding.lower() != "identity":
+        raise UnsupportedMediaType(encoding, "Send the body as it is, without a Content-Encoding.")
 
 
 def _too_large(most: int) -> str:

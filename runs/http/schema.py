@@ -113,7 +113,7 @@ def request_headers(said: Operation) -> list[Described]:
     if STREAM in {kind for answer in said.answers.values() if isinstance(answer, tuple) for kind, _ in answer} and (
         said.rule.verb == "view"
     ):
-        seen = {"type": "string", "pattern": "^[0-9]{1,18}$"}
+        seen = {"type": "string", "pattern": "^[0-9]{0,18}$"}
         found.append(("Last-Event-ID", seen, "the last seq that you have seen; wins over `starting_after`"))
     if 304 in said.answers:
         found.append(("If-None-Match", {"type": "string"}, "the ETag of the last answer: 304 when nothing has changed"))

@@ -7,6 +7,7 @@ from typing import Any
 import schemathesis
 
 AGENT = "worker_test"
+TOOLS = ["plain", "idempotent"]  # of this agent's
 SECONDS = 0.2  # /wait: a server that waits is no news
 
 
@@ -34,7 +35,16 @@ def map_query(context: schemathesis.HookContext, query: Any) -> Any:
 
 @schemathesis.hook
 def map_body(context: schemathesis.HookContext, body: Any) -> Any:
-    """Name the agent that there is where a valid name stands: what is refused for that alone shows nothing else."""
-    if isinstance(body, dict) and isinstance(body.get("agent"), str) and 0 < len(body["agent"]) <= 200:
-        body["agent"] = AGENT
+    """Say what there is where something valid is said: what is refused for a name alone shows nothing else."""
+    if not isinstance(body, dict):
+        return body
+    for name, known in {"agent": AGENT, "model": "openai:test", "tool_choice": "auto"}.items():
+        if isinstance(body.get(name), str) and 0 < len(body[name]) <= 200:
+            body[name] = known
+    tools = body.get("tools")
+    if isinstance(tools, list) and all(isinstance(each, str) and len(each) <= 200 for each in tools):
+        body["tools"] = TOOLS[: len(tools)]
+    if isinstance(body.get("message"), str) and "input" in body:
+        del body["message"]  # one of both may be said
+    map_body(context, body.get("overrides"))
     return body

@@ -23,7 +23,7 @@ from runs.exceptions import LonghaulError
 from runs.http import events, examples, forms, schema, urls
 from runs.http.errors import status_of
 from runs.http.view import METHODS
-from runs.models import Event, Run
+from runs.models import Run
 from runs.pytest_longhaul import ScriptedModel, call, run_to_end
 from tests.http.conftest import Api
 from tools import ModelRetry, tool
@@ -242,4 +242,3 @@ class TestEvents:
             for name in line.split("|")[1].split(",")
         }
         assert told == set(events.FORMS)
-        assert Event._meta.get_field("type")

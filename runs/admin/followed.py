@@ -57,7 +57,7 @@ class Followed(Listed):
 
     @admin.display(description="thread")
     def thread_link(self, row: Any) -> str:
-        return marks.link(self.admin_site, Thread, row.thread_id, row.thread.title or row.thread_id)
+        return marks.link(self.admin_site, Thread, row.thread_id, row.thread.title or "untitled")
 
     @admin.display(description="created")
     def created(self, row: Any) -> str:

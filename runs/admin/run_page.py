@@ -185,7 +185,7 @@ def _events(site: AdminSite, request: HttpRequest, run: Run) -> Section:
             "seq": marks.link(site, Event, event.pk, event.seq),
             "type": event.type,
             "at": marks.moment(event.at),
-            "payload": marks.pretty(event.payload),
+            "payload": marks.compact(event.payload),
         }
         for event in reversed(rows)
     ]

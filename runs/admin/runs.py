@@ -7,7 +7,7 @@ from uuid import UUID
 
 from django.contrib import admin, messages
 from django.core.exceptions import PermissionDenied
-from django.db.models import Q, QuerySet
+from django.db.models import QuerySet
 from django.http import Http404, HttpRequest, HttpResponse, HttpResponseRedirect
 from django.urls import path, reverse
 
@@ -18,6 +18,7 @@ from runs.admin.followed import Followed, Section, is_page
 from runs.models import LIVE, OCCUPYING, TERMINAL, Run, Status
 from threads.admin import marks
 from threads.admin.listing import (
+    WINDOW,
     Before,
     Choices,
     Created,
@@ -36,27 +37,47 @@ ORIGINS = ("start", "resume", "retry", "fork", "child", "handoff")
 
 
 class ByStatus(Filter):
-    """Live runs are found by the partial indexes that the protocol has for them; ended ones in the list's window."""
+    """Live runs are found by the indexes that the protocol has for them, unless very many live; others in the list's window."""
 
     title = "status"
     parameter_name = "status"
 
-    @property
-    def indexed(self) -> bool:  # type: ignore[override] # it depends on the value
-        return self.value() not in TERMINAL
+    def __init__(self, request: HttpRequest, params: dict[str, Any], model: type[Run], model_admin: Any) -> None:
+        super().__init__(request, params, model, model_admin)
+        self._request: Any = request
+        self._rows = model_admin.get_queryset
 
     def lookups(self, request: HttpRequest, model_admin: Any) -> Choices:
         return [("live", "live (any of the next five)"), *((each, each.replace("_", " ")) for each in Status.values)]
+
+    @property
+    def indexed(self) -> bool:  # type: ignore[override] # it depends on the value
+        return self.value() in (*LIVE, "live") and self._live() is not None
 
     def queryset(self, request: HttpRequest, queryset: QuerySet[Any]) -> QuerySet[Any]:
         value = self.value()
         if value is None:
             return queryset
-        # In the words of the indexes' own conditions, from which the planner sees that they hold the rows.
-        if value == "live":
-            return queryset.filter(Q(status__in=OCCUPYING) | Q(status=Status.HELD))
-        rows = queryset.filter(status=value)
-        return rows.filter(status__in=OCCUPYING) if value in OCCUPYING else rows
+        if value not in (*LIVE, "live"):
+            return queryset.filter(status=value)
+        live = self._live()
+        if live is not None:
+            return queryset.filter(pk__in=[pk for pk, status in live if value in ("live", status)])
+        return queryset.filter(status__in=LIVE if value == "live" else [value])
+
+    def _live(self) -> list[tuple[UUID, str]] | None:
+        """Return (id, status) of the live runs; None when there are WINDOW of them. Read once a request.
+
+        In the order of their partial indexes, so that the planner cannot choose to walk all runs for them.
+        """
+        if not hasattr(self._request, "longhaul_live"):
+            rows = self._rows(self._request).values_list("pk", "status")
+            occupying = list(rows.filter(status__in=OCCUPYING).order_by("thread_id")[:WINDOW])
+            held = list(rows.filter(status=Status.HELD).order_by("thread_id", "pk")[:WINDOW])
+            live = [*occupying, *held]
+            self._request.longhaul_live = live if len(live) < WINDOW else None
+        found: list[tuple[UUID, str]] | None = self._request.longhaul_live
+        return found
 
 
 def _agents() -> list[tuple[str, str]]:
@@ -65,7 +86,7 @@ def _agents() -> list[tuple[str, str]]:
 
 @admin.register(Run)
 class RunAdmin(Followed):
-    list_display = ("id", "state", "agent", "thread_link", "owner", "progress", "tokens", "created", "took")
+    list_display = ("id", "state", "agent", "thread_link", "owner", "steps", "created", "took")
     list_select_related = ("thread", "owner")
     list_filter = (
         belonging("thread"),
@@ -247,17 +268,20 @@ class RunAdmin(Followed):
         """Ask, then cancel. However many are selected, at most AT_ONCE live ones of them are taken."""
         form = cancel.ReasonForm(request.POST if "confirmed" in request.POST else None)
         chosen = queryset.select_related("thread", "owner")
+        # In the order of the live runs' own indexes: among 100,000 runs a few that live are not looked for one by one.
+        occupying = chosen.filter(status__in=OCCUPYING).order_by("thread_id")[: cancel.AT_ONCE + 1]
+        held = chosen.filter(status=Status.HELD).order_by("thread_id", "pk")[: cancel.AT_ONCE + 1]
+        live = [*occupying, *held]
         # Parents first, as the protocol locks them.
-        live = list(chosen.filter(status__in=LIVE)[: cancel.AT_ONCE + 1])
         taken = sorted(live[: cancel.AT_ONCE], key=lambda run: (run.depth, run.pk))
+        across = request.POST.get("select_across") == "1"
+        ended = [] if across else list(chosen.filter(status__in=TERMINAL)[: cancel.AT_ONCE])
         if "confirmed" in request.POST and form.is_valid():
-            ended = list(chosen.filter(status__in=TERMINAL)[: cancel.AT_ONCE])
             cancel.cancel(request, self, [*taken, *ended], form.cleaned_data["reason"])
             return None
         if not live:
             self.message_user(request, "These runs have all ended: they are unchanged.", messages.WARNING)
             return None
-        across = request.POST.get("select_across") == "1"
         return cancel.ask(
             request,
             self,
@@ -265,7 +289,7 @@ class RunAdmin(Followed):
             form,
             back=request.get_full_path(),
             action="cancel_selected",
-            unchanged=0 if across else chosen.filter(status__in=TERMINAL).count(),
+            unchanged=len(ended),
             more=len(live) > cancel.AT_ONCE,
         )
 

@@ -596,3 +596,58 @@ def test_a_key_is_made_shown_once_and_revoked(owner: User) -> None:
     assert "1 had been revoked before" in client.post(list_of(ApiKey), revoke, follow=True).content.decode()
     assert ApiKey.objects.get().revoked_at == first
     assert sum("Revoked" in each.get_change_message() for each in LogEntry.objects.all()) == 1
+
+
+# --- what the bounds leave out --------------------------------------------------------------------------------------
+
+
+def test_a_filter_without_an_index_looks_at_the_latest_rows_and_says_so(
+    run: Run, agent: Agent, admin_client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from threads.admin import listing
+
+    newer = [agent.start("Something else.") for _ in range(3)]
+    assert found(admin_client, Run, agent="clerk") == {str(each.pk) for each in (run, *newer)}
+    monkeypatch.setattr(listing, "WINDOW", 2)
+    assert found(admin_client, Run, agent="clerk") == {str(each.pk) for each in newer[1:]}
+    assert "has looked at the latest 2 rows" in html(admin_client, list_of(Run, agent="clerk"))
+    assert found(admin_client, Run, agent="clerk", before=newer[0].pk) == {str(run.pk)}
+    assert "has looked at" not in html(admin_client, list_of(Run, thread=run.thread_id, agent="clerk"))
+
+
+def test_live_runs_are_found_however_old_unless_very_many_live(
+    agent: Agent, admin_client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from runs.admin import runs as page
+    from threads.admin import listing
+
+    live = [agent.start("Go on.") for _ in range(4)]
+    monkeypatch.setattr(listing, "WINDOW", 2)
+    assert found(admin_client, Run, status="queued") == {str(each.pk) for each in live}
+    monkeypatch.setattr(page, "WINDOW", 4)
+    assert found(admin_client, Run, status="queued") == {str(each.pk) for each in live[2:]}
+    assert found(admin_client, Run, status="live") == {str(each.pk) for each in live[2:]}
+
+
+def test_a_list_leads_to_what_is_older(agent: Agent, admin_client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    from threads.admin import listing
+
+    runs = [agent.start("Go on.") for _ in range(5)]
+    monkeypatch.setattr(listing, "MOST", 4)
+    monkeypatch.setattr(listing.Listed, "list_per_page", 2)
+    first = admin_client.get(list_of(Run)).context["cl"]
+    assert [row.pk for row in first.result_list] == [runs[4].pk, runs[3].pk]
+    assert (first.result_count, first.older) == (4, "")
+    last = admin_client.get(list_of(Run, p=2)).context["cl"]
+    assert [row.pk for row in last.result_list] == [runs[2].pk, runs[1].pk]
+    assert found_at(admin_client, list_of(Run) + last.older) == {str(runs[0].pk)}
+
+
+def found_at(client: Client, url: str) -> set[str]:
+    return {str(row.pk) for row in client.get(url).context["cl"].result_list}
+
+
+def test_an_owner_is_not_deleted_with_what_the_protocol_owns(run: Run, owner: User, admin_client: Client) -> None:
+    page = admin_client.post(reverse("admin:auth_user_delete", args=[owner.pk]), {"post": "yes"})
+    assert page.status_code == 403
+    assert Run.objects.filter(pk=run.pk).exists()

@@ -15,6 +15,7 @@ from django.utils.safestring import SafeString
 
 NOTHING = "-"
 LINES = 12  # of JSON or text that stand open; what is longer is folded
+WIDE = 140  # characters of JSON that stand on one line
 LONGEST = 100_000  # characters of one value on a page
 
 
@@ -27,7 +28,7 @@ def moment(at: datetime | None) -> str:
 
 
 def span(time: timedelta | None) -> str:
-    """Return a length of time: `0.3 s`, `12.0 s`, `3 min 5 s`, `2 h 5 min`, `4 d 1 h`."""
+    """Return a length of time: `0.3 s`, `12.0 s`, `1 min`, `3 min 5 s`, `2 h 5 min`, `4 d 1 h`."""
     if time is None:
         return NOTHING
     seconds = max(time.total_seconds(), 0.0)
@@ -36,7 +37,8 @@ def span(time: timedelta | None) -> str:
     whole = round(seconds)
     for unit, size, smaller, part in (("d", 86400, "h", 3600), ("h", 3600, "min", 60), ("min", 60, "s", 1)):
         if whole >= size:
-            return f"{whole // size} {unit} {whole % size // part} {smaller}"
+            rest = whole % size // part
+            return f"{whole // size} {unit}" + (f" {rest} {smaller}" if rest else "")
     raise AssertionError(whole)
 
 
@@ -55,6 +57,14 @@ def pretty(value: Any) -> SafeString:
         return SafeString(NOTHING)
     said = written(value)
     return _folded(_block("lh-json", said), said)
+
+
+def compact(value: Any) -> SafeString:
+    """Return JSON on one line; a long one is folded, and indented in the fold."""
+    said = json.dumps(value, ensure_ascii=False, default=str)
+    if len(said) <= WIDE:
+        return code(said)
+    return folded(f"{said[:WIDE]} ... ({len(said):,} characters)", _block("lh-json", written(value)))
 
 
 def written(value: Any) -> str:

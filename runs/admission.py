@@ -183,9 +183,7 @@ def _insert(
         run.publishes = 1
         run.queued_at = moment
         run.next_publish_at = moment + FIRST_REPUBLISH
-        transcript.place(thread.pk, drafts)
-    run.save(force_insert=True)
-    Message.objects.bulk_create(drafts)
+        transcript.place(thread.pk, drafts, last=0 if new_thread else None)
     placed = [] if occupied else list(drafts)
     if message is not None:
         saved = Message.objects.select_for_update(no_key=True).filter(pk=message.pk).first()
@@ -194,13 +192,17 @@ def _insert(
         Message.objects.filter(pk=message.pk, run_id=None).update(run_id=run.pk)
         if saved.status != MessageStatus.WAITING:  # else it is told when it gets its place
             placed.insert(0, saved)
+    log: list[tuple[str, Mapping[str, Any]]] = [_said(each) for each in placed]
     if occupied:
-        lifecycle.record(run.pk, "run.held", {})
-    for draft in placed:
-        tell(run, draft)
+        log.insert(0, ("run.held", {}))
+    else:
+        log.append(("run.queued", {"reason": "start", **told}))
+    run.last_seq = len(log)
+    run.save(force_insert=True)
+    Message.objects.bulk_create(drafts)
+    lifecycle.begin_log(run.pk, moment, log)
     if occupied:
         return
-    lifecycle.record(run.pk, "run.queued", {"reason": "start", **told})
     run_id, agent = run.pk, run.agent
     # Between the commit and the publish a death costs a republish interval: the row says when it is due.
     transaction.on_commit(lambda: publish(run_id, 1, agent))
@@ -208,8 +210,12 @@ def _insert(
 
 def tell(run: Run, message: Message) -> None:
     """Say in the run's log what was said to it: who reads the log alone must see it. The caller holds the run, in a transaction."""
+    lifecycle.record(run.pk, *_said(message))
+
+
+def _said(message: Message) -> tuple[str, dict[str, Any]]:
     said = {"message": str(message.pk), "role": message.role, "content": message.content}
-    lifecycle.record(run.pk, "message.completed", {**said, "client_id": message.client_id})
+    return "message.completed", {**said, "client_id": message.client_id}
 
 
 def _admit_held(run: Run, thread: Thread) -> None:

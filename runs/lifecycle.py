@@ -6,7 +6,7 @@ Every function here is one round trip and, in autocommit, one commit. What the a
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from datetime import timedelta
+from datetime import datetime, timedelta
 from decimal import Decimal
 from typing import Any
 from uuid import UUID
@@ -212,6 +212,16 @@ def reclaim(run_id: UUID, epoch: int, holder: UUID) -> Any:
 def record(run_id: UUID, type: str, payload: Mapping[str, Any]) -> None:
     """Append an event. The caller holds the run, in a transaction."""
     database.call("SELECT longhaul_run_record(%s::uuid, %s::text, %s::jsonb)", (run_id, type, database.dumps(payload)))
+
+
+def begin_log(run_id: UUID, at: datetime, events: Sequence[tuple[str, Mapping[str, Any]]]) -> None:
+    """Write the first events of a run, from seq 1 on, in the transaction that inserts it with so many in `last_seq`."""
+    database.rows_of(
+        "INSERT INTO longhaul_runs_event (run_id, seq, type, at, payload)"
+        " SELECT %s::uuid, place, event->>0, %s::timestamptz, event->1"
+        " FROM jsonb_array_elements(%s::jsonb) WITH ORDINALITY AS log(event, place) RETURNING seq",
+        (run_id, at, database.dumps(events)),
+    )
 
 
 def due(limit: int = 200) -> list[tuple[UUID, int, str]]:

@@ -111,9 +111,13 @@ def delete_message(message: Message) -> None:
         current.delete()
 
 
-def place(thread_id: UUID, messages: Sequence[Message]) -> None:
-    """Give the messages the next places. The caller holds the occupying run, or the thread's row."""
-    last = Message.objects.filter(thread_id=thread_id).aggregate(last=Max("position"))["last"] or 0
+def place(thread_id: UUID, messages: Sequence[Message], *, last: int | None = None) -> None:
+    """Give the messages the next places. The caller holds the occupying run, or the thread's row.
+
+    last: the place of the thread's last message, for who knows it: 0 in a new thread.
+    """
+    if last is None:
+        last = Message.objects.filter(thread_id=thread_id).aggregate(last=Max("position"))["last"] or 0
     for number, message in enumerate(messages, start=last + 1):
         message.position = number
 

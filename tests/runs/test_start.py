@@ -57,6 +57,7 @@ def test_a_text_is_the_users_message_on_a_new_thread(agent: Agent) -> None:
         {"message": str(message.pk), "role": "user", "content": message.content, "client_id": "c1"}
     ]
     assert payloads(run, "run.queued") == [{"reason": "start"}]
+    assert run.last_seq == 2  # whoever gets the run from `start` reads on from here
     assert_invariants(run)
 
 

@@ -102,6 +102,7 @@ def fork(run: Run, after_step: int | None = None, **overrides: Any) -> Run:
                 admission.tell(new, message)
             new.input_message_id = inputs.get(run.input_message_id) if run.input_message_id else None
             new.save(update_fields=["input_message_id"])
+            new.refresh_from_db(fields=["last_seq"])  # whoever gets it reads on from here
         return new
 
 

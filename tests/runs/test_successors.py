@@ -275,6 +275,7 @@ def test_a_fork_goes_on_after_a_step_on_a_copy_of_the_thread(
     fork = worked.fork(after_step=step)
     assert (fork.parent, fork.origin, fork.status, fork.steps) == (worked, "fork", "queued", 0)
     assert (fork.metadata, fork.priority, fork.owner) == ({"m": 2}, 4, worked.owner)
+    assert fork.last_seq == fork.event_set.count()
     thread = fork.thread
     assert thread != worked.thread
     kept = ("owner_id", "agent", "title", "metadata", "overrides")

@@ -23,6 +23,7 @@ from runs.providers import port
 from runs.providers.openai import OpenAIProvider
 from runs.pytest_longhaul import ScriptedModel, call, run_to_end
 from runs.step_request import NoSuchStep, step_request
+from runs.verification import verify
 from tests.runs.scenes import Cast, agents_process
 from tests.runs.test_commands import ran
 from threads.models import Message, Thread
@@ -218,6 +219,19 @@ def test_what_the_thread_and_the_run_override_is_in_the_request(
     assert [each["function"]["name"] for each in first["tools"]] == ["refuse"]
     assert first["tool_choice"]["function"]["name"] == "refuse"
     assert last["tool_choice"] == "none"
+
+
+def test_an_output_schema_and_the_correction_of_an_answer_are_in_the_request(
+    cast: Cast, server: ModelServer, wire: Recorder
+) -> None:
+    server.script = lambda call: [Text("no json" if len(call.messages) == 1 else '{"zeta": 1, "alpha": 2}')]
+    shape = {"type": "object", "properties": {"zeta": {"type": "integer"}, "alpha": {"type": "integer"}}}
+    run = run_to_end(agent_of(cast).start("hello", output_schema=shape), real_model=True)
+    assert (run.status, run.output) == ("completed", {"zeta": 1, "alpha": 2})
+    first, second = proven(run, wire)
+    assert first["response_format"]["json_schema"]["schema"] == shape
+    assert len(second["messages"]) == 3
+    assert [str(each) for each in verify(run).differences] == []
 
 
 def test_the_command_shows_a_step_and_writes_its_very_body(cast: Cast, server: ModelServer, wire: Recorder) -> None:

@@ -1,4 +1,4 @@
-"""docs/http.md: its table names what is routed, and its commands do what it says beside `make dev`."""
+"""docs/http.md: its table names what is routed; its commands, and the README's, do what they say beside `make dev`."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ PAGE = "docs/http.md"
 
 def test_the_calls_are_all_there() -> None:
     told = {code(call)[0] for call, _ in table(PAGE, "The calls")}
-    parameter = re.compile(r"<(?:uuid|str):(\w+)>")
+    parameter = re.compile(r"<\w+:(\w+)>")
     routed = {
         method.upper() + " /" + parameter.sub(r"{\1}", str(route.pattern))
         for route in urls.urlpatterns
@@ -39,8 +39,8 @@ def test_the_calls_are_all_there() -> None:
 def dev(tmp_path: Path) -> Iterator[dict[str, str]]:
     """`make dev` on servers of its own; the environment of a shell beside it."""
     purpose = embedded.reserve("test-dev")
-    port = free_port()
-    shell = console.environment(LONGHAUL_PURPOSE=purpose, PORT=str(port), FLOWER_PORT=str(free_port()))
+    port = free_port(0)
+    shell = console.environment(LONGHAUL_PURPOSE=purpose, PORT=str(port), FLOWER_PORT=str(free_port(0)))
     log = tmp_path / "dev.log"
     with log.open("wb") as output:
         running = subprocess.Popen(
@@ -82,5 +82,7 @@ def test_the_commands_beside_make_dev_show_what_the_page_shows(dev: dict[str, st
     for path in ROOT.iterdir():
         if path.name != ".git":
             (folder / path.name).symlink_to(path)
-    steps = [block for block in blocks(PAGE) if block.told == "in a shell"]
-    console.session(steps, folder, dev, here={"http://127.0.0.1:8000": f"http://127.0.0.1:{dev['PORT']}"})
+    for page in ("README.md", PAGE):
+        steps = [block for block in blocks(page) if block.told == "in a shell"]
+        assert steps, page
+        console.session(steps, folder, dev, here={"http://127.0.0.1:8000": f"http://127.0.0.1:{dev['PORT']}"})

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from uuid import UUID
 
 from django.core.handlers.asgi import ASGIRequest
-from django.http import HttpResponse, HttpResponseBase, StreamingHttpResponse
+from django.http import Http404, HttpResponse, HttpResponseBase, StreamingHttpResponse
 from django.urls import reverse
 from pydantic import Field
 from rest_framework.request import Request
@@ -32,7 +32,11 @@ from threads.database import apart
 
 PING_SECONDS = 15.0
 # A proxy that gathers or compresses what passes makes a stream stand still.
-HEADERS = {"Cache-Control": "no-cache, no-transform", "X-Accel-Buffering": "no"}
+HEADERS = {
+    "Cache-Control": "no-cache, no-transform",
+    "X-Accel-Buffering": "no",
+    "Content-Encoding": "identity",  # else Django's GZipMiddleware keeps what it compresses until it has enough
+}
 
 After = Annotated[int, Field(ge=0, le=2**63 - 1, description="the last seq that you have seen")]
 Batch = Annotated[int, Field(ge=1, le=1000, description="events that are read at once")]
@@ -90,7 +94,7 @@ class StreamOfRun(AsyncView):
             raise BadField(name, f"The run's last event so far is {run.last_seq}.")
         response = stream_of(run.pk, after=after, batch=told.batch_size, pings=told.include_pings)
         if request.method == "HEAD":  # its answer has no body, and must not wait for the run's end to say so
-            return HttpResponse(content_type=STREAM, headers=dict(response.items()))
+            return HttpResponse(headers=dict(response.items()))
         return response
 
 
@@ -139,5 +143,8 @@ class WaitForRun(AsyncView):
 
 
 def _shown(run: Run) -> dict[str, Any]:
-    run.refresh_from_db()
-    return answers.run(run)
+    """Raises Http404 for a run that was deleted meanwhile."""
+    found = Run.objects.select_related("thread").filter(pk=run.pk).first()
+    if found is None:
+        raise Http404
+    return answers.run(found)

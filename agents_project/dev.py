@@ -172,11 +172,15 @@ class Stack:
             if program := self.programs.get(name):
                 wanted = int(os.environ.get(variable) or usual)
                 program.port = free_port(wanted)
-                if program.port != wanted:
+                if program.port != wanted != 0:
                     self.say(f"port {wanted} is taken; {name} listens on {program.port}")
 
     def address(self, name: str) -> str:
-        return f"http://127.0.0.1:{self.programs[name].port}"
+        return self.address_at(self.programs[name].port)
+
+    @staticmethod
+    def address_at(port: int | None) -> str:
+        return f"http://127.0.0.1:{port}"
 
     def start(self, environment: Mapping[str, str]) -> None:
         """Start every process, in this environment and that of each."""
@@ -191,8 +195,11 @@ class Stack:
     def _start(self, program: Program) -> None:
         # From this thread only, the main one: on Linux a child dies with the thread that has started it.
         if program.port is not None:
-            variable = PORTS[program.name][0]
-            self._environment[variable] = str(program.port)
+            port = free_port(program.port)
+            if port != program.port:  # somebody took it since we looked, or while the process was away
+                self.say(f"port {program.port} was taken meanwhile; {program.name} listens on {self.address_at(port)}")
+                program.port = port
+            self._environment[PORTS[program.name][0]] = str(port)
         read, write = os.pipe()
         try:
             self.children.start(

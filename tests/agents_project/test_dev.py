@@ -163,6 +163,27 @@ def test_a_port_that_is_taken_is_replaced_and_named(
     assert told.lines == [f"port {port} is taken; web listens on {chosen}"]
 
 
+def test_a_port_that_is_taken_between_look_and_start_is_replaced_too(
+    make_stack: Callable[..., Stack], told: Told, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PORT", "0")  # any
+    with make_stack(
+        web="import os; print('port', os.environ['PORT'], flush=True); import time; time.sleep(600)"
+    ) as stack:
+        stack.choose_ports()
+        first = stack.programs["web"].port
+        assert first is not None
+        with socket.socket() as taken:
+            taken.bind(("127.0.0.1", first))
+            taken.listen()
+            stack.start({})
+        second = stack.programs["web"].port
+        until(lambda: f"port {second}" in told.lines, stack=stack)
+
+    assert second != first
+    assert f"port {first} was taken meanwhile; web listens on http://127.0.0.1:{second}" in told.lines
+
+
 def test_the_password_is_made_once_and_is_ours_alone(tmp_path: Path) -> None:
     made = dev.password(tmp_path)
 
@@ -256,15 +277,16 @@ class Dev:
         return run
 
     def processes(self) -> list[Identity]:
-        """All that runs with this purpose, but for the embedded servers and their keeper."""
+        """All that runs with this purpose in this checkout, but for the embedded servers and their keeper."""
         wanted = f"LONGHAUL_PURPOSE={self.purpose}".encode()
         found = []
         for each in running():
             try:
                 variables = Path(f"/proc/{each.pid}/environ").read_bytes().split(b"\0")
+                here = Path(f"/proc/{each.pid}/cwd").readlink() == embedded.PROJECT
             except OSError:
                 continue
-            if wanted in variables and each.pid != os.getpid() and "embedded keep" not in each.command:
+            if here and wanted in variables and each.pid != os.getpid() and "embedded keep" not in each.command:
                 found.append(each)
         return [each for each in found if "postgres" not in each.command and "valkey" not in each.command]
 
@@ -341,6 +363,11 @@ def test_one_command_brings_all_up_survives_kills_and_ends_without_a_trace(up: D
     page = f"{web}/admin/longhaul_runs/run/task/{some}/"
     assert f'href="{page}"' in up.get(f"{flower_url}/task/{some}")[1]
     assert "id_password" in up.get(page, login=False)[1]  # which is there, behind the admin's login
+
+    # The control worker does what beat asks for
+    ask = "from runs.tasks import keep_house; keep_house.apply_async(queue='longhaul.control')"
+    up.manage("shell", "-v0", "-c", ask)
+    until(lambda: '"longhaul.keep_house"' in up.get(f"{flower_url}/api/tasks?state=SUCCESS")[1])
 
     # Whoever kills a worker sees it come back, and the next run go through
     for kind in ("agents", "tools"):

@@ -197,6 +197,7 @@ def slowly(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
 
 def _somebody_waits() -> bool:
     with connection.cursor() as cursor:
+        cursor.execute("SELECT pg_stat_clear_snapshot()")  # else one transaction sees one moment of it
         cursor.execute(
             "SELECT EXISTS (SELECT 1 FROM pg_stat_activity WHERE wait_event_type = 'Lock'"
             " AND datname = current_database() AND query LIKE '%idempotency%')"

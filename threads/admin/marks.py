@@ -24,7 +24,8 @@ def moment(at: datetime | None) -> str:
     if at is None:
         return NOTHING
     local = timezone.localtime(at)
-    return format_html('<time datetime="{}">{}</time>', local.isoformat(), local.strftime("%Y-%m-%d %H:%M:%S %Z"))
+    day, hour = local.strftime("%Y-%m-%d"), local.strftime("%H:%M:%S %Z")
+    return format_html('<time datetime="{}"><span>{}</span> <span>{}</span></time>', local.isoformat(), day, hour)
 
 
 def span(time: timedelta | None) -> str:

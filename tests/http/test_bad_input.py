@@ -430,7 +430,7 @@ class TestOnTheWire:
     def test_clients_that_are_slow_hold_nobody_up(self, web: Web, live: httpx2.Client) -> None:
         import socket
 
-        head = request(live, self.POST, "Content-Type: application/json", "Content-Length: 16")
+        head = request(live, self.POST, "Content-Type: application/json", "Content-Length: 15")
         slow = [socket.create_connection(("127.0.0.1", web.port), timeout=20) for _ in range(60)]
         try:
             for wire in slow:

@@ -80,7 +80,7 @@ def web(django_db_setup: None, tmp_path_factory: pytest.TempPathFactory) -> Iter
             except httpx2.TransportError:
                 return False
 
-        eventually(up, why="the server answers")
+        eventually(up, within=90.0, why="the server answers")  # s, for a loaded machine
         yield web
     finally:
         process.terminate()

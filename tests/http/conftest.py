@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
+from asgiref.sync import SyncToAsync
 from django.contrib.auth.models import User
+from django.db import connections
 from django.test import Client
 
 from runs import agents
 from runs.pytest_longhaul import ScriptedModel
 from tests.http.web import web as web
 from threads.authentication import create_key
+
+
+@pytest.fixture(autouse=True)
+def coroutines_connections_end() -> Iterator[None]:
+    """Coroutines of a test ask the database in one thread, whose connection would outlive the test's database."""
+    yield
+    SyncToAsync.single_thread_executor.submit(connections.close_all).result()
 
 
 @dataclass

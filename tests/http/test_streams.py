@@ -54,7 +54,7 @@ async def opened(api: Api, address: str, method: str = "GET", body: Any = None, 
     sent = b"" if body is None else orjson.dumps(body)
     return await AsyncClient().generic(
         method, address, sent, "application/json", headers={"Authorization": f"Bearer {api.key}", **headers}
-    )  # type: ignore[misc] # django-stubs: the factory's generic, which returns a request
+    )
 
 
 async def streamed(api: Api, address: str, method: str = "GET", body: Any = None, **headers: str) -> list[Frame]:
@@ -259,7 +259,7 @@ async def test_no_ping_comes_before_its_time(api: Api, live: Run, monkeypatch: p
 
     monkeypatch.setattr(events, "read", counted)
     told = await begun(api, live)
-    after = asyncio.create_task(anext(told))  # type: ignore[arg-type]
+    after: asyncio.Task[Frame] = asyncio.ensure_future(anext(told))
     while looks < 5:
         await asyncio.sleep(0.01)  # between looks at a condition
     await cancel(live)
@@ -449,7 +449,7 @@ async def test_fifty_streams_of_a_real_server_with_ten_connections(
         nonlocal opened_now
         async with client.stream("GET", stream(run)) as response:
             assert response.status_code == 200
-            told = []
+            told: list[Frame] = []
             async for each in frames.frames(response.aiter_raw()):
                 if each.comment is None:
                     opened_now += not told

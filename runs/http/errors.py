@@ -8,14 +8,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from django.core.exceptions import RequestDataTooBig
+from django.core.exceptions import ObjectDoesNotExist, RequestDataTooBig
 from django.db import DatabaseError, InterfaceError
 from drf_standardized_errors.formatter import ExceptionFormatter
 from drf_standardized_errors.handler import ExceptionHandler
 from drf_standardized_errors.types import ErrorResponse
 from pydantic import ValidationError as Invalid
 from rest_framework import status
-from rest_framework.exceptions import APIException, UnsupportedMediaType, ValidationError
+from rest_framework.exceptions import APIException, NotFound, UnsupportedMediaType, ValidationError
 from rest_framework.response import Response
 
 from runs.exceptions import (
@@ -146,6 +146,8 @@ class Handler(ExceptionHandler):
             return of_core(exc)
         if isinstance(exc, Invalid):
             return of_pydantic(exc)
+        if isinstance(exc, ObjectDoesNotExist):
+            return NotFound()  # it was there when the gate looked, and was deleted since
         if isinstance(exc, RequestDataTooBig):
             return TooLarge("The body is larger than this server takes.")
         if isinstance(exc, DatabaseError | InterfaceError) and not _reachable(exc):

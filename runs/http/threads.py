@@ -85,7 +85,9 @@ class Threads(View):
                 if body.messages:
                     with within("messages"):
                         thread.save_many(said(body.messages))
-            return Answer(201, _shown(thread), {"Location": _address(thread)})
+            shown: Any = thread
+            shown.run_id = shown.run_status = None  # it has no run yet, nobody needs to look
+            return Answer(201, answers.thread(shown), {"Location": _address(thread)})
 
         return answered(once(request, self.body, work))
 
@@ -100,9 +102,9 @@ class OneThread(View):
     def patch(self, request: Request, thread: Thread, body: forms.ThreadChange) -> Response:
         """Change a thread. What is left out stays as it is; null takes an override away."""
         with transaction.atomic():
-            thread = Thread.objects.select_for_update(no_key=True).get(pk=thread.pk)
+            thread = answers.with_run(Thread.objects.select_for_update(no_key=True)).get(pk=thread.pk)
             _write(thread, body)
-        return Response(_shown(thread))
+        return Response(answers.thread(thread))
 
     @operation(may("delete", Thread), name="delete_thread", answers={204: None})
     def delete(self, request: Request, thread: Thread) -> Response:

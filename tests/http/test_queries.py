@@ -1,0 +1,149 @@
+"""How many queries each call makes: as many for 50 rows as for one.
+
+`QUERIES` counts the statements of a request, the check of its key among them (one, and once a minute a second that notes
+the key's use). What begins and ends a transaction or a savepoint is not counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+from uuid import uuid4
+
+import pytest
+from django.db import connection
+from django.test.utils import CaptureQueriesContext
+
+from runs.agents import Agent
+from runs.models import Leg, Run, Status, Step
+from tests.http.conftest import Api
+from threads import clock, database
+from threads.ids import new_id
+from threads.models import Message, Thread
+from tools.models import ToolAttempt, ToolCall
+
+pytestmark = pytest.mark.django_db
+
+QUERIES: dict[str, int] = {
+    "GET /api/threads": 2,
+    "GET /api/threads/{thread}": 3,
+    "GET /api/threads/{thread}/messages": 4,
+    "GET /api/runs": 7,
+    "GET /api/runs?active=true": 7,
+    "GET /api/runs/{run}": 3,
+    "GET /api/runs/{run}/events": 3,
+    "GET /api/runs/{run}/steps": 3,
+    "GET /api/runs/{run}/legs": 3,
+    "GET /api/runs/{run}/messages": 3,
+    "GET /api/runs/{run}/tool-calls": 4,
+    "GET /api/tool-calls": 3,
+    "GET /api/tool-calls/{call}": 3,
+    "GET /api/agents": 1,
+    "GET /api/tools": 1,
+    "GET /api/usage": 3,
+    "POST /api/threads": 2,
+    "PATCH /api/threads/{thread}": 4,
+    "POST /api/threads/{thread}/messages": 5,
+    "POST /api/runs": 8,
+    "POST /api/threads/{free}/runs": 13,
+    "POST /api/threads/{thread}/runs": 14,  # it is busy: held
+    "POST /api/runs/{live}/cancel": 5,
+    "POST /api/runs/{run}/cancel": 5,
+}
+LISTS = [
+    name
+    for name in QUERIES
+    if name.startswith("GET") and name.endswith(("s", "true")) and not name.endswith(("events", "agents", "api/tools"))
+]
+NOT_COUNTED = ("SAVEPOINT", "RELEASE", "ROLLBACK", "BEGIN", "COMMIT")
+BODIES: dict[str, Any] = {
+    "POST /api/threads": {"title": "a"},
+    "PATCH /api/threads/{thread}": {"title": "b"},
+    "POST /api/threads/{thread}/messages": {"content": "a"},
+    "POST /api/runs": {"agent": "helper", "input": "a"},
+    "POST /api/threads/{thread}/runs": {"input": "a"},
+    "POST /api/threads/{free}/runs": {"input": "a"},
+}
+
+
+@contextmanager
+def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """Collect the statements: Django's, and those that go to psycopg past it."""
+    found: list[str] = []
+    real = database._execute
+
+    def execute(raw: Any, statement: str, parameters: Any) -> Any:
+        found.append(statement)
+        return real(raw, statement, parameters)
+
+    with monkeypatch.context() as patched, CaptureQueriesContext(connection) as captured:
+        patched.setattr(database, "_execute", execute)
+        yield found
+    found += [query["sql"] for query in captured if not query["sql"].startswith(NOT_COUNTED)]
+
+
+def filled(api: Api, rows: int) -> dict[str, str]:
+    """So many of everything: threads with a finished, a queued and a held run; a run with steps, legs, messages, calls."""
+    owner, moment = api.user, clock.now()
+    for _ in range(rows):
+        thread = Thread.objects.create(owner=owner, agent="helper")
+        run = Run.objects.create(
+            owner=owner, thread=thread, agent="helper", status=Status.COMPLETED, stop_reason="end_turn"
+        )
+        for text in ("live", "held"):
+            live = api.post(f"/api/threads/{thread.pk}/runs", {"input": text}, 202)
+    # Runs that nobody has taken for long: `why` asks for workers too.
+    Run.objects.filter(status=Status.QUEUED).update(queued_at=moment - timedelta(minutes=1), publishes=5)
+    run = Run.objects.filter(status=Status.COMPLETED).order_by("id")[0]
+    for number in range(1, rows + 1):
+        message = Message.objects.create(
+            thread=run.thread,
+            role="user",
+            position=100 + number,
+            run_id=run.pk,
+            content=[{"type": "text", "text": "a"}],
+        )
+        leg = Leg.objects.create(
+            run=run, number=number, epoch=number, worker_id=uuid4(), worker="w", ended_at=moment, reason="budget"
+        )
+        Step.objects.create(
+            run=run, number=number, leg_id=leg.pk, epoch=number, message_id=message.pk, model="scripted:x"
+        )
+        call = ToolCall.objects.create(
+            run_id=run.pk, message_id=message.pk, step=number, index=0, name="look_up", status="settled",
+            outcome="success", timeout=moment - moment, idempotency_key=str(number),
+        )  # fmt: skip
+        ToolAttempt.objects.create(call=call, number=1, worker_id=new_id())
+    live = str(Run.objects.filter(status=Status.QUEUED).order_by("id")[0].pk)
+    free = Thread.objects.create(owner=owner, agent="helper")
+    return {"free": str(free.pk), "thread": str(run.thread_id), "run": str(run.pk), "live": live, "call": str(call.pk)}
+
+
+@pytest.mark.parametrize("rows", [1, 50])
+def test_queries_are_bounded(api: Api, helper: Agent, monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
+    named = filled(api, rows)
+    api.get("/api/agents")  # the key's use is noted now
+    found = {}
+    for name in QUERIES:
+        method, path = name.split()
+        with counted(monkeypatch) as statements:
+            answer = api.call(method.lower(), path.format(**named), BODIES.get(name))
+        assert answer.status_code < 300, (name, answer.content)
+        found[name] = len(statements)
+        print(f"{len(statements):3}  {name}")
+        if name in LISTS:
+            assert len(answer.json()["results"]) >= rows
+    assert found == QUERIES
+
+
+def test_a_key_and_a_second_try_cost_few_more(api: Api, helper: Agent, monkeypatch: pytest.MonkeyPatch) -> None:
+    api.get("/api/agents")
+    body = {"agent": "helper", "input": "a"}
+    with counted(monkeypatch) as first:
+        api.call("post", "/api/runs", body, status=202, **{"Idempotency-Key": "a"})
+    with counted(monkeypatch) as again:
+        api.call("post", "/api/runs", body, status=202, **{"Idempotency-Key": "a"})
+    assert len(first) == QUERIES["POST /api/runs"] + 2
+    assert len(again) == 3

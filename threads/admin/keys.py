@@ -10,7 +10,6 @@ from django.db.models import QuerySet
 from django.forms import ModelForm
 from django.http import HttpRequest, HttpResponse
 from django.template.response import TemplateResponse
-from django.utils.cache import add_never_cache_headers
 
 from threads import authentication, clock
 from threads.admin import marks
@@ -94,7 +93,7 @@ class ApiKeyAdmin(Listed):
         request.longhaul_key = key  # type: ignore[attr-defined] # only this request's answer shows it
 
     def response_add(self, request: HttpRequest, obj: ApiKey, post_url_continue: str | None = None) -> HttpResponse:
-        # No redirect with a message: that would leave the key in a cookie or in the session.
+        # No redirect with a message: that would leave the key in a cookie or in the session. The admin lets nothing be cached.
         context = {
             **self.admin_site.each_context(request),
             "title": "The key was made",
@@ -103,9 +102,7 @@ class ApiKeyAdmin(Listed):
             "key": request.longhaul_key,  # type: ignore[attr-defined]
             "media": self.media,
         }
-        response = TemplateResponse(request, "admin/longhaul/key_made.html", context)
-        add_never_cache_headers(response)
-        return response
+        return TemplateResponse(request, "admin/longhaul/key_made.html", context)
 
     @admin.action(description="Revoke the selected keys", permissions=["change"])
     def revoke(self, request: HttpRequest, queryset: QuerySet[Any]) -> None:

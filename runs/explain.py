@@ -121,8 +121,11 @@ class Facts:
     @cached_property
     def reasons(self) -> dict[UUID, str]:
         """Why each queued run is queued."""
-        told = _last_events([run.pk for run in self._of(Status.QUEUED)], "run.queued")
-        return {run: str(event.payload.get("reason", "")) for run, event in told.items()}
+        queued = self._of(Status.QUEUED)
+        # Nobody need be asked about a run that was queued as it was made and not again: all that are just started.
+        new = {run.pk: "start" for run in queued if run.dispatch_seq == 1 and run.queued_at == run.created_at}
+        told = _last_events([run.pk for run in queued if run.pk not in new], "run.queued")
+        return {**new, **{run: str(event.payload.get("reason", "")) for run, event in told.items()}}
 
     @cached_property
     def errors(self) -> dict[UUID, str]:

@@ -86,11 +86,16 @@ class Agent:
         object.__setattr__(self, "limits", check_limits({**self.limits, **own}))
         check_context(self.context)
         if self.output_schema is not None:
-            object.__setattr__(self, "output_schema", output_schema.check(self.output_schema))
+            output_schema.check(self.output_schema)
 
     @cached_property
     def tools_by_name(self) -> dict[str, Tool]:
         return tools_by_name(self.tools)
+
+    @cached_property
+    def schema_text(self) -> str | None:
+        """`output_schema` as it is stored where a thread or a run has one of its own."""
+        return None if self.output_schema is None else output_schema.check(self.output_schema)
 
     def start(self, input: str | Sequence[Mapping[str, Any]] | None = None, **options: Any) -> Run:
         """Start a run: a row now, dispatched when the surrounding transaction commits.
@@ -152,7 +157,7 @@ def define(agent: Agent, *overrides: Mapping[str, Any]) -> Definition:
         "instructions": agent.instructions,
         "tools": None,
         "tool_choice": agent.tool_choice,
-        "output_schema": agent.output_schema,
+        "output_schema": agent.schema_text,
     }
     limits: dict[str, Any] = dict(agent.limits)
     context: dict[str, Any] = dict(agent.context)

@@ -571,7 +571,9 @@ class Leg:
             "instructions": self.instructions,
             "tool_names": list(self.definition.tools),
             "schema_digest": self.definition.schema_digest,
-            "options": {**self.options, "tool_choice": "none" if turn.last else self.definition.tool_choice},
+            "options": database.dumps(
+                {**self.options, "tool_choice": "none" if turn.last else self.definition.tool_choice}
+            ),
             "context": self.window.described(),
         }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Iterator
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
+import orjson
 from asgiref.sync import sync_to_async
 from django.conf import settings
 from django.db import models
@@ -285,7 +286,8 @@ class Step(models.Model):
 
     `context` says by their places which messages of the thread the model was shown: `{"pinned": [place, ...], "first": place,
     "last": place, "skipped": [[place, place], ...]}` is the pinned ones, and from first to last all but the skipped stretches,
-    whose ends belong to them. `shown()` reads them. `options` holds the `tool_choice` too.
+    whose ends belong to them. `shown()` reads them. `options` is JSON text, for jsonb keeps no order and models heed that of a
+    schema; it holds the `tool_choice` too, and `asked()` reads it.
     """
 
     id = models.UUIDField(primary_key=True, default=new_id, editable=False)
@@ -298,7 +300,7 @@ class Step(models.Model):
     instructions = models.TextField(blank=True, default="")
     tool_names = models.JSONField(default=list)
     schema_digest = models.CharField(max_length=64, blank=True, default="")
-    options = models.JSONField(default=dict)
+    options = models.TextField(default="{}")
     context = models.JSONField(default=dict)
     created_at = models.DateTimeField(db_default=Now())
 
@@ -307,6 +309,11 @@ class Step(models.Model):
 
     def __str__(self) -> str:
         return f"step {self.number} of {self.run_id}"
+
+    def asked(self) -> dict[str, Any]:
+        """Return the options of the request and its `tool_choice`, in the order in which they were sent."""
+        options: dict[str, Any] = orjson.loads(self.options)
+        return options
 
     def shown(self) -> models.QuerySet[Message]:
         """Return the messages that the model was shown in this step, in their order, whatever became of them since."""

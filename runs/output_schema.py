@@ -93,25 +93,36 @@ class OutputSchema:
         return value
 
 
-def check(schema: object) -> dict[str, Any]:
-    """Return the schema as it is stored. Raises BadInput that says what is wrong, and where."""
+def check(schema: object) -> str:
+    """Return the schema as it is stored: as JSON text, for models write the fields in its order, and jsonb keeps none.
+
+    Raises BadInput that says what is wrong, and where.
+    """
+    if isinstance(schema, str):  # one that is stored already
+        schema = _schema_of(schema)
     if not isinstance(schema, Mapping):
         raise BadInput("output_schema must be a dict: a JSON schema like {'type': 'object', 'properties': {...}}.")
-    stored: dict[str, Any] = plain(dict(schema), "output_schema")
-    of(stored)
-    return stored
+    text = database.dumps(plain(dict(schema), "output_schema"))
+    of(text)
+    return text
 
 
-def of(schema: dict[str, Any]) -> OutputSchema:
-    """Return the checked schema; each leg asks for it, so it is kept. Raises BadInput."""
-    text = orjson.dumps(schema)
-    if len(text) > LARGEST_SCHEMA:
-        raise BadInput(f"output_schema has {len(text):,} bytes as JSON, {LARGEST_SCHEMA:,} are allowed.")
+def _schema_of(text: str) -> Any:
+    try:
+        return orjson.loads(text)
+    except orjson.JSONDecodeError:
+        return None
+
+
+def of(text: str) -> OutputSchema:
+    """Return the checked schema of its text; each leg asks for it, so it is kept. Raises BadInput."""
+    if len(text.encode()) > LARGEST_SCHEMA:
+        raise BadInput(f"output_schema has {len(text.encode()):,} bytes as JSON, {LARGEST_SCHEMA:,} are allowed.")
     return _made(text)
 
 
 @lru_cache(maxsize=64)
-def _made(text: bytes) -> OutputSchema:
+def _made(text: str) -> OutputSchema:
     return OutputSchema(orjson.loads(text))
 
 

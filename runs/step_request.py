@@ -62,7 +62,7 @@ def step_request(run: Run, number: int) -> StepRequest:
     missing = _shown(step.context) - len(messages)
     if missing:
         doubts.append(f"{missing} of the messages that it was shown {'was' if missing == 1 else 'were'} deleted since")
-    options = dict(step.options)
+    options = step.asked()
     tool_choice = str(options.pop("tool_choice", "auto"))
     provider, model = get_provider(step.model)
     request = ModelRequest(

@@ -112,7 +112,7 @@ class StepAdmin(OfRun):
 
     @admin.display(description="options")
     def options_(self, step: Step) -> str:
-        return marks.pretty(step.options)
+        return marks.pretty(step.asked())
 
     @admin.display(description="context")
     def context_(self, step: Step) -> str:

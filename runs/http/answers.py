@@ -270,7 +270,7 @@ def steps(rows: Iterable[models.Step]) -> list[dict[str, Any]]:
             "instructions": row.instructions,
             "tools": row.tool_names,
             "schema_digest": row.schema_digest,
-            "options": row.options,
+            "options": row.asked(),
             "created_at": time(row.created_at),
         }
         for row in rows

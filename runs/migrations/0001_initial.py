@@ -114,7 +114,7 @@ class Migration(migrations.Migration):
                 ('instructions', models.TextField(blank=True, default='')),
                 ('tool_names', models.JSONField(default=list)),
                 ('schema_digest', models.CharField(blank=True, default='', max_length=64)),
-                ('options', models.JSONField(default=dict)),
+                ('options', models.TextField(default='{}')),
                 ('context', models.JSONField(default=dict)),
                 ('created_at', models.DateTimeField(db_default=threads.clock.Now())),
                 ('run', models.ForeignKey(db_constraint=False, db_index=False, on_delete=django.db.models.deletion.CASCADE, related_name='step_set', to='longhaul_runs.run')),

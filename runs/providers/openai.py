@@ -213,10 +213,7 @@ class OpenAIProvider:
         return {"response_format": {"type": "json_schema", "json_schema": asked}}
 
     def body(self, request: ModelRequest) -> bytes:
-        """Return the body of the request, byte for byte what `stream` sends. Raises ProviderError for bad options.
-
-        The options stand in the order of their names: those of a step are read back from the database, which keeps none.
-        """
+        """Return the body of the request, byte for byte what `stream` sends. Raises ProviderError for bad options."""
         options = dict(request.options)
         if own := OWN_FIELDS & options.keys():
             raise ProviderError("invalid_request", f"Model options may not hold {', '.join(sorted(own))}.")
@@ -229,7 +226,7 @@ class OpenAIProvider:
                 {"type": "function", "function": {"name": request.tool_choice}} if named else request.tool_choice
             )
         try:
-            head = _dumps({"model": request.model, "stream": True, **options}, sort=True)
+            head = _dumps({"model": request.model, "stream": True, **options})
         except TypeError as error:
             raise ProviderError("invalid_request", f"Model options are not JSON: {error}") from None
         messages = [message for message in request.messages if message]
@@ -511,11 +508,11 @@ def _is_address(url: str) -> bool:
     return parsed.scheme in ("http", "https") and bool(parsed.host)
 
 
-def _dumps(value: Any, *, sort: bool = False) -> bytes:
+def _dumps(value: Any) -> bytes:
     try:
-        return orjson.dumps(value, option=orjson.OPT_SORT_KEYS if sort else None)
+        return orjson.dumps(value)
     except orjson.JSONEncodeError:  # halves of surrogate pairs, numbers beyond 64 bits
-        return json.dumps(clean_json(value), ensure_ascii=False, sort_keys=sort).encode()
+        return json.dumps(clean_json(value), ensure_ascii=False).encode()
 
 
 def _arguments_text(arguments: object) -> str:

@@ -327,7 +327,7 @@ BEGIN
     INSERT INTO longhaul_runs_step (
         id, run_id, number, leg_id, epoch, message_id, model, instructions, tool_names, schema_digest, options, context, created_at)
     VALUES (longhaul_uuid7(), p_run, v_step, p_leg, p_epoch, p_message, p_step_row->>'model', p_step_row->>'instructions',
-            p_step_row->'tool_names', p_step_row->>'schema_digest', p_step_row->'options', p_step_row->'context', v_now);
+            p_step_row->'tool_names', p_step_row->>'schema_digest', p_step_row->>'options', p_step_row->'context', v_now);
     IF p_usage IS NOT NULL THEN
         PERFORM longhaul_usage_record(p_run, v_step, p_epoch, p_message, p_usage, false, v_now);
     END IF;

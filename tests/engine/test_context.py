@@ -30,7 +30,7 @@ def in_one_leg(run: Run) -> Run:
 
 def rebuilt(step: Step) -> dict[str, Any]:
     """The request as the rows of the step give it, in the words of `scenes.asked`."""
-    options = dict(step.options)
+    options = step.asked()
     return {
         "instructions": step.instructions,
         "messages": [{"role": message.role, "content": message.content} for message in step.shown()],

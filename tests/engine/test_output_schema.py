@@ -80,9 +80,22 @@ def test_the_model_is_asked_for_the_schema_and_the_output_is_the_object(service:
     assert (run.status, run.stop_reason, run.output) == ("completed", "end_turn", {"item": "lamp", "price": 12.5})
     asked = {"type": "json_schema", "json_schema": {"name": "output", "schema": PRICE, "strict": False}}
     assert service.asked[0]["response_format"] == asked
-    assert Step.objects.get(run=run).options["response_format"] == asked
+    assert Step.objects.get(run=run).asked()["response_format"] == asked
     assert run.event_set.get(type="run.completed").payload["output"] == run.output
     assert said(run)[-1] == ("assistant", LAMP)
+
+
+FIRST_THINK = {"type": "object", "properties": {"thoughts": {"type": "string"}, "answer": {"type": "number"}}}
+
+
+@pytest.mark.parametrize("layer", ["agent", "thread", "run"])
+def test_the_order_of_a_schemas_fields_is_kept_for_models_write_them_in_it(service: Service, layer: str) -> None:
+    agent = clerk(output_schema=FIRST_THINK if layer == "agent" else None)
+    thread = Thread.objects.create(overrides=agents.check_overrides({"output_schema": FIRST_THINK}))
+    options: dict[str, dict[str, Any]] = {"thread": {"thread": thread}, "run": {"output_schema": FIRST_THINK}}
+    ended(agent, service, '{"thoughts": "", "answer": 1}', **options.get(layer, {}))
+    sent = service.asked[0]["response_format"]["json_schema"]["schema"]["properties"]
+    assert list(sent) == ["thoughts", "answer"]
 
 
 def test_what_the_options_say_of_the_format_wins(service: Service) -> None:
@@ -285,7 +298,7 @@ TWICE: dict[str, Any] = {
     ],
 )
 def test_a_schema_that_can_be_taken_is(schema: dict[str, Any]) -> None:
-    assert output_schema.check(schema) == schema
+    assert orjson.loads(output_schema.check(schema)) == schema
 
 
 LONG = chain(24)
@@ -312,7 +325,7 @@ def nested(depth: int, *names: str) -> Any:
     ],
 )
 def test_no_answer_is_checked_for_long(schema: dict[str, Any], answer: Any) -> None:
-    made = output_schema.of(schema)
+    made = output_schema.of(output_schema.check(schema))
     text = orjson.dumps(answer).decode()
     began = time.process_time()
     try:
@@ -324,6 +337,6 @@ def test_no_answer_is_checked_for_long(schema: dict[str, Any], answer: Any) -> N
 
 def test_an_answer_that_would_take_long_is_said_to_be_too_large() -> None:
     with pytest.raises(output_schema.OutputInvalid, match="too large or too deep"):
-        output_schema.of(TWICE).read(orjson.dumps(nested(60, "next")).decode())
-    assert output_schema.of(TWICE).read('{"next": {"next": {}}}') == {"next": {"next": {}}}
-    assert output_schema.of(TREE).read(orjson.dumps(nested(10, "left", "right")).decode())
+        output_schema.of(output_schema.check(TWICE)).read(orjson.dumps(nested(60, "next")).decode())
+    assert output_schema.of(output_schema.check(TWICE)).read('{"next": {"next": {}}}') == {"next": {"next": {}}}
+    assert output_schema.of(output_schema.check(TREE)).read(orjson.dumps(nested(10, "left", "right")).decode())

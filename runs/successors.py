@@ -177,9 +177,11 @@ def _later_message(run: Run) -> Message | None:
 def _place_after(run: Run, after_step: int | None) -> int:
     """Return the last place in the thread that a fork after the step copies. Raises BadInput."""
     if after_step is not None and (isinstance(after_step, bool) or not isinstance(after_step, int)):
-        raise BadInput("after_step must be a whole number, or None for the last step.")
+        raise BadInput("after_step must be a whole number, or None for the last step.", attr="after_step")
     if after_step is not None and not 0 <= after_step <= run.steps:
-        raise BadInput(f"after_step must be from 0 to {run.steps}, the steps that run {run.pk} has committed.")
+        raise BadInput(
+            f"after_step must be from 0 to {run.steps}, the steps that run {run.pk} has committed.", attr="after_step"
+        )
     if not run.dispatch_seq:
         raise BadInput("The run never left `held`: nothing of it stands in its thread. Start one with its input.")
     step = run.steps if after_step is None else after_step

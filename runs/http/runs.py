@@ -28,6 +28,7 @@ from runs.http.threads import MessageList, answered, page_of_messages, said
 from runs.http.tool_calls import ToolCallPage
 from runs.http.view import SIGNED_IN, View, may, operation, sees
 from runs.models import LIVE, TERMINAL, Leg, Run, Step
+from threads.exceptions import BadInput
 from threads.models import Message, Thread
 from tools.models import ToolCall
 
@@ -284,6 +285,14 @@ class Forked(View):
     def post(self, request: Request, run: Run, body: forms.Fork) -> Response:
         """Copy the thread up to a step of the run onto a new thread, and start a new run there."""
         overrides = overrides_of(body.overrides) if body.overrides is not None else {}
-        return answered(
-            once(request, self.body, lambda: run_answer(run.fork(after_step=body.after_step, **overrides), 202))
-        )
+
+        def work() -> Answer:
+            try:
+                new = run.fork(after_step=body.after_step, **overrides)
+            except BadInput as error:
+                if error.attr and error.attr.partition(".")[0] in forms.ForkOverrides.model_fields:
+                    error.attr = f"overrides.{error.attr}"
+                raise
+            return run_answer(new, 202)
+
+        return answered(once(request, self.body, work))

@@ -8,6 +8,24 @@ from typing import Any
 RUN_ID = "019aa1f2-7c3e-7b54-9f0a-3d1c5e8b2a61"
 THREAD_ID = "019aa1f2-7c3b-7d10-8e55-6f2b9c4d7e08"
 
+
+def _error(code: str, attr: str | None = None) -> dict[str, Any]:
+    kind, detail = ERRORS[code]
+    return {"type": kind, "errors": [{"code": "invalid" if attr else code, "detail": detail, "attr": attr}]}
+
+
+ERRORS: Mapping[str, tuple[str, str]] = {
+    "max_steps": ("validation_error", "Input should be greater than or equal to 1."),
+    "not_authenticated": ("client_error", "Authentication credentials were not provided."),
+    "permission_denied": ("client_error", "You do not have permission to perform this action."),
+    "not_found": ("client_error", "Not found."),
+    "thread_busy": ("client_error", "A run occupies this thread."),
+    "too_large": ("client_error", "The body is larger than 8,000,000 bytes (LONGHAUL['MAX_BODY_BYTES'])."),
+    "unsupported_media_type": ("client_error", "Send JSON, with Content-Type: application/json."),
+    "throttled": ("client_error", "Request was throttled. Expected available in 12 seconds."),
+    "needs_asgi": ("server_error", "This server speaks WSGI, which cannot stream: use /events or /wait."),
+    "unavailable": ("server_error", "The database cannot be reached. Try again."),
+}
 REQUESTS: Mapping[str, Mapping[str, Any]] = {
     "create_thread": {
         "empty": {},
@@ -71,6 +89,23 @@ RUN: Mapping[str, Any] = {
 ANSWERS: Mapping[tuple[str, int], Any] = {
     ("get_run", 200): RUN,
     ("wait_for_run", 200): RUN,
+}
+# By status: the name of the component, what it means, and what such an answer looks like.
+REFUSALS: Mapping[int, tuple[str, str, Any]] = {
+    400: ("BadRequest", "What was sent is not what the operation takes.", _error("max_steps", "limits.max_steps")),
+    401: ("Unauthorized", "No credentials, or none that are (still) good.", _error("not_authenticated")),
+    403: (
+        "Forbidden",
+        "You see it, but may not do this; or a session came without its CSRF token.",
+        _error("permission_denied"),
+    ),
+    404: ("NotFound", "There is no such thing, or you may not see it.", _error("not_found")),
+    409: ("Conflict", "It cannot be done as things stand.", _error("thread_busy")),
+    413: ("TooLarge", "The body, or an input in it, is larger than this server takes.", _error("too_large")),
+    415: ("UnsupportedMediaType", "The body is not JSON in UTF-8, or is packed.", _error("unsupported_media_type")),
+    429: ("TooManyRequests", "You have made more requests than this server allows.", _error("throttled")),
+    501: ("NotImplemented", "This server speaks WSGI, which cannot stream.", _error("needs_asgi")),
+    503: ("Unavailable", "The database cannot be reached. Try again.", _error("unavailable")),
 }
 FRAMES = f"""\
 : longhaul

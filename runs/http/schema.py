@@ -251,15 +251,23 @@ class Schema(AutoSchema):
                 "headers": self._headers(said, status),
             }
         for status in errors_of(said):
-            found[status] = {
-                "description": HTTPStatus(status).phrase,
-                "content": {JSON: {"schema": self._form(Error, "serialization")}},
-                "headers": self._headers(said, status),
-            }
+            found[status] = self._refusal(said, status)
         for told in found.values():
-            if not told["headers"]:
+            if not told.get("headers", True):
                 del told["headers"]
         return {str(status): found[status] for status in sorted(found)}
+
+    def _refusal(self, said: Operation, status: int) -> Described:
+        name, told, example = examples.REFUSALS[status]
+        described: Described = {
+            "description": told,
+            "content": {JSON: {"schema": self._form(Error, "serialization"), "example": example}},
+        }
+        headers = self._headers(said, status)
+        if headers:
+            described["headers"] = headers
+        self._register(name, described, "responses")
+        return {"$ref": f"#/components/responses/{name}"}
 
     def _content(self, said: Operation, status: int, kind: str, form: Any) -> Described:
         if kind == STREAM:

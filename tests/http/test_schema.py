@@ -17,6 +17,8 @@ from django.urls import URLPattern, include, path
 from drf_spectacular.drainage import GENERATOR_STATS
 from drf_spectacular.settings import spectacular_settings
 from openapi_spec_validator import OpenAPIV31SpecValidator
+from rest_framework.authentication import BaseAuthentication
+from rest_framework.request import Request
 
 from runs import agents
 from runs.exceptions import LonghaulError
@@ -78,7 +80,7 @@ def test_each_operation_has_a_name_a_summary_a_tag_and_its_refusals(document: di
         assert "400" in said["responses"]
         if said["security"]:
             assert {"401", "429"} <= set(said["responses"])
-            assert "WWW-Authenticate" in said["responses"]["401"]["headers"]
+            assert "WWW-Authenticate" in document["components"]["responses"]["Unauthorized"]["headers"]
         if "{id}" in address:
             assert "404" in said["responses"]
         if method != "get":
@@ -116,6 +118,26 @@ def test_the_hosts_settings_change_nothing_and_come_back(
     assert spectacular_settings.TITLE == "Shop"
 
 
+class Tokens(BaseAuthentication):
+    """A host's own class, of which drf-spectacular knows nothing."""
+
+    def authenticate(self, request: Request) -> None:
+        return None
+
+
+def test_the_hosts_own_credentials_are_told_where_they_can_be(document: dict[str, Any]) -> None:
+    assert document["paths"]["/api/runs"]["get"]["security"] == [{"apiKey": []}, {"session": []}]
+    assert document["paths"]["/api/runs"]["post"]["security"] == [{"apiKey": []}, {"session": [], "csrf": []}]
+    assert document["paths"]["/healthz"]["get"]["security"] == []
+    kinds = ["rest_framework.authentication.BasicAuthentication", f"{__name__}.Tokens"]
+    GENERATOR_STATS.reset()
+    with override_settings(REST_FRAMEWORK={"DEFAULT_AUTHENTICATION_CLASSES": kinds}):
+        made = schema.document.__wrapped__("/")
+    assert made["paths"]["/api/runs"]["get"]["security"] == [{"apiKey": []}, {"session": []}, {"basicAuth": []}]
+    assert set(made["components"]["securitySchemes"]) == {"apiKey", "session", "csrf", "basicAuth"}
+    assert not GENERATOR_STATS
+
+
 def test_it_is_made_once(client: Client, db: None) -> None:
     client.get("/api/schema")
     made = schema.document.cache_info().misses
@@ -144,6 +166,8 @@ def test_examples_are_what_the_forms_take(document: dict[str, Any]) -> None:
                 fits(document, name, example["value"])
                 getattr(forms, name).model_validate_json(orjson.dumps(example["value"]))
     fits(document, "Run", dict(examples.RUN))
+    for _, _, example in examples.REFUSALS.values():
+        fits(document, "Error", example)
 
 
 def test_every_error_of_the_core_has_a_documented_status(document: dict[str, Any]) -> None:

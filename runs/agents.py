@@ -229,7 +229,7 @@ def check_overrides(given: Mapping[str, Any]) -> dict[str, Any]:
         names = [tool.name if isinstance(tool, Tool) else tool for tool in said["tools"]]
         if not all(isinstance(name, str) for name in names):
             raise BadInput("tools must be a list of names of the agent's tools.", attr="tools")
-        said["tools"] = names
+        said["tools"] = [clean(name) for name in names]
     if "limits" in said:
         with within("limits"):
             said["limits"] = check_limits(said["limits"])

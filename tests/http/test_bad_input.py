@@ -197,6 +197,34 @@ class TestBodies:
             for each in body:
                 sender.refused(400, "post", at(path), each.replace(b"%b", t))
 
+    def test_nul_is_taken_out_of_texts_or_refused_and_never_kept(
+        self, sender: Sender, at: Callable[[str], str]
+    ) -> None:
+        nul = {"a\0b": ["c\0d", {"e\0f": "g\0h"}]}
+        for path, body in (
+            *(("/api/threads", {name: "a\0b"}) for name in ("title", "summary", "agent", "model", "instructions")),
+            ("/api/threads", {"tools": ["a\0b"]}),
+            ("/api/threads", {"metadata": nul}),
+            ("/api/threads", {"messages": [{"content": "a\0b", "metadata": nul, "client_id": "a\0b"}]}),
+            ("/api/threads/<row_id:id>/messages", {"content": "a\0b", "metadata": nul, "client_id": "a\0b"}),
+            ("/api/threads/<row_id:id>/messages", {"content": [{"type": "data", "data": nul, "x\0": nul}]}),
+            *(("/api/runs", {"agent": "helper", "input": "x", name: "a\0b"}) for name in ("instructions", "model",
+              "client_id", "tool_choice", "input", "agent")),
+            ("/api/runs", {"agent": "helper", "input": "x", "metadata": nul}),
+            ("/api/runs", {"agent": "helper", "input": "x", "output_schema": {"title": "a\0b", "properties": nul}}),
+            ("/api/runs", {"agent": "helper", "input": [{"type": "text", "text": "a\0b"}]}),
+            ("/api/runs/<row_id:id>/resume", {"input": "a\0b"}),
+            ("/api/runs/<row_id:id>/cancel", {"reason": "a\0b"}),
+        ):  # fmt: skip
+            before = rows()
+            answer = sender.send("post", at(path), orjson.dumps(body))
+            assert b"\\u0000" not in answer.content
+            assert "\0" not in repr(scenes.rows())
+            if answer.status_code == 400:
+                assert rows() == before
+            else:
+                assert answer.status_code in (200, 201, 202), (body, answer.content)
+
     @pytest.mark.parametrize("number", ["1e400", "NaN", "Infinity", "-Infinity", "9" * 400, "1" * 5000, "-" + "9" * 30])
     def test_numbers_that_json_or_a_column_cannot_hold(
         self, sender: Sender, at: Callable[[str], str], number: str

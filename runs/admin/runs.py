@@ -37,7 +37,8 @@ ORIGINS = ("start", "resume", "retry", "fork", "child", "handoff")
 
 
 class ByStatus(Filter):
-    """Live runs are found by the indexes that the protocol has for them, unless very many live; others in the list's window."""
+    """Live runs are found by the indexes that the protocol has for them, unless very many live; completed ones, which are
+    most, in the list's window."""
 
     title = "status"
     parameter_name = "status"
@@ -52,6 +53,8 @@ class ByStatus(Filter):
 
     @property
     def indexed(self) -> bool:  # type: ignore[override] # it depends on the value
+        if self.value() in (Status.FAILED, Status.CANCELLED):
+            return True
         return self.value() in (*LIVE, "live") and self._live() is not None
 
     def queryset(self, request: HttpRequest, queryset: QuerySet[Any]) -> QuerySet[Any]:

@@ -151,6 +151,14 @@ class Migration(migrations.Migration):
         ),
         migrations.AddIndex(
             model_name='run',
+            index=models.Index(condition=models.Q(('parent__isnull', False)), fields=['parent'], name='longhaul_run_of_parent'),
+        ),
+        migrations.AddIndex(
+            model_name='run',
+            index=models.Index(condition=models.Q(('status__in', ['failed', 'cancelled'])), fields=['status', 'id'], name='longhaul_run_not_completed'),
+        ),
+        migrations.AddIndex(
+            model_name='run',
             index=models.Index(condition=models.Q(('status', 'queued')), fields=['next_publish_at'], name='longhaul_run_due'),
         ),
         migrations.AddIndex(

@@ -17,12 +17,11 @@ from uuid import UUID
 
 import orjson
 from celery import current_app
-from django.db import connection
 from django.db.models import Q
 
 from runs.conf import settings
 from runs.models import OCCUPYING, Leg, Run, Status, StopReason
-from runs.sweep import SWEEP_LOCK
+from runs.sweep import SOMEBODY_SWEEPS, SWEEP_LOCK, SWEPT_WITHIN
 from threads import clock, database
 from threads.models import Message
 from tools.models import CallStatus, ToolCall, Worker
@@ -359,15 +358,7 @@ def swept(now: datetime) -> bool:
     """Whether somebody sweeps: a control worker is present, or a worker of more queues than one holds the sweep's lock."""
     if present("control", now):
         return True
-    with connection.cursor() as cursor:
-        cursor.execute(
-            "SELECT EXISTS (SELECT 1 FROM pg_locks WHERE locktype = 'advisory' AND objsubid = 1 AND granted"
-            " AND (classid::bigint << 32) | objid::bigint = %s"
-            " AND database = (SELECT oid FROM pg_database WHERE datname = current_database()))",
-            [SWEEP_LOCK],
-        )
-        row = cursor.fetchone()
-    return bool(row and row[0])
+    return bool(database.rows_of(SOMEBODY_SWEEPS, (SWEEP_LOCK, SWEPT_WITHIN))[0][0])
 
 
 def _unswept(stuck: bool) -> str:

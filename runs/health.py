@@ -21,7 +21,7 @@ from django.db import connection
 from kombu.exceptions import KombuError
 
 from runs.conf import settings
-from runs.sweep import SWEEP_LOCK
+from runs.sweep import SOMEBODY_SWEEPS, SWEEP_LOCK, SWEPT_WITHIN
 
 logger = logging.getLogger("longhaul.health")
 
@@ -31,21 +31,11 @@ WAIT = timedelta(seconds=2)  # for the answer of a server
 KEPT = timedelta(seconds=1)  # so long an answer stands for the next one
 # A row that is due is moved on within a second. One that is due for longer than this says that nobody moves it.
 OVERDUE_LIMIT = timedelta(seconds=30)
-SWEPT_WITHIN = timedelta(seconds=10)  # the watcher asks Postgres four times a second
 KINDS = ("agents", "tools", "control")
 
 _PRESENT = """
 SELECT kind, count(*) FROM longhaul_tools_worker
 WHERE gone_at IS NULL AND parent_id IS NULL AND beat_at > longhaul_now() - %s GROUP BY kind
-"""
-# A worker of several queues goes by the first of its kinds; who holds the sweep's lock is a control worker too, while it asks
-# Postgres something every now and then: a process that was stopped keeps its locks. (Of another role's session we see no times.)
-_SWEPT = """
-SELECT EXISTS (SELECT 1 FROM pg_locks l JOIN pg_stat_activity a ON a.pid = l.pid
-               WHERE l.locktype = 'advisory' AND l.objsubid = 1 AND l.granted
-                 AND (l.classid::bigint << 32) | l.objid::bigint = %s
-                 AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())
-                 AND coalesce(a.state_change, clock_timestamp()) > clock_timestamp() - %s)
 """
 # The oldest of: messages to send, runs and calls to take back, runs past their deadline. Each is read from a partial index.
 _OVERDUE = """
@@ -146,7 +136,7 @@ def _ask_database(_: Any) -> dict[str, Check]:
         with psycopg.connect(**{**parameters, **bounds, "application_name": "longhaul health"}) as session:
             session.execute("SELECT set_config('statement_timeout', %s, true)", (f"{seconds * 1000}ms",))
             present = dict(session.execute(_PRESENT, (settings().presence_ttl,)).fetchall())
-            [swept] = session.execute(_SWEPT, (SWEEP_LOCK, SWEPT_WITHIN)).fetchone() or [False]
+            [swept] = session.execute(SOMEBODY_SWEEPS, (SWEEP_LOCK, SWEPT_WITHIN)).fetchone() or [False]
             [late] = session.execute(_OVERDUE).fetchone() or [None]
     except (psycopg.errors.UndefinedTable, psycopg.errors.UndefinedFunction, psycopg.errors.UndefinedColumn):
         return {"database": _no("its tables are not those of this version: run migrate")}

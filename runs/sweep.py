@@ -46,6 +46,16 @@ OVERDUE_GRACE = timedelta(
     seconds=5
 )  # for what passed its time while nobody watched, and for a tool that ends at its limit
 SWEEP_LOCK = 0x6C6F6E676861756C  # "longhaul": whoever holds it sweeps
+SWEPT_WITHIN = timedelta(seconds=10)  # the watcher asks Postgres four times a second
+# A worker of several queues goes by the first of its kinds; who holds the sweep's lock is a control worker too, while it asks
+# Postgres something every now and then: a process that was stopped keeps its locks. (Of another role's session we see no times.)
+SOMEBODY_SWEEPS = """
+SELECT EXISTS (SELECT 1 FROM pg_locks l JOIN pg_stat_activity a ON a.pid = l.pid
+               WHERE l.locktype = 'advisory' AND l.objsubid = 1 AND l.granted
+                 AND (l.classid::bigint << 32) | l.objid::bigint = %s
+                 AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())
+                 AND coalesce(a.state_change, clock_timestamp()) > clock_timestamp() - %s)
+"""
 BATCH = 200
 # How long a pass waits for a row that another transaction holds, until it leaves it to the next pass; and for each further
 # one, for many may be held by the same transaction.

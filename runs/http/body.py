@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from typing import Any, Self, TypeVar
+from typing import Annotated, Any, Self, TypeVar
 
 import orjson
 from django.http import HttpRequest, UnreadablePostError
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, BeforeValidator, ConfigDict
 from rest_framework.exceptions import ParseError, UnsupportedMediaType
 
 from runs.conf import settings
@@ -16,6 +16,14 @@ from runs.http.errors import TooLarge
 
 Form = TypeVar("Form", bound=BaseModel)
 PIECE = 64 * 1024
+
+
+def whole(value: Any) -> Any:
+    """JSON knows one kind of number: 3.0 is as whole as 3."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+Whole = Annotated[int, BeforeValidator(whole)]
 
 
 class Given(BaseModel):

@@ -8,7 +8,7 @@ from uuid import UUID
 from pydantic import ConfigDict, Discriminator, Field, RootModel, Tag
 from typing_extensions import TypeAliasType
 
-from runs.http.body import Given
+from runs.http.body import Given, Whole
 
 PartType = Literal["text", "reasoning", "image", "file", "data"]
 
@@ -30,8 +30,8 @@ Name = Annotated[str, Field(max_length=200)]
 class Limits(Given):
     """What bounds a run. What is left out counts as the thread's, then the agent's, then the settings'."""
 
-    max_steps: Annotated[int | None, Field(ge=1, le=1_000_000)] = None
-    max_total_tokens: Annotated[int | None, Field(ge=1, le=10**12)] = None
+    max_steps: Annotated[Whole | None, Field(ge=1, le=1_000_000)] = None
+    max_total_tokens: Annotated[Whole | None, Field(ge=1, le=10**12)] = None
     max_cost: Annotated[float | None, Field(gt=0, le=10**9)] = None
     deadline_seconds: Annotated[float | None, Field(gt=0, le=315_360_000)] = None
     leg_budget_seconds: Annotated[float | None, Field(gt=0, le=315_360_000)] = None
@@ -40,7 +40,7 @@ class Limits(Given):
 class Context(Given):
     """Which messages the model is shown."""
 
-    last_messages: Annotated[int | None, Field(ge=1, le=10_000)] = None
+    last_messages: Annotated[Whole | None, Field(ge=1, le=10_000)] = None
 
 
 class NewMessage(Given):
@@ -109,11 +109,17 @@ class NewRun(Overrides):
     busy: Literal["enqueue", "steer", "interrupt", "rollback", "reject"] = Field(
         default="enqueue", description="what happens when a run occupies the thread"
     )
-    priority: Annotated[int, Field(ge=-32768, le=32767)] = 0
+    priority: Annotated[Whole, Field(ge=-32768, le=32767)] = 0
     tool_choice: Name | None = Field(default=None, description="auto, none, required, or the name of a tool")
     output_schema: JSONSchema | None = Field(default=None, description="a JSON schema of the final answer")
     metadata: Metadata | None = None
     client_id: Name | None = Field(default=None, description="comes back in the event of the saved input")
+
+
+class FirstRun(NewRun):
+    """A run on a new thread, which names no agent yet."""
+
+    agent: Annotated[str, Field(min_length=1, max_length=200)]  # it has to be named
 
 
 class Cancel(Given):
@@ -136,5 +142,5 @@ class ForkOverrides(Overrides):
 class Fork(Given):
     """The new thread holds what was said up to that step; 0 is the input alone, null the last committed step."""
 
-    after_step: Annotated[int | None, Field(ge=0, le=2**31 - 1)] = None
+    after_step: Annotated[Whole | None, Field(ge=0, le=2**31 - 1)] = None
     overrides: ForkOverrides | None = None

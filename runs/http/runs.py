@@ -112,7 +112,7 @@ class Runs(View):
         return paged(request, rows, query, answers.runs)
 
     @operation(
-        may("start"), name="start_run_on_new_thread", body=forms.NewRun, creates=True, answers=STARTED, raises=(501,)
+        may("start"), name="start_run_on_new_thread", body=forms.FirstRun, creates=True, answers=STARTED, raises=(501,)
     )
     def post(self, request: Request, body: forms.NewRun) -> HttpResponseBase:
         """Start a run on a new thread.

@@ -123,7 +123,7 @@ def test_the_quick_start(generated: Generated, scripted_model: ScriptedModel) ->
 
 def test_a_run_is_cancelled(generated: Generated) -> None:
     models = generated.models
-    body = models.NewRun(agent="worker_test", input_="Where is it?")
+    body = models.FirstRun(agent="worker_test", input_="Where is it?")
     run = generated.call("runs", "start_run_on_new_thread", body=body).parsed
     cancelled = generated.call("runs", "cancel_run", run.id, body=models.Cancel(reason="not needed any more")).parsed
     assert (cancelled.status, cancelled.stop_reason) == ("cancelled", "cancelled")
@@ -138,7 +138,7 @@ def test_refusals_are_typed(generated: Generated, package: str, web: Web) -> Non
     assert isinstance(unknown.parsed, models.Error)
     assert unknown.parsed.errors[0].code == "not_found"
 
-    no_agent = generated.call("runs", "start_run_on_new_thread", body=models.NewRun(input_="Hello"))
+    no_agent = generated.call("runs", "start_run_on_new_thread", body=models.FirstRun(agent="nobody", input_="Hello"))
     assert (no_agent.status_code, no_agent.parsed.errors[0].attr) == (400, "agent")
 
     thread = generated.call("threads", "create_thread", body=models.NewThread(agent="worker_test")).parsed

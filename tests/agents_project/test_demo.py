@@ -23,7 +23,8 @@ from agents_project.demo import source
 from agents_project.demo.supervisor import DemoError, Supervisor
 from agents_project.demo.verdict import Claim, Verdict, total_in
 from agents_project.demo.view import DemoView, show_report, summarize
-from agents_project.processes import Identity, running
+from agents_project.processes import Identity
+from tests.processes import of_purpose
 
 BEGIN = datetime(2026, 11, 21, 7, 0, tzinfo=UTC)
 
@@ -184,17 +185,9 @@ def children_of(environment: dict[str, str]) -> list[Identity]:
 
 
 def workers_of(environment: dict[str, str]) -> list[Identity]:
-    """Return what runs with this environment's purpose, whoever started it: prefork children too."""
-    wanted = f"LONGHAUL_PURPOSE={environment['LONGHAUL_PURPOSE']}".encode()
-    found = []
-    for each in running():
-        try:
-            variables = Path(f"/proc/{each.pid}/environ").read_bytes().split(b"\0")
-        except OSError:
-            continue
-        if wanted in variables and ("celery" in each.command or "agents_project.demo" in each.command):
-            found.append(each)
-    return found
+    """Return what runs of the demo in this environment: prefork children too."""
+    found = of_purpose(environment["LONGHAUL_PURPOSE"])
+    return [each for each in found if "celery" in each.command or "agents_project.demo" in each.command]
 
 
 @pytest.mark.slow

@@ -28,8 +28,9 @@ from honcho.printer import Printer  # type: ignore[import-untyped]
 
 from agents_project import dev, embedded
 from agents_project.dev import DevError, Stack
-from agents_project.processes import Identity, running
+from agents_project.processes import Identity
 from runs import flower
+from tests.processes import of_purpose
 
 LIVES = "import time; print('up', flush=True); time.sleep(600)"
 
@@ -278,17 +279,8 @@ class Dev:
 
     def processes(self) -> list[Identity]:
         """All that runs with this purpose in this checkout, but for the embedded servers and their keeper."""
-        wanted = f"LONGHAUL_PURPOSE={self.purpose}".encode()
-        found = []
-        for each in running():
-            try:
-                variables = Path(f"/proc/{each.pid}/environ").read_bytes().split(b"\0")
-                here = Path(f"/proc/{each.pid}/cwd").readlink() == embedded.PROJECT
-            except OSError:
-                continue
-            if here and wanted in variables and each.pid != os.getpid() and "embedded keep" not in each.command:
-                found.append(each)
-        return [each for each in found if "postgres" not in each.command and "valkey" not in each.command]
+        servers = ("embedded keep", "postgres", "valkey")
+        return [each for each in of_purpose(self.purpose) if not any(name in each.command for name in servers)]
 
     def worker(self, kind: str) -> Identity:
         """The parent process of the worker of this kind."""

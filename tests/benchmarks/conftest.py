@@ -8,13 +8,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from agents_project import embedded
-from agents_project.processes import running
+from tests.processes import of_purpose
 
 Quick = Callable[..., dict[str, Any]]
 
@@ -36,16 +35,7 @@ def environment() -> Iterator[dict[str, str]]:
 
 def started_by(environment: dict[str, str]) -> list[str]:
     """Return the commands of the living processes that have this environment's purpose."""
-    mark = f"LONGHAUL_PURPOSE={environment['LONGHAUL_PURPOSE']}".encode()
-    found = []
-    for process in running():
-        try:
-            variables = Path(f"/proc/{process.pid}/environ").read_bytes().split(b"\0")
-        except OSError:
-            continue  # it ended just now, or is another user's
-        if mark in variables:
-            found.append(process.command)
-    return found
+    return [process.command for process in of_purpose(environment["LONGHAUL_PURPOSE"])]
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from typing import Annotated, Any, Self, TypeVar
+from typing import Any, Self, TypeVar
 
 import orjson
 from django.http import HttpRequest, UnreadablePostError
@@ -23,7 +23,8 @@ def whole(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-Whole = Annotated[int, BeforeValidator(whole)]
+# After the bounds, `Annotated[int, Field(ge=1), WHOLE]`: else their schema does not tell of them.
+WHOLE = BeforeValidator(whole)
 
 
 class Given(BaseModel):

@@ -8,17 +8,28 @@ from uuid import UUID
 from pydantic import ConfigDict, Discriminator, Field, RootModel, Tag
 from typing_extensions import TypeAliasType
 
-from runs.http.body import Given, Whole
+from runs.http.body import WHOLE, Given
 
 PartType = Literal["text", "reasoning", "image", "file", "data"]
+
+
+def _left_out(schema: dict[str, Any]) -> None:
+    """Let clients leave the field out, in place of sending a default."""
+    del schema["default"]
 
 
 class Part(Given):
     """One part of a message's content. Parts that are no text carry fields of their own."""
 
-    model_config = Given.model_config | {"extra": "allow"}
+    model_config = Given.model_config | {
+        "extra": "allow",
+        "json_schema_extra": {
+            "if": {"properties": {"type": {"enum": ["text", "reasoning"]}}},
+            "then": {"required": ["text"]},
+        },
+    }
     type: PartType
-    text: str | None = Field(default=None, exclude_if=lambda value: value is None)
+    text: str = Field(default="", description="of a text or reasoning", json_schema_extra=_left_out)
 
 
 Content = Annotated[str | list[Part], Field(description="a text, or a list of parts")]
@@ -30,8 +41,8 @@ Name = Annotated[str, Field(max_length=200)]
 class Limits(Given):
     """What bounds a run. What is left out counts as the thread's, then the agent's, then the settings'."""
 
-    max_steps: Annotated[Whole | None, Field(ge=1, le=1_000_000)] = None
-    max_total_tokens: Annotated[Whole | None, Field(ge=1, le=10**12)] = None
+    max_steps: Annotated[int, Field(ge=1, le=1_000_000), WHOLE] | None = None
+    max_total_tokens: Annotated[int, Field(ge=1, le=10**12), WHOLE] | None = None
     max_cost: Annotated[float | None, Field(gt=0, le=10**9)] = None
     deadline_seconds: Annotated[float | None, Field(gt=0, le=315_360_000)] = None
     leg_budget_seconds: Annotated[float | None, Field(gt=0, le=315_360_000)] = None
@@ -40,7 +51,7 @@ class Limits(Given):
 class Context(Given):
     """Which messages the model is shown."""
 
-    last_messages: Annotated[Whole | None, Field(ge=1, le=10_000)] = None
+    last_messages: Annotated[int, Field(ge=1, le=10_000), WHOLE] | None = None
 
 
 class NewMessage(Given):
@@ -109,7 +120,7 @@ class NewRun(Overrides):
     busy: Literal["enqueue", "steer", "interrupt", "rollback", "reject"] = Field(
         default="enqueue", description="what happens when a run occupies the thread"
     )
-    priority: Annotated[Whole, Field(ge=-32768, le=32767)] = 0
+    priority: Annotated[int, Field(ge=-32768, le=32767), WHOLE] = 0
     tool_choice: Name | None = Field(default=None, description="auto, none, required, or the name of a tool")
     output_schema: JSONSchema | None = Field(default=None, description="a JSON schema of the final answer")
     metadata: Metadata | None = None
@@ -142,5 +153,5 @@ class ForkOverrides(Overrides):
 class Fork(Given):
     """The new thread holds what was said up to that step; 0 is the input alone, null the last committed step."""
 
-    after_step: Annotated[Whole | None, Field(ge=0, le=2**31 - 1)] = None
+    after_step: Annotated[int, Field(ge=0, le=2**31 - 1), WHOLE] | None = None
     overrides: ForkOverrides | None = None

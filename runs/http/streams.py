@@ -23,7 +23,7 @@ from runs import events
 from runs.access import visible
 from runs.events import RunEvent
 from runs.http import answers
-from runs.http.body import Body, Given, provided
+from runs.http.body import WHOLE, Body, Given, provided
 from runs.http.errors import BadField, Refused
 from runs.http.json import dumps
 from runs.http.query import Query
@@ -43,8 +43,8 @@ HEADERS = {
     "Content-Encoding": "identity",  # else Django's GZipMiddleware keeps what it compresses until it has enough
 }
 
-After = Annotated[int, Field(ge=0, le=2**63 - 1, description="the last seq that you have seen")]
-Batch = Annotated[int, Field(ge=1, le=1000, description="events that are read at once")]
+After = Annotated[int, Field(ge=0, le=2**63 - 1, description="the last seq that you have seen"), WHOLE]
+Batch = Annotated[int, Field(ge=1, le=1000, description="events that are read at once"), WHOLE]
 Pings = Annotated[bool, Field(description="send pings as events of type ping, not as comments")]
 
 

@@ -247,6 +247,19 @@ class TestBodies:
                 for headers in ({}, {"Idempotency-Key": "once"}):
                     sender.refused(400, "post", at(path), (each % number).encode(), headers=headers)
 
+    def test_parts_of_text_without_a_text(self, sender: Sender, thread: str) -> None:
+        for part in ({"type": "text"}, {"type": "text", "text": None}, {"type": "reasoning", "text": 5}, {"type": "x"}):
+            sender.refused(400, "post", "/api/runs", orjson.dumps({"agent": "helper", "input": [part]}))
+            sender.refused(400, "post", f"/api/threads/{thread}/messages", orjson.dumps([{"content": [part]}]))
+
+    def test_whole_numbers_may_be_written_as_json_writes_them(self, sender: Sender) -> None:
+        body = {"agent": "helper", "input": "x", "priority": 3.0, "limits": {"max_steps": 5.0}}
+        answer = sender.send("post", "/api/runs", orjson.dumps(body)).json()
+        assert (answer["priority"], answer["limits"]["max_steps"]) == (3, 5)
+        sender.refused(400, "post", "/api/runs", orjson.dumps({**body, "priority": 3.5}), attr="priority")
+        sender.refused(400, "post", "/api/runs", orjson.dumps({**body, "limits": {"max_steps": 0}}))
+        sender.refused(400, "post", "/api/runs", orjson.dumps({**body, "priority": 40_000}), attr="priority")
+
     def test_of_a_key_that_is_there_twice_the_last_counts(self, sender: Sender) -> None:
         answer = sender.send("post", "/api/threads", b'{"title": "a", "title": "b"}')
         assert answer.json()["title"] == "b"

@@ -111,6 +111,13 @@ def test_a_body_may_be_spaced_and_ordered_as_it_likes(api: Api, thread: str) -> 
     )
 
 
+def test_the_same_body_to_another_place_is_another_request(api: Api, thread: str) -> None:
+    api.post(f"/api/threads/{thread}/runs", {"input": "a"}, 202, **KEYED)
+    other = api.post("/api/threads", {"agent": "helper"}, 201)["id"]
+    assert refused(api, f"/api/threads/{other}/runs", {"input": "a"}, 409, **KEYED) == "idempotency_conflict"
+    assert Run.objects.count() == 1
+
+
 def test_a_request_that_was_refused_keeps_no_key(api: Api, thread: str) -> None:
     path = f"/api/threads/{thread}/runs"
     before = rows()

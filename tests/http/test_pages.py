@@ -101,6 +101,7 @@ def test_the_pages_are_the_list(api: Api, places: dict[str, str], address: str, 
         there.append(keys(page))
     assert list(chain(*there)) == every
     assert all(len(part) == limit for part in there[:-1])
+    assert there[-1]  # the last page is not told by an empty one after it
     back = [keys(page)]
     while page["previous"]:
         page = api.get(page["previous"])

@@ -83,8 +83,10 @@ async def test_until_it_needs_somebody(api: Api, live: Run, monkeypatch: pytest.
 
     told, _ = await asyncio.gather(waited(api, live, "?timeout_seconds=100&until=requires_action"), needs())
     assert told["status"] == "requires_action"
-    # Who waits for the end goes on waiting.
-    assert (await waited(api, live, "?timeout_seconds=0.1"))["status"] == "requires_action"
+    # Who waits for the end goes on waiting, for as long as they said.
+    begin = time.monotonic()
+    assert (await waited(api, live, "?timeout_seconds=0.5"))["status"] == "requires_action"
+    assert time.monotonic() - begin >= 0.5
     await Run.objects.filter(pk=live.pk).aupdate(status="queued")
     waiting = asyncio.create_task(waited(api, live, "?timeout_seconds=100&until=requires_action"))
     await listening(live)

@@ -363,6 +363,13 @@ def _start_keeper(folder: Path) -> None:
     _children[keeper.pid] = keeper
 
 
+@atexit.register
+def _let_go() -> None:
+    """Leave the keepers that we started, without Popen's warning: they live as long as the servers have users."""
+    for keeper in _children.values():
+        keeper.returncode = keeper.poll() or 0
+
+
 def _keep(folder: Path) -> None:
     """Wait until nobody uses the servers, then stop them. Ends when they are down, whoever stopped them."""
     while folder.exists():

@@ -83,7 +83,7 @@ def test_a_method_that_is_not_there_names_those_that_are(api: Api) -> None:
         (b'{"metadata": {"a": NaN}}', None),
         (b'{"metadata": {"a": -Infinity}}', None),
         (b'{"limits": {"max_cost": NaN}}', None),
-        (b'{"limits": {"max_steps": 1e2}}', "limits.max_steps"),
+        (b'{"limits": {"max_steps": 1.5}}', "limits.max_steps"),
         (b'{"limits": {"max_cost": 1e999}}', None),
         (b'{"limits": {"max_steps": 18446744073709551616}}', "limits.max_steps"),
         (b'{"metadata": {"a": 18446744073709551616}}', "metadata"),

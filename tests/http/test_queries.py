@@ -46,8 +46,8 @@ QUERIES: dict[str, int] = {
     "POST /api/threads": 2,
     "PATCH /api/threads/{thread}": 4,
     "POST /api/threads/{thread}/messages": 5,
-    "POST /api/runs": 8,
-    "POST /api/threads/{free}/runs": 13,
+    "POST /api/runs": 7,
+    "POST /api/threads/{free}/runs": 12,
     "POST /api/threads/{thread}/runs": 14,  # it is busy: held
     "POST /api/runs/{live}/cancel": 5,
     "POST /api/runs/{run}/cancel": 5,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from datetime import datetime
 from typing import Any
@@ -13,7 +14,15 @@ OPTIONS = orjson.OPT_UTC_Z | orjson.OPT_NAIVE_UTC | orjson.OPT_NON_STR_KEYS
 
 
 def dumps(value: Any) -> bytes:
-    return orjson.dumps(value, default=str, option=OPTIONS)
+    try:
+        return orjson.dumps(value, default=str, option=OPTIONS)
+    except TypeError:
+        # What was 1e30 comes out of a jsonb column as a whole number of 31 digits, which orjson does not write.
+        return json.dumps(value, default=_text, ensure_ascii=False, separators=(",", ":")).encode()
+
+
+def _text(value: Any) -> str | None:
+    return time(value) if isinstance(value, datetime) else str(value)
 
 
 class JSONRenderer(BaseRenderer):

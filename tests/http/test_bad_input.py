@@ -260,6 +260,18 @@ class TestBodies:
         sender.refused(400, "post", "/api/runs", orjson.dumps({**body, "limits": {"max_steps": 0}}))
         sender.refused(400, "post", "/api/runs", orjson.dumps({**body, "priority": 40_000}), attr="priority")
 
+    def test_large_numbers_are_read_again(self, sender: Sender, thread: str, scripted_model: ScriptedModel) -> None:
+        body = b'{"content": [{"type": "data", "data": 1e30}], "metadata": {"a": 1e25}}'
+        assert sender.send("post", f"/api/threads/{thread}/messages", body).status_code == 201
+        said = sender.api.get(f"/api/threads/{thread}/messages")["results"][0]
+        assert (float(said["content"][0]["data"]), float(said["metadata"]["a"])) == (1e30, 1e25)
+        scripted_model.say("It is large.")
+        body = b'{"input": [{"type": "text", "text": "How large?"}, {"type": "data", "data": 1e30}], "metadata": {"a": 1e25}}'
+        run = sender.send("post", f"/api/threads/{thread}/runs", body, headers={"Idempotency-Key": "once"}).json()["id"]
+        run_to_end(Run.objects.get(pk=run))
+        assert sender.api.get(f"/api/runs/{run}")["status"] == "completed"
+        assert sender.api.get(f"/api/runs/{run}/events")["results"][0]["content"][1]["data"] == 10**30
+
     def test_of_a_key_that_is_there_twice_the_last_counts(self, sender: Sender) -> None:
         answer = sender.send("post", "/api/threads", b'{"title": "a", "title": "b"}')
         assert answer.json()["title"] == "b"

@@ -26,11 +26,11 @@ from tools.models import ToolCall
 
 HERE = Path(__file__).parent
 SEED = 1042
-# What a schema cannot say is refused with 400, which is documented: a thread without an agent, a run that cannot be resumed,
+# What a schema cannot say is refused with 400, which is documented: a thread without an agent, a run that cannot be resumed or retried,
 # a whole number of more than 64 bits somewhere in metadata.
 MEANT = ["2xx", "3xx", "400", "401", "403", "404", "409"]
 MEAN = (
-    *("start_run", "start_run_on_new_thread", "resume_run", "fork_run"),
+    *("start_run", "start_run_on_new_thread", "resume_run", "retry_run", "fork_run"),
     *("create_thread", "update_thread", "save_messages"),
 )
 

@@ -401,7 +401,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def measured(given: argparse.Namespace, console: Console) -> command.Figures:
         runs = given.runs or (10_000 if given.quick else 100_000)
-        rounds, count = (1, 80) if given.quick else (5, 400)
+        rounds, count = (1, 80) if given.quick else (3, 200)
         with Rig(SCRIPT) as rig, Progress(console=console, transient=True) as progress:
             stage = Stage(rig, runs, console)
             results = measure(stage, given.only, rounds, count, progress)

@@ -97,6 +97,11 @@ class ToolCall(models.Model):
                 condition=models.Q(status__in=["requested", "retrying"]),
             ),
             models.Index(fields=["holder"], name="longhaul_call_held", condition=models.Q(status="running")),
+            models.Index(
+                fields=["id"],
+                name="longhaul_call_needs_a_person",
+                condition=models.Q(status__in=["awaiting_approval", "awaiting_result", "unknown"]),
+            ),
         ]
 
     def __str__(self) -> str:

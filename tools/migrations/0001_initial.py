@@ -106,6 +106,10 @@ class Migration(migrations.Migration):
             model_name='toolcall',
             index=models.Index(condition=models.Q(('status', 'running')), fields=['holder'], name='longhaul_call_held'),
         ),
+        migrations.AddIndex(
+            model_name='toolcall',
+            index=models.Index(condition=models.Q(('status__in', ['awaiting_approval', 'awaiting_result', 'unknown'])), fields=['id'], name='longhaul_call_needs_a_person'),
+        ),
         migrations.AddConstraint(
             model_name='toolcall',
             constraint=models.UniqueConstraint(fields=('run_id', 'step', 'index'), name='longhaul_one_call_a_place'),

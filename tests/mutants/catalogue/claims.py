@@ -150,7 +150,13 @@ CLAIMS = Group(
         Mutant(
             "call_claim_keeps_its_event",
             "A claim that finds no row takes its event back: the log tells of no claim that was none.",
-            [Change(CALLS, "        PERFORM longhaul_run_retract(v_run_id);\n        RETURN NULL;", "        RETURN NULL;")],
+            [
+                Change(
+                    CALLS,
+                    "        PERFORM longhaul_run_retract(v_run_id);\n        RETURN NULL;",
+                    "        RETURN NULL;",
+                )
+            ],
             [f"{CLAIM}two_workers_that_claim_a_call_at_once_then_one_of_them_gets_it"],
         ),
         Mutant(

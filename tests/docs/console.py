@@ -13,6 +13,7 @@ from pathlib import Path
 
 import psycopg
 
+from agents_project.processes import die_with_parent
 from tests.docs.page import Block, shows, words
 
 BIN = str(Path(sys.executable).parent)
@@ -80,6 +81,7 @@ def workers(
     """Run the block's Celery workers; when the body begins, one of each kind is present."""
     logs = [logs_in / f"worker-{number}.log" for number in range(len(block.commands))]
     started: list[subprocess.Popen[bytes]] = []
+    parent = os.getpid()
     try:
         for (command, _), log in zip(block.commands, logs, strict=True):
             with log.open("wb") as output:
@@ -92,6 +94,8 @@ def workers(
                         stdout=output,
                         stderr=subprocess.STDOUT,
                         start_new_session=True,
+                        # Else they outlive a killed session, and take the next one's runs: its purpose is the same.
+                        preexec_fn=lambda: die_with_parent(parent),
                     )
                 )
         _await_present(database_url, started, logs)

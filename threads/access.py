@@ -8,10 +8,10 @@ its thread; a step, leg, event or tool call its run.
             return queryset.filter(owner__team=user.team)
 
         def may(self, user, verb, obj):
-            return verb == "view" or obj is None or obj.owner_id == user.pk
+            return obj is None or obj.owner_id == user.pk
 
-Verbs of threads: `view`, `create`, `change`, `delete`; `save` and `delete_message` of a message in it; `start` of a run on it.
-Verbs of runs: `view`, `start` (on a new thread), `cancel`, `resume`, `retry`, `fork`. A policy that raises answers nobody: 500.
+Verbs of threads: `create`, `change`, `delete`; `save` and `delete_message` of a message in it; `start` of a run on it.
+Verbs of runs: `start` (on a new thread), `cancel`, `resume`, `retry`, `fork`. A policy that raises answers nobody: 500.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Is this process alive, and could a run that is started now be served: the data of /healthz and /readyz.
+"""Could a run that is started now be served: the data of /readyz.
 
 Nothing here waits longer than two seconds, whatever hangs, and no probe of a kind begins while one is under way: a storm of
 requests costs one look a second. No answer holds an address, a password or the text of an error, which may carry both.
@@ -94,11 +94,6 @@ class Probe:
         with self._changed:
             self._changed.wait_for(lambda: not self._asking, 10)
             self._answer = None
-
-
-def alive() -> dict[str, Any]:
-    """This process answers; nothing else is asked."""
-    return {"alive": True}
 
 
 def readiness() -> dict[str, Any]:

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from runs import agents as agent_registry
 from runs import models
+from runs.conf import settings
 from runs.explain import explain_all
 from runs.http.events import Event
 from runs.http.json import time
@@ -137,11 +138,6 @@ def limits(row: models.Run) -> dict[str, Any] | None:
         "deadline_seconds": None if said.deadline is None else said.deadline.total_seconds(),
         "leg_budget_seconds": said.leg_budget.total_seconds(),
     }
-
-
-class ThreadRun(BaseModel):
-    id: UUID
-    status: RunStatus
 
 
 class Thread(BaseModel):
@@ -432,8 +428,6 @@ class Agent(BaseModel):
 
 
 def agent(definition: agent_registry.Agent) -> dict[str, Any]:
-    from runs.conf import settings
-
     return {
         "name": definition.name,
         "model": definition.model or settings().default_model,

@@ -15,7 +15,6 @@ from runs.conf import settings
 from runs.http.errors import TooLarge
 
 Form = TypeVar("Form", bound=BaseModel)
-PIECE = 64 * 1024
 
 
 def whole(value: Any) -> Any:

@@ -15,7 +15,7 @@ from drf_standardized_errors.handler import ExceptionHandler
 from drf_standardized_errors.types import ErrorResponse
 from pydantic import ValidationError as Invalid
 from rest_framework import status
-from rest_framework.exceptions import APIException, NotFound, UnsupportedMediaType, ValidationError
+from rest_framework.exceptions import APIException, ErrorDetail, NotFound, ValidationError
 from rest_framework.response import Response
 
 from runs.exceptions import (
@@ -27,7 +27,7 @@ from runs.exceptions import (
     ThreadBusy,
     UnknownAgent,
 )
-from threads.exceptions import BadInput, PartOfAStep
+from threads.exceptions import PartOfAStep
 
 UNAVAILABLE = 503
 
@@ -91,14 +91,8 @@ def of_pydantic(error: Invalid) -> ValidationError:
     kinds = _unions(error.errors(include_url=False, include_context=False, include_input=False))
     for path, found in kinds:
         message, code = _told(found)
-        told.setdefault(path, []).append(_detail(message, code))
+        told.setdefault(path, []).append(ErrorDetail(message, code))
     return ValidationError(told)
-
-
-def _detail(message: str, code: str) -> Any:
-    from rest_framework.exceptions import ErrorDetail
-
-    return ErrorDetail(message, code)
 
 
 def _unions(errors: Iterable[Any]) -> list[tuple[str, Any]]:
@@ -188,6 +182,3 @@ def _reachable(error: Exception) -> bool:
 def handle(exc: Exception, context: Any) -> Response | None:
     """DRF's exception handler for Longhaul's views."""
     return Handler(exc, context).run()
-
-
-__all__ = ["BadField", "BadInput", "Conflict", "Refused", "TooLarge", "UnsupportedMediaType", "handle"]

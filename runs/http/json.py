@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any
 
 import orjson
@@ -41,6 +41,4 @@ def time(moment: datetime | None) -> str | None:
     """RFC 3339 UTC: `2026-11-21T12:00:00.123456Z`."""
     if moment is None:
         return None
-    from datetime import UTC
-
     return moment.astimezone(UTC).isoformat().replace("+00:00", "Z")

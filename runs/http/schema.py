@@ -101,7 +101,6 @@ HEADERS: Mapping[str, Described] = {
     "WWW-Authenticate": {"description": "what credentials are taken", "schema": {"type": "string"}},
 }
 BY_STATUS: Mapping[int, tuple[str, ...]] = {401: ("WWW-Authenticate",), 503: ("Retry-After",), 429: ("Retry-After",)}
-SECURITY = ("apiKey", "session", "csrf")
 
 
 def request_headers(said: Operation) -> list[Described]:

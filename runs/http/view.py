@@ -43,6 +43,7 @@ from runs.http.throttles import Rate, StartRate
 from threads import access
 from threads.authentication import ApiKeyAuthentication
 from threads.database import apart
+from threads.models import Message
 
 METHODS = ("get", "post", "put", "patch", "delete")
 Handler = TypeVar("Handler", bound=Callable[..., Any])
@@ -85,7 +86,6 @@ class Operation:
     creates: bool = False
     raises: tuple[int, ...] = ()
     name: str = ""
-    summary: str = ""
 
 
 def operation(rule: Rule, **told: Any) -> Callable[[Handler], Handler]:
@@ -290,6 +290,4 @@ def signed_in(request: Request) -> bool:
 
 def policed(row: Model) -> Model:
     """Return the thread that a message follows; any other row is asked about itself."""
-    from threads.models import Message
-
     return row.thread if isinstance(row, Message) else row

@@ -13,6 +13,7 @@ from django.utils.safestring import SafeString
 
 from runs import flower
 from runs.admin.followed import Followed, is_page
+from runs.http.events import FORMS
 from runs.models import Event, Leg, Step, Usage
 from threads.admin import marks
 from threads.admin.listing import Before, Created, belonging, by_id, choosing, in_window
@@ -20,14 +21,6 @@ from threads.models import Message
 from tools.models import Worker
 
 REASONS = ("budget", "tools", "person", "retry", "drained", "lost", "cancelled", "failed", "finished")
-# The types of docs/events.md.
-TYPES = (
-    *("run.held", "run.queued", "run.started", "run.waiting", "run.requires_action"),
-    *("run.completed", "run.failed", "run.cancelled"),
-    *("leg.started", "leg.ended", "message.created", "message.completed", "message.discarded"),
-    *("text.delta", "reasoning.delta", "tool_call.created", "tool_call.arguments_delta", "tool_call.started"),
-    *("tool_call.retrying", "tool_call.unknown", "tool_call.settled", "usage", "data", "error"),
-)
 SHOWN = 50  # messages of a step's context
 
 
@@ -122,7 +115,7 @@ class StepAdmin(OfRun):
 @admin.register(Event)
 class EventAdmin(OfRun):
     list_display = ("id", "run_link", "seq", "type", "begins", "at_")
-    list_filter = (belonging("run"), Before, choosing("type", [(each, each) for each in TYPES]))
+    list_filter = (belonging("run"), Before, choosing("type", [(each, each) for each in FORMS]))
     within = {"run": ("-seq",)}
     search_help_text = "By id of the run or of the Celery task of a leg of it; the beginning of an id is enough."
     fields = ("id", "run_link", "seq", "type", "at_", "epoch", "message_link", "ordinal", "payload_")

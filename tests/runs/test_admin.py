@@ -16,6 +16,7 @@ from django.test import Client
 from django.urls import reverse
 
 from runs import Agent
+from runs.http.events import FORMS
 from runs.models import Event, Leg, Run, Step, Usage
 from runs.pytest_longhaul import ScriptedModel, call, run_to_end
 from tests.runs.scenes import Cast, rows
@@ -375,6 +376,11 @@ def test_threads_and_calls_and_the_rest_are_found(run: Run, api_key: ApiKey, adm
 def test_only_the_filters_of_a_list_filter_it(query: dict[str, str], admin_client: Client) -> None:
     for model in (Run, Event, Message):
         assert admin_client.get(list_of(model, **query)).status_code == 400
+
+
+def test_every_type_of_event_can_be_picked(run: Run, admin_client: Client) -> None:
+    page = html(admin_client, list_of(Event))
+    assert set(re.findall(r"[?&;]type=([\w.]+)", page)) == set(FORMS)
 
 
 @pytest.mark.parametrize(

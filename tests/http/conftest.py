@@ -14,6 +14,7 @@ from django.db import connections
 from django.test import Client
 
 from runs import agents
+from runs.models import Run
 from runs.pytest_longhaul import ScriptedModel
 from tests.http.web import web as web
 from threads.authentication import create_key
@@ -59,6 +60,11 @@ class Api:
         return self.call("delete", path, status=status)
 
 
+def refusal(answer: Any) -> tuple[str, Any]:
+    """Return the code of an answer's first error, and the field that it names."""
+    return answer["errors"][0]["code"], answer["errors"][0]["attr"]
+
+
 @pytest.fixture
 def api_of(db: None) -> Callable[..., Api]:
     """Makes a user with a key: `api_of("ann", is_staff=True)`."""
@@ -80,3 +86,9 @@ def helper(scripted_model: ScriptedModel, monkeypatch: pytest.MonkeyPatch) -> ag
     """An agent without tools, named `helper`, on the scripted model."""
     monkeypatch.setattr(agents.registry, "_agents", {**agents.registry.all()})
     return agents.registry.add(agents.Agent(name="helper", model="openai:test"))
+
+
+@pytest.fixture
+def live(api: Api, helper: agents.Agent) -> Run:
+    """A run that waits for a worker."""
+    return helper.start("Where is it?", owner=api.user)

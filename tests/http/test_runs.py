@@ -13,7 +13,7 @@ import pytest
 from runs.agents import Agent, registry
 from runs.models import Run, Usage
 from runs.pytest_longhaul import ScriptedModel, call, run_to_end
-from tests.http.conftest import Api
+from tests.http.conftest import Api, refusal
 from tests.runs.scenes import asked, rows, texts
 from threads import clock
 from tools import RetryPolicy, tool
@@ -37,10 +37,6 @@ def flaky() -> str:
     if len(TRIES) == 1:
         raise ConnectionError("not now")
     return "worked"
-
-
-def refusal(answer: Any) -> tuple[str, Any]:
-    return answer["errors"][0]["code"], answer["errors"][0]["attr"]
 
 
 def run_of(answer: Any) -> Run:

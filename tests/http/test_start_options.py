@@ -11,7 +11,7 @@ from runs import agents
 from runs.agents import Agent
 from runs.models import Run
 from runs.pytest_longhaul import ScriptedModel, assert_invariants, call, run_to_end
-from tests.http.conftest import Api
+from tests.http.conftest import Api, refusal
 from tests.runs.scenes import asked, rows, texts
 from threads.models import Message, Thread
 from tools import tool
@@ -62,10 +62,6 @@ def start(api: Api, thread: Any, body: Any, status: int = 202) -> Any:
 def ended(api: Api, run: Any) -> Any:
     run_to_end(Run.objects.get(pk=run["id"]))
     return api.get(f"/api/runs/{run['id']}")
-
-
-def refusal(answer: Any) -> tuple[str, str | None]:
-    return answer["errors"][0]["code"], answer["errors"][0]["attr"]
 
 
 # --- input, message, messages, save ---------------------------------------------------------------------------------

@@ -47,12 +47,6 @@ def ended(api: Api, helper: Agent, scripted_model: ScriptedModel) -> Run:
     return run
 
 
-@pytest.fixture
-def live(api: Api, helper: Agent) -> Run:
-    """A run that waits for a worker."""
-    return helper.start("Where is it?", owner=api.user)
-
-
 async def opened(api: Api, address: str, method: str = "GET", body: Any = None, **headers: str) -> Any:
     sent = b"" if body is None else orjson.dumps(body)
     return await AsyncClient().generic(

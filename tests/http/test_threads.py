@@ -11,7 +11,7 @@ import pytest
 from runs.agents import Agent
 from runs.models import Run
 from runs.pytest_longhaul import ScriptedModel, run_to_end
-from tests.http.conftest import Api
+from tests.http.conftest import Api, refusal
 from tests.runs.scenes import rows
 from threads.models import Message, Thread
 
@@ -28,10 +28,6 @@ FIELDS: dict[str, Any] = {
     "limits": {"max_steps": 5},
     "context": {"last_messages": 20},
 }
-
-
-def refusal(answer: Any) -> tuple[str, str | None]:
-    return answer["errors"][0]["code"], answer["errors"][0]["attr"]
 
 
 def test_a_thread_has_what_it_was_given(api: Api, helper: Agent) -> None:

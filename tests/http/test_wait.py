@@ -22,11 +22,6 @@ from tests.http.web import Web
 pytestmark = pytest.mark.django_db(transaction=True)
 
 
-@pytest.fixture
-def live(api: Api, helper: Agent) -> Run:
-    return helper.start("Where is it?", owner=api.user)
-
-
 async def waited(api: Api, run: Run, query: str = "") -> Any:
     response = await AsyncClient().get(
         f"/api/runs/{run.pk}/wait{query}", headers={"Authorization": f"Bearer {api.key}"}

@@ -8,13 +8,14 @@ from typing import Any, Self, TypeVar
 
 import orjson
 from django.http import HttpRequest, UnreadablePostError
-from pydantic import BaseModel, BeforeValidator, ConfigDict
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 from rest_framework.exceptions import ParseError, UnsupportedMediaType
 
 from runs.conf import settings
-from runs.http.errors import TooLarge
+from runs.http.errors import BadField, TooLarge
 
 Form = TypeVar("Form", bound=BaseModel)
+MOST_MISTAKES = 100  # that are told one by one
 
 
 def whole(value: Any) -> Any:
@@ -57,9 +58,16 @@ class Body:
         return cls(data or b"{}")
 
     def form(self, form: type[Form]) -> Form:
-        """Return the body as its form. Raises ParseError, pydantic's ValidationError."""
+        """Return the body as its form. Raises ParseError, pydantic's ValidationError, BadField for too many mistakes."""
         self.value()  # pydantic takes NaN, and numbers of any length, which no column does
-        return form.model_validate_json(self.data)
+        try:
+            return form.model_validate_json(self.data)
+        except ValidationError as error:
+            if error.error_count() > MOST_MISTAKES:  # to name a million of them takes minutes
+                raise BadField(
+                    None, f"There are {error.error_count():,} mistakes in the body, too many to name."
+                ) from None
+            raise
 
     def value(self) -> Any:
         """Return the body's JSON. Raises ParseError."""

@@ -8,14 +8,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from django.core.exceptions import ObjectDoesNotExist, RequestDataTooBig
+from django.core.exceptions import ObjectDoesNotExist, RequestDataTooBig, SuspiciousOperation
 from django.db import DatabaseError, InterfaceError
 from drf_standardized_errors.formatter import ExceptionFormatter
 from drf_standardized_errors.handler import ExceptionHandler
 from drf_standardized_errors.types import ErrorResponse
 from pydantic import ValidationError as Invalid
 from rest_framework import status
-from rest_framework.exceptions import APIException, ErrorDetail, NotFound, ValidationError
+from rest_framework.exceptions import APIException, ErrorDetail, NotFound, ParseError, ValidationError
 from rest_framework.response import Response
 
 from runs.exceptions import (
@@ -144,6 +144,9 @@ class Handler(ExceptionHandler):
             return NotFound()  # it was there when the gate looked, and was deleted since
         if isinstance(exc, RequestDataTooBig):
             return TooLarge("The body is larger than this server takes.")
+        if isinstance(exc, SuspiciousOperation):
+            # More parameters than the host takes, a Host that is none of its own: what Django answers with 400 as well.
+            return ParseError("This server does not take such a request.")
         if isinstance(exc, DatabaseError | InterfaceError) and not _reachable(exc):
             return Refused("The database cannot be reached. Try again.", "unavailable", UNAVAILABLE)
         return super().convert_known_exceptions(exc)

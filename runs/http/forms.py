@@ -11,6 +11,8 @@ from typing_extensions import TypeAliasType
 from runs.http.body import WHOLE, Given
 
 PartType = Literal["text", "reasoning", "image", "file", "data"]
+# Each list says `FIRST`: of a million wrong items one mistake is told, for each costs a hundred times the two bytes it takes.
+FIRST = Field(fail_fast=True)
 
 
 def _left_out(schema: dict[str, Any]) -> None:
@@ -32,7 +34,7 @@ class Part(Given):
     text: str = Field(default="", description="of a text or reasoning", json_schema_extra=_left_out)
 
 
-Content = Annotated[str | list[Part], Field(description="a text, or a list of parts")]
+Content = Annotated[str | Annotated[list[Part], FIRST], Field(description="a text, or a list of parts")]
 Metadata = TypeAliasType("Metadata", Annotated[dict[str, Any], Field(description="yours: kept as it is")])
 JSONSchema = TypeAliasType("JSONSchema", Annotated[dict[str, Any], Field(description="a JSON schema")])
 Name = Annotated[str, Field(max_length=200)]
@@ -68,7 +70,7 @@ def _one_or_many(given: object) -> str:
 
 
 One = Annotated[NewMessage, Tag("[one]")]
-Many = Annotated[list[NewMessage], Field(min_length=1), Tag("[many]")]
+Many = Annotated[list[NewMessage], Field(min_length=1, fail_fast=True), Tag("[many]")]
 
 
 class NewMessages(RootModel[Annotated[One | Many, Discriminator(_one_or_many)]]):
@@ -82,7 +84,7 @@ class Overrides(Given):
 
     model: Name | None = Field(default=None, description="`provider:name`")
     instructions: str | None = None
-    tools: list[Name] | None = Field(default=None, description="names of the agent's tools")
+    tools: Annotated[list[Name], FIRST] | None = Field(default=None, description="names of the agent's tools")
     limits: Limits | None = None
     context: Context | None = None
 
@@ -97,7 +99,7 @@ class ThreadFields(Overrides):
 class NewThread(ThreadFields):
     """A thread, with messages if there are some already. Runs nothing."""
 
-    messages: list[NewMessage] | None = None
+    messages: Annotated[list[NewMessage], FIRST] | None = None
 
 
 class ThreadChange(ThreadFields):
@@ -112,7 +114,9 @@ class NewRun(Overrides):
     agent: Name | None = Field(default=None, description="defaults to the thread's")
     input: Content | None = None
     message: UUID | None = Field(default=None, description="a saved message of the thread, in place of an input")
-    messages: list[NewMessage] | None = Field(default=None, description="shown to the model before the input")
+    messages: Annotated[list[NewMessage], FIRST] | None = Field(
+        default=None, description="shown to the model before the input"
+    )
     save: Literal["prompt_and_output", "all", "none"] = Field(
         default="prompt_and_output", description="what later runs of the thread see of this one"
     )

@@ -35,7 +35,7 @@ from threads.database import apart
 from threads.models import ApiKey
 
 PING_SECONDS = 15.0
-CHECK_SECONDS = 15.0  # how long a stream goes on for who may no longer see its run
+CHECK_SECONDS = 15.0  # how long a stream, or a wait, goes on for who may no longer see its run
 # A proxy that gathers or compresses what passes makes a stream stand still.
 HEADERS = {
     "Cache-Control": "no-cache, no-transform",
@@ -159,7 +159,10 @@ class WaitForRun(AsyncView):
     async def get(self, request: Request, run: Run, query: WaitQuery) -> Response:
         """Wait until the run has ended, or waits for a person, at most so long. Answers with the run as it is then."""
         enough = {*TERMINAL, *([Status.REQUIRES_ACTION] if query.until == "requires_action" else [])}
+        begun = time.monotonic()
         await events.await_status(run.pk, enough, query.timeout_seconds)
+        if time.monotonic() - begun >= CHECK_SECONDS and not await apart(still_sees)(request, run.pk):
+            raise Http404  # they were let in minutes ago
         shown: Any = await apart(_shown)(run)
         return Response(shown)
 

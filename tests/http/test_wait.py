@@ -13,10 +13,13 @@ from django.test import AsyncClient
 
 from runs import events
 from runs.agents import Agent
+from runs.http import streams
 from runs.models import Run
 from runs.pytest_longhaul import ScriptedModel, run_to_end
 from tests.http.conftest import Api
 from tests.http.test_streams import FAR, cancel, connections_of_others, http
+from tests.http.test_streams import _no_longer_permitted as no_longer_permitted
+from tests.http.test_streams import _revoked as revoked
 from tests.http.web import Web
 
 pytestmark = pytest.mark.django_db(transaction=True)
@@ -48,6 +51,20 @@ async def test_a_finished_run_is_answered_at_once(
     told = await waited(api, run, "?timeout_seconds=300")
     assert (told["status"], told["output"]) == ("completed", "It is on its way.")
     assert told == await sync_to_async(api.get)(f"/api/runs/{run.pk}")
+
+
+@pytest.mark.parametrize("lose", [revoked, no_longer_permitted])
+async def test_who_may_no_longer_see_the_run_is_not_told_of_its_end(
+    api_of: Any, live: Run, lose: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(streams, "CHECK_SECONDS", 0.0)
+    staff = await sync_to_async(api_of)("staff", is_staff=True, is_superuser=True)
+    told = {"Authorization": f"Bearer {staff.key}"}
+    waiting = asyncio.ensure_future(AsyncClient().get(f"/api/runs/{live.pk}/wait?timeout_seconds=100", headers=told))
+    await listening(live)
+    await lose(staff, live)
+    await cancel(live)
+    assert (await waiting).status_code == 404
 
 
 async def test_it_answers_when_the_run_ends(api: Api, live: Run, monkeypatch: pytest.MonkeyPatch) -> None:

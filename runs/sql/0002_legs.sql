@@ -195,7 +195,8 @@ BEGIN
         SELECT jsonb_agg(jsonb_build_array(id, position, role, content, run_id) ORDER BY position) INTO v_pinned
         FROM longhaul_threads_message
         WHERE run_id = p_run.id AND step IS NULL AND role IN ('user', 'system') AND status IN ('completed', 'partial')
-          AND position < coalesce((v_context->0->>1)::bigint, 0);
+          -- the + 0 keeps the planner from walking (thread, position) for it, which Postgres 18 does where threads are few
+          AND position + 0 < coalesce((v_context->0->>1)::bigint, 0);
     END IF;
     SELECT coalesce(max(position), 0) + 1 INTO v_place FROM longhaul_threads_message WHERE thread_id = p_run.thread_id;
     INSERT INTO longhaul_threads_message (

@@ -85,9 +85,10 @@ def step(world: World, claim: Claim, meter: Meter, tools: UUID, *, lingers: bool
     return claim
 
 
+@pytest.mark.parametrize("analyzed", [True, False], ids=["analyzed", "not analyzed"])
 @pytest.mark.parametrize("lingers", [True, False], ids=["lingering", "a leg a step"])
 def test_given_a_long_run_then_each_transition_reads_as_many_rows_as_in_a_short_one(
-    world: World, lingers: bool
+    world: World, lingers: bool, analyzed: bool
 ) -> None:
     meter, worker, tools = Meter(world.db), world.worker(), world.worker("tools@a")
     claim = world.turn(world.claim(world.start(), worker))
@@ -97,10 +98,16 @@ def test_given_a_long_run_then_each_transition_reads_as_many_rows_as_in_a_short_
             world.beat(worker)
             world.beat(tools)
         meter.on = number in (SHORT, LONG)
+        if meter.on and analyzed:
+            world.db.execute("ANALYZE")  # what the planner knows of a short thread and of a long one is not the same
+            world.db.execute("DISCARD PLANS")
         claim = step(world, claim, meter, tools, lingers=lingers)
         if meter.on:
             found[number] = meter.take()
-    assert found[LONG] == found[SHORT]
+    # Another plan may look at the one run once or twice more; none may read the thread, whatever the planner knows of it.
+    sums = {at: {name: sum(rows.values()) for name, rows in found[at].items()} for at in found}
+    apart = {name: (sums[SHORT][name], many) for name, many in sums[LONG].items() if abs(many - sums[SHORT][name]) > 5}
+    assert apart == {}
     scans = {
         name: counts for name, counts in found[LONG].items() if any(f"{table} by scan" in counts for table in GROWING)
     }

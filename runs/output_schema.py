@@ -2,15 +2,15 @@
 
 Schemas come from users, answers from models, and both are checked inside the agents worker, where many runs share one thread.
 So what a check may cost is bounded before it runs: the size of the schema, its patterns (an engine without backtracking),
-and how often its parts are applied to the parts of an answer. Nothing is ever fetched.
+how often its parts are applied to the parts of an answer, and its patterns to the characters. Nothing is ever fetched.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import unquote
 
 import jsonschema_rs
@@ -25,6 +25,8 @@ MOST_PATTERNS = 100
 LARGEST_PATTERN = 256 * 1024  # bytes, compiled
 MOST_EVALUATIONS = 2_000_000  # of a subschema at a place of an answer: measured 0.02 to 0.1 us each
 EVALUATIONS_A_PLACE = 50_000
+MOST_MATCHING = 8_000_000  # KB of compiled patterns at a character of an answer: measured up to 0.12 us each
+PATTERN_SIZES = (4, 16, 64, LARGEST_PATTERN // 1024)  # KB, compiled: a pattern counts as the first that it fits
 DEEPEST_ANSWER = 100  # levels
 LONGEST_CHAIN = 50  # of schemas that refer to each other for one place
 LONGEST_REASON = 500  # characters
@@ -79,9 +81,9 @@ class OutputSchema:
     def read(self, text: str) -> Any:
         """Return the JSON value that an answer is, alone or as a fenced block of code. Raises OutputInvalid."""
         value = _parse(text)
-        places, depth = _extent(value)
+        places, characters, depth = _extent(value)
         try:
-            affordable = depth <= DEEPEST_ANSWER and self._costs.of(depth) * places <= MOST_EVALUATIONS
+            affordable = depth <= DEEPEST_ANSWER and self._costs.affordable(places, characters, depth)
         except RecursionError:
             affordable = False
         if not affordable:
@@ -140,9 +142,10 @@ def _parse(text: str) -> Any:
     return value
 
 
-def _extent(value: Any) -> tuple[int, int]:
-    """Return how many places a JSON value has, names of properties counted, and how deep it is: 0 for one without parts."""
-    places, depth, level = 0, -1, [value]
+def _extent(value: Any) -> tuple[int, int, int]:
+    """Return how many places and characters a JSON value has, names of properties counted, and how deep it is: 0 for one
+    without parts."""
+    places, characters, depth, level = 0, 0, -1, [value]
     while level:
         depth += 1
         places += len(level)
@@ -151,10 +154,45 @@ def _extent(value: Any) -> tuple[int, int]:
             if isinstance(each, dict):
                 below += each.values()
                 places += len(each)
+                characters += sum(map(len, each))
             elif isinstance(each, list):
                 below += each
+            elif isinstance(each, str):
+                characters += len(each)
         level = below
-    return places, depth
+    return places, characters, depth
+
+
+@lru_cache(maxsize=1024)
+def _size_of(pattern: str) -> int:
+    """Return how many KB a pattern takes compiled, at most: what it costs a character when the engine follows every way."""
+    for size in PATTERN_SIZES:
+        bounds = jsonschema_rs.RegexOptions(size_limit=size * 1024, dfa_size_limit=size * 1024)
+        try:
+            jsonschema_rs.validator_for({"pattern": pattern}, pattern_options=bounds)
+        except jsonschema_rs.ValidationError:
+            continue
+        return size
+    return PATTERN_SIZES[-1]
+
+
+class _Cost(NamedTuple):
+    """What a place of an answer costs: evaluations of a subschema, and KB of patterns that each character is matched with."""
+
+    evaluations: int
+    matching: int
+
+    @classmethod
+    def sum(cls, costs: Iterable[_Cost], times: int = 1) -> _Cost:
+        evaluations, matching = (sum(each) * times for each in zip(_FREE, *costs, strict=True))
+        return cls(min(evaluations, MOST_EVALUATIONS + 1), min(matching, MOST_MATCHING + 1))
+
+    @classmethod
+    def most(cls, costs: Iterable[_Cost]) -> _Cost:
+        return cls(*map(max, zip(_FREE, *costs, strict=True)))
+
+
+_FREE = _Cost(0, 0)
 
 
 class _Costs:
@@ -162,20 +200,26 @@ class _Costs:
 
     def __init__(self, schema: dict[str, Any]) -> None:
         self._root = schema
-        self._known: dict[tuple[int, int], int] = {}
+        self._known: dict[tuple[int, int], _Cost] = {}
         self._deep = -1
         self._check()
         try:
             costs = self.of(4)
         except RecursionError:
             raise BadInput("output_schema is nested too deep.") from None
-        if costs > EVALUATIONS_A_PLACE:
+        if costs.evaluations > EVALUATIONS_A_PLACE:
             raise BadInput(
                 "output_schema applies too many schemas to one place. Use fewer alternatives, or references."
             )
 
-    def of(self, depth: int) -> int:
-        """Return n so that an answer of so many levels and p places is checked in at most n * p evaluations.
+    def affordable(self, places: int, characters: int, depth: int) -> bool:
+        """Return whether an answer of this extent may be checked. Raises RecursionError."""
+        cost = self.of(depth)
+        return cost.evaluations * places <= MOST_EVALUATIONS and cost.matching * characters <= MOST_MATCHING
+
+    def of(self, depth: int) -> _Cost:
+        """Return n and m so that an answer of so many levels, p places and c characters is checked in at most n * p
+        evaluations and m * c KB of patterns matched.
 
         By induction over the levels: what is applied to a place is the same-place closure of its schemas; what that
         applies to one place below is the costliest of `properties` and all of the others. Raises RecursionError.
@@ -185,9 +229,9 @@ class _Costs:
             self._deep = each
         return self._cost(self._root, depth, set())
 
-    def _cost(self, schema: Any, depth: int, above: set[int]) -> int:
+    def _cost(self, schema: Any, depth: int, above: set[int]) -> _Cost:
         if not isinstance(schema, dict):
-            return 1
+            return _Cost(1, 0)
         key = (id(schema), depth)
         if (known := self._known.get(key)) is not None:
             return known
@@ -196,19 +240,24 @@ class _Costs:
         if len(above) == LONGEST_CHAIN:
             raise BadInput("output_schema is nested too deep.")
         above.add(id(schema))
-        same = sum(self._cost(each, depth, above) for keyword in SAME for each in _subschemas(schema, keyword))
+        same = [self._cost(each, depth, above) for keyword in SAME for each in _subschemas(schema, keyword)]
         if "$ref" in schema:
-            same += self._cost(self._referred(schema["$ref"]), depth, above)
+            same.append(self._cost(self._referred(schema["$ref"]), depth, above))
         above.discard(id(schema))
-        cost = 1 + sum(len(schema[keyword]) for keyword in LISTED if isinstance(schema.get(keyword), list))
-        cost += same * (4 if any(keyword in schema for keyword in UNEVALUATED) else 1)
+        listed = sum(len(schema[keyword]) for keyword in LISTED if isinstance(schema.get(keyword), list))
+        named = schema.get("patternProperties")
+        patterns = list(named) if isinstance(named, dict) else []
+        if isinstance(schema.get("pattern"), str):
+            patterns.append(schema["pattern"])
+        costs = [
+            _Cost(1 + listed, sum(map(_size_of, patterns))),
+            _Cost.sum(same, 4 if any(keyword in schema for keyword in UNEVALUATED) else 1),
+        ]
         if depth:
             for keyword in PARTED:
-                cost += max((self._cost(each, depth - 1, set()) for each in _subschemas(schema, keyword)), default=0)
-            cost += sum(
-                self._cost(each, depth - 1, set()) for keyword in BELOW for each in _subschemas(schema, keyword)
-            )
-        cost = min(cost, MOST_EVALUATIONS + 1)
+                costs.append(_Cost.most(self._cost(each, depth - 1, set()) for each in _subschemas(schema, keyword)))
+            costs += [self._cost(each, depth - 1, set()) for keyword in BELOW for each in _subschemas(schema, keyword)]
+        cost = _Cost.sum(costs)
         self._known[key] = cost
         return cost
 

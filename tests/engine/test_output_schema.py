@@ -305,6 +305,10 @@ LONG = chain(24)
 LONG["$defs"]["n24"] = {"properties": {"next": {"$ref": "#/$defs/n0"}}}
 
 
+# Ways of matching that no automaton of a bounded size holds: each character is followed along a thousand of them.
+MANY_WAYS = [f"(?:[ab]{{0,60}}){{20}}c|z{number}" for number in range(90)]
+
+
 def nested(depth: int, *names: str) -> Any:
     value: Any = {}
     for _ in range(depth):
@@ -322,6 +326,10 @@ def nested(depth: int, *names: str) -> Any:
         (TREE, nested(12, "left", "right")),
         ({}, nested(90, "a")),
         (LONG, nested(100, "next")),
+        ({"anyOf": [{"pattern": each} for each in MANY_WAYS]}, "ab" * 10_000),
+        ({"$defs": {"a": {"pattern": MANY_WAYS[0]}}, "oneOf": [{"$ref": "#/$defs/a"}] * 90}, "ab" * 10_000),
+        ({"propertyNames": {"anyOf": [{"pattern": each} for each in MANY_WAYS]}}, {"ab" * 10_000: 1}),
+        ({"patternProperties": {each: {} for each in MANY_WAYS}}, {"ab" * 10_000: 1}),
     ],
 )
 def test_no_answer_is_checked_for_long(schema: dict[str, Any], answer: Any) -> None:
@@ -333,6 +341,20 @@ def test_no_answer_is_checked_for_long(schema: dict[str, Any], answer: Any) -> N
     except output_schema.OutputInvalid:
         pass
     assert time.process_time() - began < 1  # measured 0.01 to 0.1 s; without the bounds the first would take years
+
+
+def test_usual_patterns_are_matched_with_long_answers() -> None:
+    usual = [
+        r"^\d{4}-\d{2}-\d{2}$",
+        r"^[\w.+-]+@[\w-]+\.[\w.-]+$",
+        "^[A-Z]{2,3}$",
+        "^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$",
+        r"\S",
+    ]
+    fields = {f"f{number}": {"type": "string", "pattern": each} for number, each in enumerate(usual * 4)}
+    schema = {"items": {"properties": {**fields, "text": {"type": "string"}}, "additionalProperties": False}}
+    answer = [{"f0": "2026-11-21", "f1": "ann@example.org", "text": "word " * 100}] * 400
+    assert output_schema.of(output_schema.check(schema)).read(orjson.dumps(answer).decode()) == answer
 
 
 def test_an_answer_that_would_take_long_is_said_to_be_too_large() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from datetime import timedelta
 from typing import Any
 
 from django.contrib import admin
@@ -13,8 +12,7 @@ from threads.admin import marks
 from threads.admin.listing import Before, Created, Listed, by_id, choosing, in_window
 from threads.clock import Now
 from tools.models import Worker
-
-SILENT = timedelta(seconds=6)  # three beats
+from tools.presence import FRESH
 
 
 def _there(rows: QuerySet[Any], state: str) -> QuerySet[Any]:
@@ -63,7 +61,7 @@ class WorkerAdmin(Listed):
     def state(self, worker: Any) -> str:
         if worker.gone_at is not None:
             return marks.state("gone")
-        if worker.since_beat > SILENT:
+        if worker.since_beat > FRESH:
             return marks.state("silent", title=f"no beat for {marks.span(worker.since_beat)}")
         return marks.state("draining" if worker.draining else "present")
 

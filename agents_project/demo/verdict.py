@@ -42,10 +42,6 @@ class Verdict:
     claims: tuple[Claim, ...]
     figures: dict[str, Any]
 
-    @property
-    def upheld(self) -> bool:
-        return all(claim.true for claim in self.claims)
-
 
 def numbers_in(text: str) -> list[int]:
     """Return the whole numbers of a text: 50 and 1275 in "50 numbers, the total is 1,275."."""

@@ -122,7 +122,8 @@ class NewRun(Overrides):
     )
     stream: bool = Field(default=False, description="answer with the run's events, as text/event-stream")
     busy: Literal["enqueue", "steer", "interrupt", "rollback", "reject"] = Field(
-        default="enqueue", description="what happens when a run occupies the thread"
+        default="enqueue",
+        description="what happens when a run occupies the thread; steer, interrupt and rollback are refused today",
     )
     priority: Annotated[int, Field(ge=-32768, le=32767), WHOLE] = 0
     tool_choice: Name | None = Field(default=None, description="auto, none, required, or the name of a tool")

@@ -13,6 +13,7 @@ from typing import Any
 from uuid import uuid4
 
 import pytest
+from django.contrib.auth.models import User
 from django.db import connection
 from django.test.utils import CaptureQueriesContext
 
@@ -51,6 +52,11 @@ QUERIES: dict[str, int] = {
     "POST /api/threads/{thread}/runs": 14,  # it is busy: held
     "POST /api/runs/{live}/cancel": 5,
     "POST /api/runs/{run}/cancel": 5,
+    "POST /api/runs/{failed}/resume": 14,
+    "POST /api/runs/{said}/fork": 23,
+    "POST /api/runs/{said}/retry": 21,
+    "DELETE /api/messages/{message}": 9,
+    "DELETE /api/threads/{old}": 13,
 }
 LISTS = [
     name
@@ -65,6 +71,7 @@ BODIES: dict[str, Any] = {
     "POST /api/runs": {"agent": "helper", "input": "a"},
     "POST /api/threads/{thread}/runs": {"input": "a"},
     "POST /api/threads/{free}/runs": {"input": "a"},
+    "POST /api/runs/{said}/fork": {"after_step": 0},
 }
 
 
@@ -118,7 +125,37 @@ def filled(api: Api, rows: int) -> dict[str, str]:
         ToolAttempt.objects.create(call=call, number=1, worker_id=new_id())
     live = str(Run.objects.filter(status=Status.QUEUED).order_by("id")[0].pk)
     free = Thread.objects.create(owner=owner, agent="helper")
-    return {"free": str(free.pk), "thread": str(run.thread_id), "run": str(run.pk), "live": live, "call": str(call.pk)}
+    old = Thread.objects.create(owner=owner)
+    message, *_ = old.save_many([{"role": "user", "content": "a"}] * (rows + 1))
+    named = {"free": free, "thread": run.thread, "run": run, "call": call, "old": old, "message": message}
+    named |= {"said": ended_run(owner, Status.COMPLETED, rows), "failed": ended_run(owner, Status.FAILED, rows)}
+    return {"live": live, **{name: str(row.pk) for name, row in named.items()}}
+
+
+def ended_run(owner: User, status: Status, steps: int) -> Run:
+    """A run of so many steps, with an input and what the model said in each; a failed one has not said its last."""
+    thread = Thread.objects.create(owner=owner, agent="helper")
+    reason = "end_turn" if status == Status.COMPLETED else "deadline"
+    run = Run.objects.create(owner=owner, thread=thread, agent="helper", status=status, stop_reason=reason, steps=steps)
+    said = [Message(thread=thread, role="user", position=1, run_id=run.pk, content=[{"type": "text", "text": "a"}])]
+    for number in range(1, steps + 1):
+        role = "assistant" if status == Status.COMPLETED and number == steps else "user"
+        said.append(
+            Message(
+                thread=thread,
+                role=role,
+                position=number + 1,
+                run_id=run.pk,
+                step=number,
+                content=[{"type": "text", "text": "a"}],
+            )
+        )
+        Step.objects.create(
+            run=run, number=number, leg_id=new_id(), epoch=1, message_id=said[-1].pk, model="scripted:x"
+        )
+    Message.objects.bulk_create(said)
+    Run.objects.filter(pk=run.pk).update(input_message_id=said[0].pk, dispatch_seq=1)
+    return run
 
 
 @pytest.mark.parametrize("rows", [1, 50])

@@ -79,10 +79,13 @@ def fork(run: Run, after_step: int | None = None, **overrides: Any) -> Run:
     The copies have places from 1 and are shown to all later runs. The run's own input is the new run's input.
     overrides: as `admission.start` takes them, laid over those of the run.
 
-    Raises NothingToDo after the step that ended a run, BadInput for a step that is not there or not answered yet.
+    Raises NothingToDo after the step that ended a run, BadInput for a step that is not there or not answered yet,
+    ThreadGone.
     """
     overrides = overlay(run.overrides, overrides)
     with transaction.atomic():
+        # Its deletion with the thread waits: it would not know of the run that names it as its parent.
+        transcript.lock_occupant(run.thread_id)
         run.refresh_from_db()
         until = _place_after(run, after_step)
         old = run.thread

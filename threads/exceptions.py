@@ -2,6 +2,7 @@
 
 LonghaulError
 ├── BadInput (ValueError)      what was given cannot be taken: it says what to do, and nothing was changed
+│   └── ThreadGone             the thread was deleted meanwhile
 ├── ThreadBusy                 the thread has a live run, and this input does not wait for it
 └── PartOfAStep                a tool call or its result: one without the other is no transcript
 """
@@ -29,6 +30,12 @@ class BadInput(LonghaulError, ValueError):
     """What was given cannot be taken. Nothing was changed."""
 
     code = "invalid"
+
+
+class ThreadGone(BadInput):
+    """There is no such thread any more."""
+
+    code = "not_found"
 
 
 @contextmanager

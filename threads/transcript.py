@@ -15,7 +15,7 @@ from django.db.models import Max
 
 from threads import database
 from threads.content import OF_RUNS, clean, parts_of, plain
-from threads.exceptions import BadInput, PartOfAStep, ThreadBusy, within
+from threads.exceptions import BadInput, PartOfAStep, ThreadBusy, ThreadGone, within
 from threads.models import Message, MessageStatus, Role, Thread
 
 ROLES = {Role.USER, Role.SYSTEM, Role.ASSISTANT}
@@ -158,14 +158,14 @@ def lock_occupant(thread_id: UUID) -> bool:
     """Lock the run that occupies the thread and return True, or lock the thread's row and return False.
 
     Runs come before threads in the lock order, so a run that shows up after the thread was locked means: begin again.
-    Must be called in a transaction. Raises BadInput when the thread is gone.
+    Must be called in a transaction. Raises ThreadGone.
     """
     while True:
         if occupied(thread_id, True):
             return True
         with transaction.atomic():  # its savepoint gives the thread's lock back
             if not Thread.objects.select_for_update(no_key=True).filter(pk=thread_id).exists():
-                raise BadInput(f"There is no thread {thread_id}.")
+                raise ThreadGone(f"There is no thread {thread_id}.")
             if not occupied(thread_id, False):
                 return False
             transaction.set_rollback(True)

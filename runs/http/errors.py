@@ -27,7 +27,7 @@ from runs.exceptions import (
     ThreadBusy,
     UnknownAgent,
 )
-from threads.exceptions import PartOfAStep
+from threads.exceptions import PartOfAStep, ThreadGone
 
 UNAVAILABLE = 503
 
@@ -136,12 +136,12 @@ class Handler(ExceptionHandler):
         return False
 
     def convert_known_exceptions(self, exc: Exception) -> Exception:
+        if isinstance(exc, ObjectDoesNotExist | ThreadGone):
+            return NotFound()  # it was there when the gate looked, and was deleted since
         if isinstance(exc, LonghaulError):
             return of_core(exc)
         if isinstance(exc, Invalid):
             return of_pydantic(exc)
-        if isinstance(exc, ObjectDoesNotExist):
-            return NotFound()  # it was there when the gate looked, and was deleted since
         if isinstance(exc, RequestDataTooBig):
             return TooLarge("The body is larger than this server takes.")
         if isinstance(exc, SuspiciousOperation):

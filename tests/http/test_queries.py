@@ -53,7 +53,7 @@ QUERIES: dict[str, int] = {
     "POST /api/runs/{live}/cancel": 5,
     "POST /api/runs/{run}/cancel": 5,
     "POST /api/runs/{failed}/resume": 14,
-    "POST /api/runs/{said}/fork": 23,
+    "POST /api/runs/{said}/fork": 27,
     "POST /api/runs/{said}/retry": 21,
     "DELETE /api/messages/{message}": 9,
     "DELETE /api/threads/{old}": 13,

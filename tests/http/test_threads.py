@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
-from uuid import uuid4
+from uuid import UUID, uuid4
 
 import pytest
 
@@ -13,9 +13,26 @@ from runs.models import Run
 from runs.pytest_longhaul import ScriptedModel, run_to_end
 from tests.http.conftest import Api, refusal
 from tests.runs.scenes import rows
+from threads import transcript
 from threads.models import Message, Thread
 
 pytestmark = pytest.mark.django_db
+
+
+def test_a_thread_that_is_deleted_under_a_request_is_not_found(
+    api: Api, helper: Agent, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gone(thread_id: UUID) -> bool:
+        Thread.objects.filter(pk=thread_id).delete()
+        return lock(thread_id)
+
+    lock = transcript.lock_occupant
+    for path, body in (("runs", {"agent": "helper", "input": "Hello"}), ("messages", {"content": "Hello"})):
+        thread = Thread.objects.create(owner=api.user)
+        monkeypatch.setattr(transcript, "lock_occupant", gone)
+        api.post(f"/api/threads/{thread.pk}/{path}", body, 404)
+        monkeypatch.undo()
+
 
 FIELDS: dict[str, Any] = {
     "agent": "helper",

@@ -190,6 +190,9 @@ class Together:
         for thread in self._threads:
             thread.start()
 
+    def over(self) -> bool:
+        return not any(thread.is_alive() for thread in self._threads)
+
     def join(self) -> list[Any]:
         for thread in self._threads:
             thread.join(20)  # seconds: a deadlock must not hang the tests

@@ -11,7 +11,7 @@ from django.contrib.auth.models import User
 from django.db import connection
 from django.test.utils import CaptureQueriesContext
 
-from runs import engine, lifecycle
+from runs import engine, lifecycle, successors
 from runs.agents import Agent
 from runs.exceptions import BadInput, NothingToDo, NotLast, ThreadBusy
 from runs.models import Run
@@ -20,7 +20,9 @@ from runs.pytest_longhaul import ScriptedModel, assert_invariants, call, run_to_
 from runs.testing.inline_worker import working
 from runs.verification import verify
 from tests.runs.scenes import Cast, Together, payloads, refused, texts
+from tests.workers.conftest import eventually
 from threads import database
+from threads.exceptions import ThreadGone
 from threads.ids import new_id
 from threads.models import Message, Thread
 from tools import tool
@@ -241,6 +243,44 @@ def test_a_retry_while_something_else_happens_to_its_thread(
 
 def _delete(thread: Thread) -> None:
     thread.delete()
+
+
+@pytest.mark.django_db(transaction=True)
+def test_a_fork_whose_thread_is_deleted_meanwhile_is_whole_and_so_is_the_deletion(
+    agent: Agent, scripted_model: ScriptedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scripted_model.say("one")
+    run = run_to_end(agent.start("hello"))
+    place_after = successors._place_after
+    begun: list[Together] = []
+
+    def delete_first(*arguments: Any) -> int:
+        place = place_after(*arguments)
+        begun.append(Together(partial(_delete, run.thread)))
+        eventually(lambda: begun[0].over() or _blocked(), why="the deletion is through, or waits for the fork")
+        return place
+
+    monkeypatch.setattr(successors, "_place_after", delete_first)
+    forked = run.fork(after_step=0)
+    assert begun[0].join() == [None]
+    forked.refresh_from_db()
+    assert (forked.parent, list(Run.objects.all())) == (None, [forked])
+    assert_invariants()
+
+
+def _blocked() -> bool:
+    with connection.cursor() as cursor:
+        cursor.execute("SELECT count(*) FROM pg_locks WHERE NOT granted")
+        return bool(cursor.fetchone()[0])
+
+
+@pytest.mark.django_db(transaction=True)
+def test_no_run_follows_one_whose_thread_is_gone(agent: Agent, scripted_model: ScriptedModel) -> None:
+    run = agent.start("hello").cancel()
+    Thread.objects.get().delete()
+    for follow in (run.retry, run.fork, run.resume):
+        with pytest.raises((ThreadGone, Run.DoesNotExist)):
+            follow()
 
 
 # --- fork

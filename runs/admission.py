@@ -199,7 +199,7 @@ def _insert(
         log.append(("run.queued", {"reason": "start", **told}))
     run.last_seq = len(log)
     run.save(force_insert=True)
-    Message.objects.bulk_create(drafts)
+    Message.objects.bulk_create(drafts, batch_size=transcript.BATCH)
     lifecycle.begin_log(run.pk, moment, log)
     if occupied:
         return

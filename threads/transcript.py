@@ -20,6 +20,7 @@ from threads.models import Message, MessageStatus, Role, Thread
 
 ROLES = {Role.USER, Role.SYSTEM, Role.ASSISTANT}
 LONGEST_NAME = 200
+BATCH = 1000  # rows a statement, which takes 65,535 parameters
 FIELDS = {"role", "content", "metadata", "client_id"}
 
 # Says whether a run occupies a thread, and locks it (for the rest of the transaction) when asked to. `runs` sets it.
@@ -41,7 +42,7 @@ def save_messages(thread: Thread, messages: Sequence[Mapping[str, Any]]) -> list
                 message.status = MessageStatus.WAITING
         else:
             place(thread.pk, saved)
-        return Message.objects.bulk_create(saved)
+        return Message.objects.bulk_create(saved, batch_size=BATCH)
 
 
 def drafts(thread: Thread, messages: Sequence[Mapping[str, Any]]) -> list[Message]:

@@ -13,6 +13,7 @@ from runs.http.body import WHOLE, Given
 PartType = Literal["text", "reasoning", "image", "file", "data"]
 # Each list says `FIRST`: of a million wrong items one mistake is told, for each costs a hundred times the two bytes it takes.
 FIRST = Field(fail_fast=True)
+MOST_MESSAGES = 1000  # at once: a body holds half a million small ones, which would take a minute
 
 
 def _left_out(schema: dict[str, Any]) -> None:
@@ -70,7 +71,7 @@ def _one_or_many(given: object) -> str:
 
 
 One = Annotated[NewMessage, Tag("[one]")]
-Many = Annotated[list[NewMessage], Field(min_length=1, fail_fast=True), Tag("[many]")]
+Many = Annotated[list[NewMessage], Field(min_length=1, max_length=MOST_MESSAGES, fail_fast=True), Tag("[many]")]
 
 
 class NewMessages(RootModel[Annotated[One | Many, Discriminator(_one_or_many)]]):
@@ -99,7 +100,7 @@ class ThreadFields(Overrides):
 class NewThread(ThreadFields):
     """A thread, with messages if there are some already. Runs nothing."""
 
-    messages: Annotated[list[NewMessage], FIRST] | None = None
+    messages: Annotated[list[NewMessage], Field(max_length=MOST_MESSAGES, fail_fast=True)] | None = None
 
 
 class ThreadChange(ThreadFields):
@@ -114,7 +115,7 @@ class NewRun(Overrides):
     agent: Name | None = Field(default=None, description="defaults to the thread's")
     input: Content | None = None
     message: UUID | None = Field(default=None, description="a saved message of the thread, in place of an input")
-    messages: Annotated[list[NewMessage], FIRST] | None = Field(
+    messages: Annotated[list[NewMessage], Field(max_length=MOST_MESSAGES, fail_fast=True)] | None = Field(
         default=None, description="shown to the model before the input"
     )
     save: Literal["prompt_and_output", "all", "none"] = Field(

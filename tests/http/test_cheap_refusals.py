@@ -8,7 +8,9 @@ import pytest
 
 from runs.agents import Agent
 from runs.http.body import MOST_MISTAKES
+from runs.http.forms import MOST_MESSAGES
 from tests.http.conftest import Api
+from threads.models import Message, Thread
 
 MANY = 300_000
 # Seconds. It takes a tenth of this; each mistake told one by one took more than two minutes, on the same machine.
@@ -64,3 +66,27 @@ def test_mistakes_are_named_up_to_a_number_and_counted_beyond(api: Api) -> None:
 def test_more_parameters_than_the_host_takes_are_a_bad_request(path: str, api: Api) -> None:
     answer = api.get(f"{path}?" + "&".join(["a=1"] * 1001), 400)
     assert answer["type"] == "client_error"
+
+
+@pytest.mark.django_db
+def test_so_many_messages_are_taken_at_once_and_no_more(api: Api, helper: Agent) -> None:
+    some = [{"content": "Hi"}] * MOST_MESSAGES
+    thread = api.post("/api/threads", {"messages": some}, 201)["id"]
+    api.post(f"/api/threads/{thread}/messages", some, 201)
+    for path, body, attr in (
+        ("/api/threads", {"messages": [*some, *some]}, "messages"),
+        ("/api/runs", {"agent": "helper", "messages": [*some, *some]}, "messages"),
+        (f"/api/threads/{thread}/messages", [*some, *some], "non_field_errors"),
+    ):
+        [error] = api.post(path, body, 400)["errors"]
+        assert error["attr"] == attr
+    assert Message.objects.count() == 2 * MOST_MESSAGES
+
+
+@pytest.mark.django_db
+def test_in_code_any_number_of_messages_is_saved(helper: Agent) -> None:
+    many = [{"content": "Hi"}] * 7000  # more parameters than one statement takes
+    thread = Thread.objects.create()
+    thread.save_many(many)
+    helper.start("Hello", thread=thread, messages=many)
+    assert thread.messages.count() == 14_001

@@ -46,9 +46,9 @@ class Policy:
         """Return those rows (threads or runs) of which the user may know that they exist."""
         if not user.is_authenticated:
             return queryset.none()
-        if user.is_staff and user.has_perm(permission("view", queryset.model)):
+        if _permitted(user, permission("view", queryset.model)):
             return queryset
-        return queryset.filter(owner=user)
+        return queryset.filter(owner=user.pk)
 
     def may(self, user: Any, verb: str, obj: Any) -> bool:
         """Return whether the user may do this to a thread or run that is visible to them; `obj` None is a new one."""
@@ -56,7 +56,12 @@ class Policy:
             return False
         if obj is None or obj.owner_id == user.pk:
             return True
-        return bool(user.is_staff and user.has_perm(permission(verb, type(obj))))
+        return _permitted(user, permission(verb, type(obj)))
+
+
+def _permitted(user: Any, named: str) -> bool:
+    """Return whether the user is staff and has the permission; a user model may know neither of them."""
+    return bool(getattr(user, "is_staff", False) and hasattr(user, "has_perm") and user.has_perm(named))
 
 
 def permission(verb: str, model: type[Model]) -> str:

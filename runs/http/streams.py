@@ -11,11 +11,13 @@ from contextlib import aclosing
 from typing import Annotated, Any, Literal
 from uuid import UUID
 
+from django.contrib.auth import get_user
 from django.core.handlers.asgi import ASGIRequest
 from django.db.models import Model
-from django.http import Http404, HttpResponse, HttpResponseBase, StreamingHttpResponse
+from django.http import Http404, HttpRequest, HttpResponse, HttpResponseBase, StreamingHttpResponse
 from django.urls import reverse
 from pydantic import Field
+from rest_framework.authentication import SessionAuthentication
 from rest_framework.request import Request
 from rest_framework.response import Response
 
@@ -143,10 +145,21 @@ def still_sees(request: Request, run_id: UUID) -> bool:
     """Return whether the gate would let the request in again, as key, user and run are now."""
     if isinstance(request.auth, ApiKey) and not holds(request.auth):
         return False
+    if isinstance(request.successful_authenticator, SessionAuthentication) and not still_signed_in(request):
+        return False
     user: Any = request.user
     if isinstance(user, Model):  # not as it was read: it remembers its permissions
-        user = type(user)._default_manager.filter(pk=user.pk).first()
+        # of a session it is a lazy object, whose type is not its class
+        user = user.__class__._default_manager.filter(pk=user.pk).first()
     return user is not None and user.is_active and visible(Run, user).filter(pk=run_id).exists()
+
+
+def still_signed_in(request: Request) -> bool:
+    """Return whether the session of the request is one still: no logout, no other password since."""
+    session: Any = request.session
+    again = HttpRequest()
+    again.session = type(session)(session.session_key)
+    return get_user(again).is_authenticated
 
 
 def frame(event: RunEvent) -> bytes:

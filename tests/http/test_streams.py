@@ -381,6 +381,28 @@ async def frames_left(told: AsyncIterator[Frame]) -> list[Frame]:
     return [each async for each in told]
 
 
+@pytest.mark.parametrize("how", ["logout", "password"])
+async def test_a_stream_ends_with_its_session(live: Run, api: Api, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
+    monkeypatch.setattr(streams, "CHECK_SECONDS", 0.0)
+    monkeypatch.setattr(events, "LOOK_SECONDS", 0.02)
+    client = AsyncClient()
+    await client.aforce_login(api.user)
+    response = await client.get(f"/api/runs/{live.pk}/stream")
+    told = frames.frames(response.streaming_content)  # type: ignore[attr-defined]
+    await past(told)
+    reading = asyncio.ensure_future(frames_left(told))
+    await asyncio.sleep(0.2)  # some looks: it goes on while its session does
+    assert not reading.done()
+    if how == "logout":
+        await client.alogout()
+    else:
+        api.user.set_password("another one")
+        await api.user.asave()
+    assert await asyncio.wait_for(reading, timeout=10) == []
+    await live.arefresh_from_db()
+    assert live.status == "queued"
+
+
 # --- a start that streams -------------------------------------------------------------------------------------------
 
 

@@ -100,7 +100,7 @@ def _cpu(sample: Sample) -> float:
 def figures(samples: dict[bool, list[tuple[Sample, Sample]]], plan: Plan) -> dict[str, Any]:
     """Return what `--json` prints. A ratio is the median of the rounds' ratios, events on to events off."""
     pairs = list(zip(samples[True], samples[False], strict=True))
-    found: dict[str, Any] = {"n": plan.rounds, "runs_at_once": plan.runs, "steps": STEPS}
+    found: dict[str, Any] = {"benchmark": "celery_events", "n": plan.rounds, "runs_at_once": plan.runs, "steps": STEPS}
     for name, on in (("off", False), ("on", True)):
         many = [each for each, _ in samples[on]]
         single = [each for _, each in samples[on]]

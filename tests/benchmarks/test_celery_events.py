@@ -18,7 +18,7 @@ def test_with_events_on_the_workers_tell_of_each_task_and_flower_hears_it(quick:
     assert found["n"] == 3
     # Of a step's task three: received, started, succeeded. One may be on its way as the counting ends.
     told = found["on"]["bells_and_events_per_step"] - found["off"]["bells_and_events_per_step"]
-    assert 2.5 < told < 3.5
+    assert 2 < told < 4
     assert found["on"]["cpu_ms_by_role"]["flower"] > found["off"]["cpu_ms_by_role"]["flower"]
     assert 0.8 < found["ratio"]["cpu"] < 2.5  # noise is no failure; an empty task's cost doubles
 

@@ -64,6 +64,7 @@ def web(django_db_setup: None, tmp_path_factory: pytest.TempPathFactory) -> Iter
         **os.environ,
         "DATABASE_URL": database,
         "DJANGO_SETTINGS_MODULE": "tests.http.settings",
+        "PGAPPNAME": "tests.http.web",
     }
     port = free_port()
     log = tmp_path_factory.mktemp("web") / "uvicorn.log"
@@ -91,7 +92,7 @@ def web(django_db_setup: None, tmp_path_factory: pytest.TempPathFactory) -> Iter
             process.wait()
         # It was connected to the test database, which goes now: wait until Postgres has noticed.
         with psycopg.connect(os.environ["DATABASE_URL"], autocommit=True) as admin:
-            query = "SELECT count(*) FROM pg_stat_activity WHERE datname = %s AND pid <> pg_backend_pid()"
-            name = connection.settings_dict["NAME"]
-            connection.close()
-            eventually(lambda: admin.execute(query, (name,)).fetchone() == (0,), why="the server's connections end")
+            query = "SELECT count(*) FROM pg_stat_activity WHERE datname = %s AND application_name = %s"
+            its = (connection.settings_dict["NAME"], environment["PGAPPNAME"])
+            eventually(lambda: admin.execute(query, its).fetchone() == (0,), why="the server's connections end")
+        connection.close()

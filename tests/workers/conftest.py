@@ -142,6 +142,7 @@ def kit(django_db_setup: None, tmp_path_factory: pytest.TempPathFactory) -> Iter
             **os.environ,
             "DATABASE_URL": database,
             "DJANGO_SETTINGS_MODULE": "tests.workers.settings",
+            "PGAPPNAME": "tests.workers",
             "OPENAI_BASE_URL": model.url,
             "OPENAI_API_KEY": "sk-test",
         }
@@ -154,10 +155,14 @@ def kit(django_db_setup: None, tmp_path_factory: pytest.TempPathFactory) -> Iter
                     kit.kill(process)
             # They were connected to the test database, which goes now: wait until the server has noticed.
             with psycopg.connect(os.environ["DATABASE_URL"], autocommit=True) as admin:
-                query = "SELECT count(*) FROM pg_stat_activity WHERE datname = %s AND pid <> pg_backend_pid()"
-                name = connection.settings_dict["NAME"]
-                connection.close()
-                eventually(lambda: admin.execute(query, (name,)).fetchone() == (0,), why="the workers' connections end")
+                # (Presence, and an atomic tool, name their connections themselves.)
+                query = (
+                    "SELECT count(*) FROM pg_stat_activity WHERE datname = %s"
+                    " AND (application_name = %s OR application_name LIKE 'longhaul%%')"
+                )
+                theirs = (connection.settings_dict["NAME"], environment["PGAPPNAME"])
+                eventually(lambda: admin.execute(query, theirs).fetchone() == (0,), why="the workers' connections end")
+            connection.close()
 
 
 @pytest.fixture

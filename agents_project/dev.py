@@ -376,7 +376,7 @@ def run(printer: Printer) -> None:
         stack.say(f"admin     {admin}")
         stack.say(f"API docs  {stack.address('web')}/api/docs")
         stack.say(f"Flower    {stack.address('flower')}/")
-        stack.say(f"login     {login}")
+        stack.say(f"login     {login}" + ("" if own_database else "   (Flower's too)"))
         if "model" in stack.programs:
             stack.say("model     the demo's script, for the agent `tester`; OPENAI_API_KEY=... takes a real service")
         if own_database:

@@ -162,6 +162,13 @@ class Facts:
         return found
 
     @cached_property
+    def successors(self) -> dict[UUID, UUID]:
+        """The last run that goes on after each failed or cancelled one."""
+        ended = [run.pk for run in self._of(Status.FAILED, Status.CANCELLED)]
+        after = Run.objects.filter(parent_id__in=ended, origin__in=["resume", "retry"]).order_by("pk")
+        return {parent: run for parent, run in after.values_list("parent_id", "pk") if parent is not None}
+
+    @cached_property
     def workers(self) -> dict[UUID | None, tuple[str, bool]]:
         """(name, present) by id of those that hold something here, have a row and were not found dead."""
         ids = {run.holder for run in self._of(Status.RUNNING)}
@@ -199,7 +206,7 @@ def _explain(run: Run, facts: Facts) -> Explanation:
         case Status.WAITING | Status.REQUIRES_ACTION:
             return _waiting(run, facts)
         case _:
-            return _ended(run)
+            return _ended(run, facts)
 
 
 def _queued(run: Run, facts: Facts) -> Explanation:
@@ -322,12 +329,14 @@ def _call(call: ToolCall, workers: dict[UUID | None, tuple[str, bool]], now: dat
             return f"{call.name} ({call.get_status_display().lower()}{until})"
 
 
-def _ended(run: Run) -> Explanation:
+def _ended(run: Run, facts: Facts) -> Explanation:
     said = f"{run.status} ({run.stop_reason}) after {run.steps} step{'' if run.steps == 1 else 's'}"
     if run.error:
         said += ": " + _error_in_words(run.error)
     if run.status == Status.COMPLETED:
         return Explanation(said)
+    if run.pk in facts.successors:
+        return Explanation(f"{said}; it went on in run {facts.successors[run.pk]}")
     first = {
         StopReason.CONFIGURATION: "correct what it says, restart the agents workers, then go on with a new run: ",
         StopReason.POISON: "look into the logs of its workers for what killed them, then go on with a new run: ",

@@ -138,6 +138,12 @@ def _native() -> tuple[Callable[..., Any], Callable[[float], None]]:
 class NativeConnection(psycopg.Connection[tuple[Any, ...]]):
     """A connection for a native thread: it waits in C, never in gevent's hub."""
 
+    forgotten = False  # it is another process's, and open at this one's end
+
+    def __del__(self) -> None:
+        if not self.forgotten:
+            super().__del__()
+
     def wait(self, gen: Generator[Any, Any, T], interval: float = 0.1, timeout: float | None = None) -> T:
         wait_c = getattr(waiting, "wait_c", None)
         if wait_c is None or timeout is not None:
@@ -334,16 +340,18 @@ class Presence:
             with contextlib.suppress(OSError):
                 os.close(self._connection.pgconn.socket)
             # The object must never close that file number again: it may be somebody else's by then.
+            self._connection.forgotten = True
             _undead.append(self._connection)
             self._connection = None
 
     def end(self) -> None:
-        """Leave cleanly, last of all: the row goes, then the lock."""
+        """Leave cleanly, last of all: the life is closed, then the lock goes. The row stays for who asks what ran where."""
         self._ended = True
         with contextlib.suppress(psycopg.Error, OSError):
             to = connect("longhaul leaves")
             to.execute(
-                "DELETE FROM longhaul_tools_worker WHERE id = ANY (%(lives)s) OR parent_id = ANY (%(lives)s)",
+                "UPDATE longhaul_tools_worker SET gone_at = longhaul_now()"
+                " WHERE (id = ANY (%(lives)s) OR parent_id = ANY (%(lives)s)) AND gone_at IS NULL",
                 {"lives": self._lives},
             )
             to.close()

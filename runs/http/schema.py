@@ -75,7 +75,7 @@ Start a run (`POST /api/runs`), then read its events (`/events`), follow them (`
 * Errors are `{"type", "errors": [{"code", "detail", "attr"}]}`; after one nothing has changed.
 * A field or parameter that is not known is an error that names it.
 * `Idempotency-Key` makes a creating POST safe to send again.
-* Any answer to a browser's session also needs its CSRF token when it changes something.
+* A call of a browser's session that changes something also needs its CSRF token.
 """
 KEY = {"type": "string", "minLength": 1, "maxLength": 200, "pattern": "^[!-~]([ -~]*[!-~])?$"}
 FRAMES = """\

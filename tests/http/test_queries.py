@@ -31,7 +31,7 @@ QUERIES: dict[str, int] = {
     "GET /api/threads": 2,
     "GET /api/threads/{thread}": 3,
     "GET /api/threads/{thread}/messages": 4,
-    "GET /api/runs": 7,
+    "GET /api/runs": 8,
     "GET /api/runs?active=true": 7,
     "GET /api/runs/{run}": 3,
     "GET /api/runs/{run}/events": 3,
@@ -50,7 +50,7 @@ QUERIES: dict[str, int] = {
     "POST /api/runs": 7,
     "POST /api/threads/{free}/runs": 12,
     "POST /api/threads/{thread}/runs": 14,  # it is busy: held
-    "POST /api/runs/{live}/cancel": 5,
+    "POST /api/runs/{live}/cancel": 6,
     "POST /api/runs/{run}/cancel": 5,
     "POST /api/runs/{failed}/resume": 14,
     "POST /api/runs/{said}/fork": 27,

@@ -110,12 +110,14 @@ def test_every_second_tick_is_a_beat_that_tells_of_a_drain(world: World, arrive:
     assert presence.BEAT.total_seconds() == presence._TICK_SECONDS * 2
 
 
-def test_who_leaves_leaves_neither_row_nor_lock(world: World, arrive: Callable[..., Presence]) -> None:
+def test_who_leaves_closes_its_life_and_leaves_no_lock(world: World, arrive: Callable[..., Presence]) -> None:
     present = arrive()
     child = arrive(parent=present.first_life, beats=False)
     beside = arrive()
     present.end()
-    assert set(Worker.objects.values_list("pk", flat=True)) == {beside.id}  # nor its children
+    here = Worker.objects.filter(gone_at=None)
+    assert set(here.values_list("pk", flat=True)) == {beside.id}  # nor its children
+    assert Worker.objects.count() == 3  # who asks later is told what they were
     wait_until(lambda: not locked(present.life.lock_key, world))
     child.end()
 
@@ -408,7 +410,7 @@ def test_the_thread_keeps_the_process_present_through_an_outage(
     finally:
         present.end()
     wait_until(lambda: not locked(present.life.lock_key, world))
-    assert not Worker.objects.exists()
+    assert not Worker.objects.filter(gone_at=None).exists()
 
 
 # --- what the watcher makes of lock and beat

@@ -111,12 +111,12 @@ PRESENT = Group(
             f"{PRESENCE}a_forked_child_does_not_hide_its_parents_death",
         ),
         one(
-            "leaves_its_row",
-            "Who leaves leaves no row.",
+            "leaves_without_a_word",
+            "Who leaves closes its life, and those of its children.",
             KEEPS,
-            '                "DELETE FROM longhaul_tools_worker WHERE id = ANY (%(lives)s) OR parent_id = ANY (%(lives)s)",\n',
-            '                "SELECT 1 FROM longhaul_tools_worker WHERE id = ANY (%(lives)s) OR parent_id = ANY (%(lives)s)",\n',
-            f"{PRESENCE}who_leaves_leaves_neither_row_nor_lock",
+            '                " WHERE (id = ANY (%(lives)s) OR parent_id = ANY (%(lives)s)) AND gone_at IS NULL",\n',
+            '                " WHERE (id = ANY (%(lives)s) OR parent_id = ANY (%(lives)s)) AND false",\n',
+            f"{PRESENCE}who_leaves_closes_its_life_and_leaves_no_lock",
         ),
         one(
             "run_is_not_registered",

@@ -140,9 +140,9 @@ class NativeConnection(psycopg.Connection[tuple[Any, ...]]):
 
     forgotten = False  # it is another process's, and open at this one's end
 
-    def __del__(self) -> None:
+    def __del__(self, *warn: Any) -> None:
         if not self.forgotten:
-            super().__del__()
+            super().__del__(*warn)
 
     def wait(self, gen: Generator[Any, Any, T], interval: float = 0.1, timeout: float | None = None) -> T:
         wait_c = getattr(waiting, "wait_c", None)

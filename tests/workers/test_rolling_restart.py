@@ -135,7 +135,7 @@ def assert_that_nobody_noticed(runs: list[Run], deploy: Deploy) -> None:
 
     assert set(deploy.codes.values()) == {0}
     assert max(deploy.seconds.values()) < LATEST_EXIT
-    assert not Worker.objects.filter(name__in=[f"{name}@test" for name in deploy.codes]).exists()
+    assert not Worker.objects.filter(name__in=[f"{name}@test" for name in deploy.codes], gone_at=None).exists()
     for name, log in deploy.logs().items():
         for word in ("ERROR", "CRITICAL", "Traceback"):
             assert word not in log, f"{name}: {log[log.index(word) - 200 :][:2000]}"

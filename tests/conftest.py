@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
+from typing import TYPE_CHECKING
 
 import pytest
+from celery import Celery
+from celery._state import get_current_app
 
 from agents_project import embedded
+
+if TYPE_CHECKING:
+    from tests.protocol.rows import World
 
 
 @pytest.fixture(scope="session")
@@ -49,3 +55,26 @@ def pytest_make_collect_report() -> Generator[None, pytest.CollectReport, pytest
     report = yield
     _refuse_skip(report)
     return report
+
+
+@pytest.fixture
+def world(transactional_db: None) -> Iterator[World]:
+    """A second session on the test database, beside Django's, with the transitions of the protocol by name."""
+    from django.db import connection
+
+    from tests.protocol.rows import Database, World
+
+    connection.ensure_connection()
+    db = Database(connection.connection.info.dsn)
+    yield World(db)
+    db.connection.close()
+
+
+@pytest.fixture
+def no_broker(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A broker that refuses connections, as one that was stopped does."""
+    present = get_current_app()
+    monkeypatch.setenv("CELERY_BROKER_URL", "redis://127.0.0.1:1/0")  # wins over what an app is told
+    Celery("away").set_current()
+    yield
+    present.set_current()

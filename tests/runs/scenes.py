@@ -1,6 +1,6 @@
 """What the tests of runs share: agents of one test, what is in the database, what the model was asked, and a live process.
 
-`Cast` makes agents that only one test knows. `rows()` is all of Longhaul's rows, to see that nothing was changed.
+`Cast` makes agents that only one test knows. `add` is the tool that most of them have. `rows()` is all of Longhaul's rows, to see that nothing was changed.
 `asked()` is a request as the scripted model got it. `Voice` is a provider that speaks piece by piece, as the test lets it.
 """
 
@@ -24,11 +24,17 @@ from runs.models import Event, Leg, Run, Step, Usage
 from runs.providers import port
 from runs.providers.port import Finished, ModelEvent, ModelRequest, ToolSpec
 from threads.models import Message, Thread
-from tools import execution, presence
+from tools import execution, presence, tool
 from tools import tasks as tool_tasks
 from tools.models import ToolAttempt, ToolCall
 
 TABLES = [model._meta.db_table for model in (Thread, Message, Run, Leg, Step, Event, Usage, ToolCall, ToolAttempt)]
+
+
+@tool
+def add(a: int, b: int) -> int:
+    """Add two numbers."""
+    return a + b
 
 
 def rows() -> dict[str, list[str]]:

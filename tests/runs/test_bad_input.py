@@ -23,19 +23,13 @@ from runs.exceptions import BadInput, InputTooLarge, UnknownAgent
 from runs.models import Event, Run
 from runs.providers.port import ModelEvent, ModelRequest, TextDelta
 from runs.pytest_longhaul import ScriptedModel, assert_invariants, call, run_to_end
-from tests.runs.scenes import Cast, Together, agents_process, refused, rows, speaking
+from tests.runs.scenes import Cast, Together, add, agents_process, refused, rows, speaking
 from threads.models import Message, Thread
 from tools import tool
 from tools.exceptions import ToolSchemaError
 from tools.models import ToolAttempt, ToolCall
 
 pytestmark = pytest.mark.django_db
-
-
-@tool
-def add(a: int, b: int) -> int:
-    """Add two numbers."""
-    return a + b
 
 
 @pytest.fixture

@@ -25,9 +25,8 @@ from runs.providers.port import ModelEvent, ModelRequest, ProviderError, TextDel
 from runs.pytest_longhaul import ScriptedModel, call, move_clock, run_to_end
 from tests.protocol.rows import wait_until
 from tests.runs.invariant_cases import State
-from tests.runs.scenes import Cast, Together, agents_process, rows, speaking
+from tests.runs.scenes import Cast, Together, add, agents_process, rows, speaking
 from threads.models import Message, Thread
-from tools import tool
 from tools.models import Worker
 
 PATIENCE = 15.0  # seconds that a command may take on a busy machine
@@ -35,12 +34,6 @@ LOST = timedelta(seconds=20)  # after so long a run that nobody took is stuck, a
 
 pytestmark = pytest.mark.django_db
 commits = pytest.mark.django_db(transaction=True)
-
-
-@tool
-def add(a: int, b: int) -> int:
-    """Add two numbers."""
-    return a + b
 
 
 @pytest.fixture

@@ -26,21 +26,14 @@ from runs.models import Event, Run
 from runs.providers.port import ModelEvent, ModelRequest, ProviderError, TextDelta
 from runs.pytest_longhaul import ScriptedModel, assert_invariants, call, run_to_end
 from tests.protocol.rows import wait_until
-from tests.runs.scenes import Cast, Together, agents_process, speaking
+from tests.runs.scenes import Cast, Together, add, agents_process, speaking
 from threads import clock
 from threads.models import Thread
-from tools import tool
 
 PATIENCE = 15.0  # seconds that a reader may take on a busy machine: less than FAR, and than a test may take
 FAR = 60.0  # seconds: a reader that misses what should wake it looks no sooner
 
 live = pytest.mark.django_db(transaction=True)
-
-
-@tool
-def add(a: int, b: int) -> int:
-    """Add two numbers."""
-    return a + b
 
 
 @pytest.fixture

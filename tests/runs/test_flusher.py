@@ -29,14 +29,6 @@ PIECE = "text.delta"
 
 
 @pytest.fixture
-def world(transactional_db: None) -> Iterator[World]:
-    connection.ensure_connection()
-    db = Database(connection.connection.info.dsn)
-    yield World(db)
-    db.connection.close()
-
-
-@pytest.fixture
 def other(world: World) -> Iterator[Database]:
     """A second session, that holds what the flusher wants."""
     db = Database(connection.connection.info.dsn)

@@ -20,7 +20,7 @@ from django.db import connections
 
 from runs import health
 from runs.sweep import SWEEP_LOCK
-from tests.protocol.rows import Database, World
+from tests.protocol.rows import World
 from tools.models import Worker
 
 pytestmark = pytest.mark.django_db(transaction=True)
@@ -34,14 +34,6 @@ def asked_anew() -> Iterator[None]:
     yield
     for probe in (health.DATABASE, health.BROKER):
         probe.forget()
-
-
-@pytest.fixture
-def world(transactional_db: None) -> Iterator[World]:
-    connections["default"].ensure_connection()
-    db = Database(connections["default"].connection.info.dsn)
-    yield World(db)
-    db.connection.close()
 
 
 @pytest.fixture

@@ -22,19 +22,12 @@ from runs.events import RunEvent
 from runs.models import Event, Run
 from runs.pytest_longhaul import ScriptedModel, call, run_to_end
 from runs.terminal.player import Player
-from tests.runs.scenes import Cast
+from tests.runs.scenes import Cast, add
 from tests.runs.test_commands import ran
-from tools import tool
 
 pytestmark = pytest.mark.django_db
 ROOT = Path(__file__).parents[2]
 BEGIN = datetime(2026, 11, 21, 7, 0, tzinfo=UTC)
-
-
-@tool
-def add(a: int, b: int) -> int:
-    """Add two numbers."""
-    return a + b
 
 
 @pytest.fixture

@@ -2,31 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 from uuid import UUID
 
 import pytest
-from django.db import connection
 
 from runs import admission, flower
 from runs import tasks as run_tasks
 from runs.models import Run
 from runs.sweep import Sweep
-from tests.protocol.rows import SECOND, Database, World
+from tests.protocol.rows import SECOND, World
 from threads.ids import new_id
 from tools import messages
 from tools.models import ToolCall
 
 pytestmark = pytest.mark.django_db(transaction=True)
-
-
-@pytest.fixture
-def world(transactional_db: None) -> Iterator[World]:
-    connection.ensure_connection()
-    db = Database(connection.connection.info.dsn)
-    yield World(db)
-    db.connection.close()
 
 
 @pytest.fixture

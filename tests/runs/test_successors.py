@@ -19,21 +19,14 @@ from runs.providers.port import ProviderError, UsageReported
 from runs.pytest_longhaul import ScriptedModel, assert_invariants, call, run_to_end
 from runs.testing.inline_worker import working
 from runs.verification import verify
-from tests.runs.scenes import Cast, Together, payloads, refused, texts
+from tests.runs.scenes import Cast, Together, add, payloads, refused, texts
 from tests.workers.conftest import eventually
 from threads import database
 from threads.exceptions import ThreadGone
 from threads.ids import new_id
 from threads.models import Message, Thread
-from tools import tool
 
 pytestmark = pytest.mark.django_db
-
-
-@tool
-def add(a: int, b: int) -> int:
-    """Add two numbers."""
-    return a + b
 
 
 @pytest.fixture

@@ -19,8 +19,7 @@ from uuid import UUID
 
 import pytest
 import redis
-from celery import Celery, current_app
-from celery._state import get_current_app
+from celery import current_app
 from django.core.management import call_command
 from django.db import connection
 from kombu import Producer
@@ -37,14 +36,6 @@ from tools.presence import Presence
 pytestmark = pytest.mark.django_db(transaction=True)
 
 LEASE = timedelta(seconds=61)  # longer than a leg may prepare its turn
-
-
-@pytest.fixture
-def world(transactional_db: None) -> Iterator[World]:
-    connection.ensure_connection()
-    db = Database(connection.connection.info.dsn)
-    yield World(db)
-    db.connection.close()
 
 
 @dataclass
@@ -277,16 +268,6 @@ def test_a_queue_that_a_tool_has_for_itself_is_counted_by_itself(
     there["gpu"] = 0
     passes.sweep()
     assert 0 < due(theirs) <= 1
-
-
-@pytest.fixture
-def no_broker(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A broker that refuses connections, as one that was stopped does."""
-    present = get_current_app()
-    monkeypatch.setenv("CELERY_BROKER_URL", "redis://127.0.0.1:1/0")  # wins over what an app is told
-    Celery("away").set_current()
-    yield
-    present.set_current()
 
 
 def test_a_broker_that_is_away_says_nothing_of_its_messages(world: World, passes: Sweep, no_broker: None) -> None:

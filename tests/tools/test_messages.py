@@ -62,16 +62,6 @@ def published() -> Iterator[list[str]]:
     signals.before_task_publish.disconnect(listen)
 
 
-@pytest.fixture
-def no_broker(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A broker that refuses connections, as one that was stopped does."""
-    present = get_current_app()
-    monkeypatch.setenv("CELERY_BROKER_URL", "redis://127.0.0.1:1/0")  # wins over what an app is told
-    Celery("away").set_current()
-    yield
-    present.set_current()
-
-
 def send(args: list[Any], *, queue: str, **limits: Any) -> str:
     """Send a message of a leg; return its task's id."""
     task_id = task_ids.new("run", new_id(), 1)

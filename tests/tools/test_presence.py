@@ -14,7 +14,7 @@ from uuid import UUID
 
 import psycopg
 import pytest
-from django.db import OperationalError, connection
+from django.db import OperationalError
 
 from runs import sweep
 from runs.sweep import Watcher
@@ -28,14 +28,6 @@ from tools.presence import CALLS, Holding, Presence, Register
 pytestmark = pytest.mark.django_db(transaction=True)
 
 HOLDINGS = (CALLS, Holding(RUNS.kind, RUNS.select, RUNS.give_back.format(poison=5)))
-
-
-@pytest.fixture
-def world(transactional_db: None) -> Iterator[World]:
-    connection.ensure_connection()
-    db = Database(connection.connection.info.dsn)
-    yield World(db)
-    db.connection.close()
 
 
 @pytest.fixture

@@ -11,7 +11,6 @@ import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import median
 from typing import Any
 
 from rich.console import Console
@@ -20,7 +19,7 @@ from rich.table import Table
 from benchmarks import command
 from benchmarks.forms import Longhaul
 from benchmarks.rig import READY_TIMEOUT, Rig, RigError
-from benchmarks.step_cost import SCRIPT, STEPS, WARM_UP_RUNS, Sample, measure
+from benchmarks.step_cost import SCRIPT, STEPS, WARM_UP_RUNS, Sample, measure, middle
 from benchmarks.workers import QUIET
 
 ANSWERS_SECONDS = 10.0  # for a worker to hear of the switch; usual are milliseconds
@@ -105,24 +104,20 @@ def figures(samples: dict[bool, list[tuple[Sample, Sample]]], plan: Plan) -> dic
         many = [each for each, _ in samples[on]]
         single = [each for _, each in samples[on]]
         found[name] = {
-            "steps_per_s": _middle([each.steps_per_s for each in many]),
-            "cpu_ms_per_step": _middle([_cpu(each) for each in many]),
-            "cpu_ms_by_role": {role: _middle([each.cpu_ms(role) for each in many]) for role in Heard.roles},
-            "bells_and_events_per_step": _middle([each.commands["publish"] / each.steps for each in many]),
-            "single_steps_per_s": _middle([each.steps_per_s for each in single]),
-            "single_cpu_ms_per_step": _middle([_cpu(each) for each in single]),
+            "steps_per_s": middle([each.steps_per_s for each in many]),
+            "cpu_ms_per_step": middle([_cpu(each) for each in many]),
+            "cpu_ms_by_role": {role: middle([each.cpu_ms(role) for each in many]) for role in Heard.roles},
+            "bells_and_events_per_step": middle([each.commands["publish"] / each.steps for each in many]),
+            "single_steps_per_s": middle([each.steps_per_s for each in single]),
+            "single_cpu_ms_per_step": middle([_cpu(each) for each in single]),
         }
     found["ratio"] = {
-        "cpu": _middle([_cpu(on[0]) / _cpu(off[0]) for on, off in pairs]),
-        "wall": _middle([off[0].steps_per_s / on[0].steps_per_s for on, off in pairs]),
-        "single_cpu": _middle([_cpu(on[1]) / _cpu(off[1]) for on, off in pairs]),
-        "single_wall": _middle([off[1].steps_per_s / on[1].steps_per_s for on, off in pairs]),
+        "cpu": middle([_cpu(on[0]) / _cpu(off[0]) for on, off in pairs]),
+        "wall": middle([off[0].steps_per_s / on[0].steps_per_s for on, off in pairs]),
+        "single_cpu": middle([_cpu(on[1]) / _cpu(off[1]) for on, off in pairs]),
+        "single_wall": middle([off[1].steps_per_s / on[1].steps_per_s for on, off in pairs]),
     }
     return found
-
-
-def _middle(values: Sequence[float]) -> float:
-    return round(median(values), 3)
 
 
 def tables(found: dict[str, Any]) -> list[Table]:

@@ -11,7 +11,7 @@ import argparse
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from statistics import median
@@ -189,17 +189,17 @@ def figures(results: dict[str, Results], at_once: int) -> dict[str, Any]:
     for name, result in results.items():
         by_form[name] = {
             "runs_at_once": result.many[0].steps // STEPS,
-            "steps_per_s": _middle(sample.steps_per_s for sample in result.many),
-            "cpu_ms_per_step": _middle(sample.cpu_ms() for sample in result.many),
+            "steps_per_s": middle(sample.steps_per_s for sample in result.many),
+            "cpu_ms_per_step": middle(sample.cpu_ms() for sample in result.many),
             "cpu_ms_by_role": {
-                role: _middle(sample.cpu_ms(role) for sample in result.many) for role in result.many[0].cpu
+                role: middle(sample.cpu_ms(role) for sample in result.many) for role in result.many[0].cpu
             },
-            "single_steps_per_s": _middle(sample.steps_per_s for sample in result.single),
-            "single_cpu_ms_per_step": _middle(sample.cpu_ms() for sample in result.single),
+            "single_steps_per_s": middle(sample.steps_per_s for sample in result.single),
+            "single_cpu_ms_per_step": middle(sample.cpu_ms() for sample in result.single),
         }
         if FORMS[name].stores:
             by_form[name] |= {
-                "wal_bytes_per_step": _middle(sample.wal_bytes / sample.steps for sample in result.many),
+                "wal_bytes_per_step": middle(sample.wal_bytes / sample.steps for sample in result.many),
                 "publishes_per_step": None,
                 "bells_per_step": None,
                 "valkey_commands_per_step": None,
@@ -208,9 +208,9 @@ def figures(results: dict[str, Results], at_once: int) -> dict[str, Any]:
             }
         if FORMS[name].stores and "valkey" in FORMS[name].roles:  # others only hear from it when to begin
             by_form[name] |= {
-                "publishes_per_step": _middle(sample.commands["lpush"] / sample.steps for sample in result.many),
-                "bells_per_step": _middle(sample.commands["publish"] / sample.steps for sample in result.many),
-                "valkey_commands_per_step": _middle(sample.commands.total() / sample.steps for sample in result.many),
+                "publishes_per_step": middle(sample.commands["lpush"] / sample.steps for sample in result.many),
+                "bells_per_step": middle(sample.commands["publish"] / sample.steps for sample in result.many),
+                "valkey_commands_per_step": middle(sample.commands.total() / sample.steps for sample in result.many),
             }
         if result.traffic is not None:
             by_form[name] |= {
@@ -246,7 +246,8 @@ def _steps_per_s(sample: Sample) -> float:
     return sample.steps_per_s
 
 
-def _middle(values: Any) -> float:
+def middle(values: Iterable[float]) -> float:
+    """Return the median, to three decimals."""
     return round(median(values), 3)
 
 
@@ -254,7 +255,7 @@ def _ratio(results: dict[str, Results], other: str, value: Any, single: bool = F
     if "longhaul" not in results or other not in results:
         return None
     ours, theirs = (results[name].single if single else results[name].many for name in ("longhaul", other))
-    return _middle(value(mine) / value(its) for mine, its in zip(ours, theirs, strict=True))
+    return middle(value(mine) / value(its) for mine, its in zip(ours, theirs, strict=True))
 
 
 def tables(found: dict[str, Any]) -> list[Table]:

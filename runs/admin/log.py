@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 from django.contrib import admin
 from django.db.models import QuerySet, TextField
@@ -13,14 +13,13 @@ from django.utils.safestring import SafeString
 
 from runs import flower
 from runs.admin.followed import Followed, is_page
-from runs.http.events import FORMS
+from runs.http.events import FORMS, LegEnd
 from runs.models import Event, Leg, Step, Usage
 from threads.admin import marks
 from threads.admin.listing import Before, Created, belonging, by_id, choosing, in_window
 from threads.models import Message
 from tools.models import Worker
 
-REASONS = ("budget", "tools", "person", "retry", "drained", "lost", "cancelled", "failed", "finished")
 SHOWN = 50  # messages of a step's context
 
 
@@ -44,7 +43,7 @@ class OfRun(Followed):
 @admin.register(Leg)
 class LegAdmin(OfRun):
     list_display = ("id", "run_link", "number", "why_ended", "worker", "task", "started", "ended", "took")
-    list_filter = (belonging("run"), Before, Created, choosing("reason", [(each, each) for each in REASONS]))
+    list_filter = (belonging("run"), Before, Created, choosing("reason", [(each, each) for each in get_args(LegEnd)]))
     within = {"run": ("-number",)}
     fields = ("id", "run_link", "number", "why_ended", "worker_link", "epoch", "task", "started", "ended", "took")
 

@@ -13,6 +13,8 @@ from pydantic import BaseModel, ConfigDict, Field, RootModel
 
 SEQ = "the event's place in the run's log, from 1 without gaps"
 
+LegEnd = Literal["budget", "tools", "person", "retry", "drained", "lost", "cancelled", "failed", "finished"]
+
 
 class Fault(BaseModel):
     """What went wrong: a code to program against, and a sentence to read."""
@@ -117,7 +119,7 @@ class LegEndedEvent(Logged):
     leg: int
     epoch: int
     worker: str
-    reason: Literal["budget", "tools", "person", "retry", "drained", "lost", "cancelled", "failed", "finished"]
+    reason: LegEnd
 
 
 class OfMessage(Logged):

@@ -89,6 +89,10 @@ def _count(default: int, least: int = 1) -> Key:
     return Key(default, int, least=least)
 
 
+def _rate(example: str) -> Key:
+    return Key(None, str, nullable=True, form=(r"[1-9]\d*/(s|min|h|d)", f"a rate like {example!r}"))
+
+
 def _queue(default: str) -> Key:
     return Key(default, str)
 
@@ -113,8 +117,8 @@ KEYS: Mapping[str, Key] = MappingProxyType(
         "PRICES": Key({}, dict),
         "DEFAULT_MODEL": Key(None, str, nullable=True),
         "ACCESS": Key(None, (str, type), nullable=True),
-        "API_RATE": Key(None, str, nullable=True, form=(r"[1-9]\d*/(s|min|h|d)", "a rate like '600/min'")),
-        "START_RATE": Key(None, str, nullable=True, form=(r"[1-9]\d*/(s|min|h|d)", "a rate like '20/min'")),
+        "API_RATE": _rate("600/min"),
+        "START_RATE": _rate("20/min"),
         "MAX_BODY_BYTES": _count(8_000_000, least=1000),
         "IDEMPOTENCY_KEY_SECONDS": _time(86400, least=60),
         "AGENTS_QUEUE": _queue("longhaul.agents"),

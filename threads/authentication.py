@@ -97,3 +97,8 @@ class ApiKeyAuthentication(BaseAuthentication):
 
     def authenticate_header(self, request: Request) -> str:
         return 'Bearer realm="longhaul"'
+
+
+def signed_in(request: Request) -> bool:
+    """Return whether the request is somebody's. DRF can be told to have no user at all in place of an anonymous one."""
+    return bool(getattr(request.user, "is_authenticated", False))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Self, TypeVar
 
 import orjson
@@ -33,7 +34,7 @@ class Given(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Body:
     """The bytes of a body. An empty one counts as `{}`."""
 
@@ -59,7 +60,7 @@ class Body:
 
     def form(self, form: type[Form]) -> Form:
         """Return the body as its form. Raises ParseError, pydantic's ValidationError, BadField for too many mistakes."""
-        self.value()  # pydantic takes NaN, and numbers of any length, which no column does
+        _ = self.value  # pydantic takes NaN, and numbers of any length, which no column does
         try:
             return form.model_validate_json(self.data)
         except ValidationError as error:
@@ -69,8 +70,9 @@ class Body:
                 ) from None
             raise
 
+    @cached_property
     def value(self) -> Any:
-        """Return the body's JSON. Raises ParseError."""
+        """The body's JSON. Raises ParseError."""
         try:
             return orjson.loads(self.data)
         except orjson.JSONDecodeError as error:
@@ -78,7 +80,7 @@ class Body:
 
     def fingerprint(self, *more: str) -> str:
         """SHA-256 (hex) of what the body says, however it is spaced, and of what else tells two requests apart."""
-        found = hashlib.sha256(orjson.dumps(self.value(), option=orjson.OPT_SORT_KEYS))
+        found = hashlib.sha256(orjson.dumps(self.value, option=orjson.OPT_SORT_KEYS))
         for each in more:
             found.update(b"\0" + each.encode())
         return found.hexdigest()

@@ -19,6 +19,7 @@ from rest_framework.request import Request
 from rest_framework.throttling import BaseThrottle
 
 from runs.conf import settings
+from threads.authentication import signed_in
 from threads.models import ApiKey
 
 if TYPE_CHECKING:
@@ -68,7 +69,7 @@ class Rate(BaseThrottle):
     def _client(self, request: Request) -> str:
         if isinstance(request.auth, ApiKey):
             return f"key.{request.auth.pk}"
-        if getattr(request.user, "is_authenticated", False):
+        if signed_in(request):
             return f"user.{request.user.pk}"
         # Digested, for a header may say where it comes from, in more characters than a cache takes for a name.
         return f"address.{hashlib.sha256(str(self.get_ident(request)).encode()).hexdigest()}"

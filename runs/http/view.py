@@ -41,7 +41,7 @@ from runs.http.query import read_query
 from runs.http.schema import Schema
 from runs.http.throttles import Rate, StartRate
 from threads import access
-from threads.authentication import ApiKeyAuthentication
+from threads.authentication import ApiKeyAuthentication, signed_in
 from threads.database import apart
 from threads.models import Message
 
@@ -180,8 +180,7 @@ class View(APIView):
         return [*found, "HEAD"] if "GET" in found else found
 
     def operation(self, request: Request) -> Operation | None:
-        method = (request.method or "").lower()
-        return self.operations().get("get" if method == "head" else method)
+        return self.operations().get(_method(request))
 
     def initial(self, request: Request, *args: Any, **kwargs: Any) -> None:
         request.accepted_renderer = self.get_renderers()[0]
@@ -235,21 +234,25 @@ class View(APIView):
         return row
 
     def dispatch(self, request: HttpRequest, *args: Any, **kwargs: Any) -> HttpResponseBase:
+        asked = self._begun(request, *args, **kwargs)
+        response: HttpResponseBase
+        try:
+            self.initial(asked, *args, **kwargs)
+            response = self._handler(asked)(asked, **self.given)
+        except Exception as error:
+            response = self.handle_exception(error)
+        return self._finished(asked, response)
+
+    def _begun(self, request: HttpRequest, *args: Any, **kwargs: Any) -> Request:
         self.args, self.kwargs = args, kwargs
         asked = self.initialize_request(request, *args, **kwargs)
         self.request = asked
         self.headers = self.default_response_headers
-        response: HttpResponseBase
-        try:
-            self.initial(asked, *args, **kwargs)
-            method = (asked.method or "").lower()
-            response = getattr(self, "get" if method == "head" else method)(asked, **self.given)
-        except Exception as error:
-            response = self._refused(error)
-        return self._finished(asked, response)
+        return asked
 
-    def _refused(self, error: Exception) -> Response:
-        return self.handle_exception(error)
+    def _handler(self, request: Request) -> Callable[..., Any]:
+        handler: Callable[..., Any] = getattr(self, _method(request))
+        return handler
 
     def _finished(self, request: Request, response: HttpResponseBase) -> HttpResponseBase:
         finished = self.finalize_response(request, cast(Response, response), *self.args, **self.kwargs)
@@ -269,23 +272,20 @@ class AsyncView(View):
         return view
 
     async def dispatch(self, request: HttpRequest, *args: Any, **kwargs: Any) -> HttpResponseBase:  # type: ignore[override]
-        self.args, self.kwargs = args, kwargs
-        asked = self.initialize_request(request, *args, **kwargs)
-        self.request = asked
-        self.headers = self.default_response_headers
+        asked = self._begun(request, *args, **kwargs)
         response: HttpResponseBase
         try:
             await apart(self.initial)(asked, *args, **kwargs)
-            method = (asked.method or "").lower()
-            response = await getattr(self, "get" if method == "head" else method)(asked, **self.given)
+            response = await self._handler(asked)(asked, **self.given)
         except Exception as error:
-            response = await apart(self._refused)(error)
+            response = await apart(self.handle_exception)(error)
         return self._finished(asked, response)
 
 
-def signed_in(request: Request) -> bool:
-    """Return whether the request is somebody's. DRF can be told to have no user at all in place of an anonymous one."""
-    return bool(getattr(request.user, "is_authenticated", False))
+def _method(request: Request) -> str:
+    """Name the method that answers: a HEAD is a GET whose body nobody wants."""
+    method = (request.method or "").lower()
+    return "get" if method == "head" else method
 
 
 def policed(row: Model) -> Model:

@@ -11,7 +11,7 @@ unexport VIRTUAL_ENV CONDA_PREFIX PYTHONPATH PYTHONHOME PIP_USER UV_PYTHON
 export UV_PROJECT_ENVIRONMENT := .venv
 export UV_PYTHON_DOWNLOADS := never
 
-.PHONY: help demo dev test test-slow lint docs bench proof mutants clean
+.PHONY: help demo dev test test-slow test-rabbitmq lint docs bench proof mutants clean
 
 help: ## say what there is
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1|\2/p' Makefile | awk -F'|' '{ printf "%-16s %s\n", $$1, $$2 }'
@@ -23,11 +23,14 @@ dev: .venv/ready ## web, workers, beat and Flower on servers of its own, until C
 	@exec $(PYTHON) -m agents_project.dev
 
 test: .venv/ready ## the tests that are quick; TEST_ARGS="-k claim"
-	@exec $(PYTHON) -m pytest -m "not slow and not proof and not bench" $(TEST_ARGS)
+	@exec $(PYTHON) -m pytest -m "not slow and not proof and not bench and not needs_rabbitmq" $(TEST_ARGS)
 
 # pytest answers 5 when it finds no test: none of them is slow, then, which is no failure.
 test-slow: .venv/ready ## the tests that take time or kill processes
-	@$(PYTHON) -m pytest -m "slow and not proof and not bench" $(TEST_ARGS) || { code=$$?; [ $$code -eq 5 ] || exit $$code; }
+	@$(PYTHON) -m pytest -m "slow and not proof and not bench and not needs_rabbitmq" $(TEST_ARGS) || { code=$$?; [ $$code -eq 5 ] || exit $$code; }
+
+test-rabbitmq: .venv/ready ## main job, losses and deaths over RabbitMQ, which must be installed
+	@exec $(PYTHON) -m pytest -m "needs_rabbitmq and not proof and not bench" $(TEST_ARGS)
 
 lint: .venv/ready ## style, types, imports, migrations, Django's and Longhaul's checks
 	$(PYTHON) -m ruff check .

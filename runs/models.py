@@ -97,6 +97,10 @@ class Run(models.Model):
     publishes = models.IntegerField(default=0)
     # counters
     last_seq = models.BigIntegerField(default=0)
+    # What became of the event log after the end: events up to here were removed by a retention setting (0: none), and since
+    # when a finished message's deltas stand as one.
+    events_removed_through = models.BigIntegerField(default=0, db_default=0)
+    compacted_at = models.DateTimeField(null=True)
     steps = models.IntegerField(default=0)
     legs = models.IntegerField(default=0)
     lost = models.IntegerField(default=0)

@@ -168,7 +168,7 @@ class Worker(models.Model):
     parent = models.ForeignKey(
         "self", on_delete=models.CASCADE, null=True, related_name="children", db_constraint=False
     )
-    lock_key = models.BigIntegerField(unique=True)
+    lock_key = models.BigIntegerField(unique=True, null=True)  # None behind a pooler without sessions: only beats count
     started_at = models.DateTimeField(db_default=Now())
     beat_at = models.DateTimeField(db_default=Now())
     draining = models.BooleanField(default=False)

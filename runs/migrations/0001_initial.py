@@ -49,6 +49,8 @@ class Migration(migrations.Migration):
                 ('next_publish_at', models.DateTimeField(null=True)),
                 ('publishes', models.IntegerField(default=0)),
                 ('last_seq', models.BigIntegerField(default=0)),
+                ('events_removed_through', models.BigIntegerField(db_default=0, default=0)),
+                ('compacted_at', models.DateTimeField(null=True)),
                 ('steps', models.IntegerField(default=0)),
                 ('legs', models.IntegerField(default=0)),
                 ('lost', models.IntegerField(default=0)),

@@ -90,7 +90,7 @@ class Migration(migrations.Migration):
                 ('kind', models.CharField(max_length=16)),
                 ('host', models.CharField(max_length=200)),
                 ('pid', models.IntegerField()),
-                ('lock_key', models.BigIntegerField(unique=True)),
+                ('lock_key', models.BigIntegerField(null=True, unique=True)),
                 ('started_at', models.DateTimeField(db_default=threads.clock.Now())),
                 ('beat_at', models.DateTimeField(db_default=threads.clock.Now())),
                 ('draining', models.BooleanField(default=False)),

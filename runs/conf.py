@@ -23,7 +23,7 @@ Price = Mapping[str, float]  # {"input": ..., "output": ...}, currency units per
 
 @dataclass(frozen=True, slots=True)
 class Key:
-    """One key of `LONGHAUL`: its default, and what a value of it must be.
+    """One key of `LONGHAUL`: its default, what a value of it must be, and what it means, as docs/settings.md says it.
 
     `unit` is the length of one unit for a key that is a time, and None for any other. `least` is the lowest value.
     `nullable` allows None. `form` is the pattern that a text must have, and that in words.
@@ -31,6 +31,7 @@ class Key:
 
     default: Any
     kind: type | tuple[type, ...]
+    meaning: str
     unit: timedelta | None = None
     least: float | None = None
     nullable: bool = False
@@ -81,55 +82,78 @@ _WORDS: Mapping[type, str] = {
 }
 
 
-def _time(default: float, least: float = 0, unit: timedelta = SECOND) -> Key:
-    return Key(default, (int, float), unit=unit, least=least)
+def _time(default: float, meaning: str, least: float = 0, unit: timedelta = SECOND) -> Key:
+    return Key(default, (int, float), meaning, unit=unit, least=least)
 
 
-def _count(default: int, least: int = 1) -> Key:
-    return Key(default, int, least=least)
+def _count(default: int, meaning: str, least: int = 1) -> Key:
+    return Key(default, int, meaning, least=least)
 
 
-def _rate(example: str) -> Key:
-    return Key(None, str, nullable=True, form=(r"[1-9]\d*/(s|min|h|d)", f"a rate like {example!r}"))
+def _rate(example: str, meaning: str) -> Key:
+    return Key(None, str, meaning, nullable=True, form=(r"[1-9]\d*/(s|min|h|d)", f"a rate like {example!r}"))
 
 
-def _queue(default: str) -> Key:
-    return Key(default, str)
+def _queue(default: str, meaning: str) -> Key:
+    return Key(default, str, meaning)
 
 
-KEYS: Mapping[str, Key] = MappingProxyType(
-    {
-        "LEG_BUDGET_SECONDS": _time(240, least=0.1),
-        "MODEL_TIMEOUT_SECONDS": _time(600, least=0.1),
-        "MODEL_SILENCE_SECONDS": _time(120, least=0.1),
-        "PREPARE_TIMEOUT_SECONDS": _time(60, least=1),
-        "LINGER_SECONDS": _time(2),
-        "MAX_STEPS": _count(50),
-        "MAX_HELD": _count(100, least=0),
-        "MAX_INPUT_CHARS": _count(1_000_000),
-        "POISON_LIMIT": _count(5),
-        "MODEL_TRIES": _count(8),
-        "MODEL_RETRY_TOTAL_SECONDS": _time(3600),
-        "DRAIN_GRACE_SECONDS": _time(5),
-        "BAD_CALLS_LIMIT": _count(5),
-        "CONTEXT_MESSAGES": _count(100),
-        "FLUSH_MILLISECONDS": _time(25, least=1, unit=MILLISECOND),
-        "PRICES": Key({}, dict),
-        "DEFAULT_MODEL": Key(None, str, nullable=True),
-        "ACCESS": Key(None, (str, type), nullable=True),
-        "API_RATE": _rate("600/min"),
-        "START_RATE": _rate("20/min"),
-        "MAX_BODY_BYTES": _count(8_000_000, least=1000),
-        "IDEMPOTENCY_KEY_SECONDS": _time(86400, least=60),
-        "AGENTS_QUEUE": _queue("longhaul.agents"),
-        "TOOLS_QUEUE": _queue("longhaul.tools"),
-        "CONTROL_QUEUE": _queue("longhaul.control"),
-        "PRESENCE_TTL_SECONDS": _time(12, least=6),
-        "FLOWER_URL": Key(
-            None, str, nullable=True, form=(r"https?://.+", "an address that begins with http:// or https://")
+# docs/settings.md is written from this, a table a group: `python -m tests.docs.settings` after a change.
+GROUPS: Mapping[str, Mapping[str, Key]] = {
+    "Runs": {
+        "LEG_BUDGET_SECONDS": _time(240, "a leg that is older hands over at its next step", least=0.1),
+        "PREPARE_TIMEOUT_SECONDS": _time(
+            60, "from a claim to the question to the model; then the run is taken back", least=1
         ),
-    }
-)
+        "LINGER_SECONDS": _time(2, "how long a leg waits for its tool calls before it ends; 0 is never"),
+        "MAX_STEPS": _count(50, "model turns of a run, where the agent says nothing"),
+        "MAX_HELD": _count(100, "runs that may wait for one thread", least=0),
+        "MAX_INPUT_CHARS": _count(1_000_000, "length of one input"),
+        "POISON_LIMIT": _count(5, "times that a run is taken back without a committed step, then it fails"),
+        "BAD_CALLS_LIMIT": _count(5, "steps in a row with nothing but invalid calls, then the run fails"),
+        "CONTEXT_MESSAGES": _count(100, "messages that the model sees, where the agent says nothing"),
+        "FLUSH_MILLISECONDS": _time(25, "how often streamed text is committed", least=1, unit=MILLISECOND),
+    },
+    "Models": {
+        "DEFAULT_MODEL": Key(None, str, "the model of agents that name none", nullable=True),
+        "MODEL_TIMEOUT_SECONDS": _time(600, "one model call in all", least=0.1),
+        "MODEL_SILENCE_SECONDS": _time(120, "the longest pause between two chunks of an answer", least=0.1),
+        "MODEL_TRIES": _count(8, "tries of one model turn"),
+        "MODEL_RETRY_TOTAL_SECONDS": _time(3600, "all tries of one model turn together"),
+        "PRICES": Key({}, dict, 'model to `{"input": ..., "output": ...}` a million tokens; for `max_cost`'),
+    },
+    "HTTP and the admin": {
+        "ACCESS": Key(
+            None,
+            (str, type),
+            "a policy class, `threads.access.Policy` or your own: who sees and may do what",
+            nullable=True,
+        ),
+        "API_RATE": _rate("600/min", "requests that a key, or a signed-in user, may make over HTTP"),
+        "START_RATE": _rate(
+            "20/min", "those of them that create a thread, a message or a run, counted beside `API_RATE`"
+        ),
+        "MAX_BODY_BYTES": _count(8_000_000, "size of a request's body over HTTP", least=1000),
+        "IDEMPOTENCY_KEY_SECONDS": _time(
+            86400, "how long a request over HTTP that is sent again gets its first answer", least=60
+        ),
+        "FLOWER_URL": Key(
+            None,
+            str,
+            "where people open Flower; the admin links to a task there",
+            nullable=True,
+            form=(r"https?://.+", "an address that begins with http:// or https://"),
+        ),
+    },
+    "Workers": {
+        "AGENTS_QUEUE": _queue("longhaul.agents", "the queue of runs"),
+        "TOOLS_QUEUE": _queue("longhaul.tools", "the queue of tool calls"),
+        "CONTROL_QUEUE": _queue("longhaul.control", "whoever consumes it sweeps"),
+        "DRAIN_GRACE_SECONDS": _time(5, "how long streams go on after SIGTERM"),
+        "PRESENCE_TTL_SECONDS": _time(12, "a worker that is silent for longer is dead", least=6),
+    },
+}
+KEYS: Mapping[str, Key] = MappingProxyType({name: key for keys in GROUPS.values() for name, key in keys.items()})
 
 
 def attribute(key: str) -> str:

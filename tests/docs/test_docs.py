@@ -157,12 +157,6 @@ def _told_of_a_run_with_two_kills() -> Iterator[str]:
 # --- tables, beside the code that they tell of ----------------------------------------------------------------------
 
 
-def test_the_settings_are_all_there_with_their_defaults() -> None:
-    rows = {code(key)[0]: code(default)[0] for key, default, _ in table("docs/operations.md", "Settings")}
-    assert rows == {name: str(key.default) for name, key in conf.KEYS.items()}
-    assert list(rows) == list(conf.KEYS)
-
-
 def test_defaults_told_in_running_text_are_those_of_the_settings() -> None:
     now = conf.KEYS
     said = {

@@ -13,7 +13,8 @@ class RunsConfig(AppConfig):
     default_auto_field = "django.db.models.BigAutoField"
 
     def ready(self) -> None:
-        from runs import admission, checks, worker  # noqa: F401 (checks and worker register themselves)
+        # Those that are not used here register themselves; tasks here, for a host may look for its own only.
+        from runs import admission, checks, tasks, worker  # noqa: F401
         from runs.run_log import DatabaseRunLog
         from threads import transcript
         from tools import run_log

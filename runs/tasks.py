@@ -12,19 +12,12 @@ from kombu.exceptions import OperationalError as BrokerError
 from runs import admission, engine, housekeeping, worker
 from runs.conf import settings
 from tools import messages, task_ids
+from tools.envelope import Envelope
 
 logger = logging.getLogger("longhaul.runs")
 
 
-@shared_task(
-    name="longhaul.advance_run",
-    bind=True,
-    acks_late=True,
-    reject_on_worker_lost=True,
-    ignore_result=True,
-    max_retries=0,
-    serializer="json",
-)
+@shared_task(name="longhaul.advance_run", bind=True, base=Envelope)
 def advance_run(self: Any, run_id: str, dispatch_seq: int) -> None:
     process = worker.process()
     if process is None:

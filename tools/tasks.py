@@ -13,6 +13,7 @@ from django.conf import settings
 from kombu.exceptions import OperationalError as BrokerError
 
 from tools import execution, lifecycle, messages, presence, run_log, task_ids
+from tools.envelope import Envelope
 
 logger = logging.getLogger("longhaul.tools")
 
@@ -20,15 +21,7 @@ logger = logging.getLogger("longhaul.tools")
 GRACE_SECONDS = 5
 
 
-@shared_task(
-    name="longhaul.execute_call",
-    bind=True,
-    acks_late=True,
-    reject_on_worker_lost=True,
-    ignore_result=True,
-    max_retries=0,
-    serializer="json",
-)
+@shared_task(name="longhaul.execute_call", bind=True, base=Envelope)
 def execute_call(self: Any, call_id: str, attempt: int) -> None:
     present = presence.current
     if present is None:

@@ -348,6 +348,7 @@ def run(printer: Printer) -> None:
     own_database = bool(os.environ.get("DATABASE_URL"))
     os.environ.setdefault("DJANGO_SETTINGS_MODULE", "agents_project.settings")
     embedded.ensure()
+    os.environ.setdefault("SECRET_KEY", embedded.secret_key())  # one for all, with a database of one's own too
     folder = embedded.data_folder() / "dev"
     done = threading.Event()
     with _ended_by_signals(), Stack(embedded.PROJECT / "Procfile", folder, printer) as stack:

@@ -35,6 +35,7 @@ import json
 import os
 import platform
 import pwd
+import secrets
 import shutil
 import signal
 import socket
@@ -164,6 +165,37 @@ def urls(purpose: str | None = None, project: Path = PROJECT) -> Servers:
         broker_url=f"redis+socket://{redis_socket}?virtual_host=0",
         folder=folder,
     )
+
+
+def has_socket(folder: str) -> bool:
+    """Return whether this is the folder of sockets of embedded servers, whatever their project and purpose."""
+    path = Path(folder)
+    return (
+        path.name == "sockets"
+        and path.parent.name.startswith(f"longhaul-{os.geteuid()}-")
+        and path.parent.parent in _parents()
+    )
+
+
+def secret_key() -> str:
+    """Return a key for Django of this checkout's own, made once and kept beside the development data."""
+    folder = data_folder()
+    path = folder / "secret_key"
+    try:
+        return path.read_text()
+    except OSError:
+        pass
+    if not folder.is_dir():
+        return secrets.token_urlsafe(50)  # nothing was ever started here: a lint run, or a database of one's own
+    draft = folder / f"secret_key.{os.getpid()}"
+    draft.touch(mode=0o600)
+    draft.write_text(secrets.token_urlsafe(50))
+    try:
+        path.hardlink_to(draft)
+    except FileExistsError:
+        pass  # another process made one first: that is the key
+    draft.unlink()
+    return path.read_text()
 
 
 # --- users ---------------------------------------------------------------------------------------------------------

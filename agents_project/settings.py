@@ -7,12 +7,12 @@ Reading them starts nothing: with DATABASE_URL or REDIS_URL unset they name the 
 from __future__ import annotations
 
 import os
-import secrets
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl, unquote, urlsplit
 
 from celery.schedules import crontab
+from django.core.exceptions import ImproperlyConfigured
 
 from agents_project import embedded
 
@@ -55,30 +55,52 @@ def broker_from_redis(url: str) -> str:
     return f"redis+socket://{parts.path}?virtual_host={dict(parse_qsl(parts.query)).get('db', '0')}"
 
 
-def _secret_key() -> str:
-    """Return a key of this checkout's own, made once and kept beside the development data."""
-    folder = embedded.data_folder()
-    path = folder / "secret_key"
-    try:
-        return path.read_text()
-    except OSError:
-        pass
-    if not folder.is_dir():
-        return secrets.token_urlsafe(50)  # nothing was ever started here: a lint run, or servers of one's own
-    draft = folder / f"secret_key.{os.getpid()}"
-    draft.touch(mode=0o600)
-    draft.write_text(secrets.token_urlsafe(50))
-    try:
-        path.hardlink_to(draft)
-    except FileExistsError:
-        pass  # another process made one first: that is the key
-    draft.unlink()
-    return path.read_text()
+def _listed(variable: str) -> list[str]:
+    """Read a variable that holds texts with commas between them."""
+    return [text.strip() for text in os.environ.get(variable, "").split(",") if text.strip()]
 
 
 DEBUG = os.environ.get("DJANGO_DEBUG", "") == "1"
-SECRET_KEY = os.environ.get("SECRET_KEY") or _secret_key()
-ALLOWED_HOSTS = os.environ.get("ALLOWED_HOSTS", "localhost,127.0.0.1,[::1]").split(",")
+
+_embedded = embedded.urls()
+DATABASE_URL = os.environ.get("DATABASE_URL") or _embedded.database_url
+REDIS_URL = os.environ.get("REDIS_URL") or _embedded.redis_url
+DATABASES = {"default": {**database_from_url(DATABASE_URL), "CONN_MAX_AGE": 0}}
+
+# The one switch of production: people come over HTTPS and nothing else. "proxy": a proxy ends TLS, and always sets
+# X-Forwarded-Proto itself. Anybody could set that header where no proxy overwrites it, so it is believed only when told.
+_https = os.environ.get("LONGHAUL_HTTPS", "")
+if _https not in ("", "0", "1", "proxy"):
+    raise ImproperlyConfigured(
+        f"LONGHAUL_HTTPS is {_https!r}. It is 1 where web itself speaks TLS, proxy where a proxy before it does, else unset."
+    )
+HTTPS = _https in ("1", "proxy")
+
+SECRET_KEY = os.environ.get("SECRET_KEY", "")
+if not SECRET_KEY:
+    # Two machines with keys that each made for itself would refuse one another's sessions, now and then.
+    if HTTPS or not (DEBUG or embedded.has_socket(DATABASES["default"]["HOST"])):
+        raise ImproperlyConfigured(
+            "SECRET_KEY is not set. Give all processes the same: 50 or more random characters, as"
+            " `python -c 'import secrets; print(secrets.token_urlsafe(50))'` prints them. Only development, with"
+            " DJANGO_DEBUG=1 or on the embedded servers, has one made."
+        )
+    SECRET_KEY = embedded.secret_key()
+
+# A health check asks from inside, by the machine's own name.
+ALLOWED_HOSTS = [*_listed("ALLOWED_HOSTS"), "localhost", "127.0.0.1", "[::1]"]
+CSRF_TRUSTED_ORIGINS = _listed("CSRF_TRUSTED_ORIGINS")
+SECURE_REFERRER_POLICY = "same-origin"
+if HTTPS:
+    SECURE_SSL_REDIRECT = SESSION_COOKIE_SECURE = CSRF_COOKIE_SECURE = True
+    SECURE_REDIRECT_EXEMPT = [r"^(healthz|readyz)$"]  # asked over plain HTTP by whoever looks after the container
+    SECURE_HSTS_SECONDS = int(os.environ.get("LONGHAUL_HSTS_SECONDS") or 3600)
+    SECURE_HSTS_INCLUDE_SUBDOMAINS = SECURE_HSTS_PRELOAD = os.environ.get("LONGHAUL_HSTS_SUBDOMAINS") == "1"
+    if not SECURE_HSTS_INCLUDE_SUBDOMAINS:
+        # What has a name below this one may be somebody else's, and a browser does not forget for as long as it was told.
+        SILENCED_SYSTEM_CHECKS = ["security.W005", "security.W021"]
+if _https == "proxy":
+    SECURE_PROXY_SSL_HEADER = ("HTTP_X_FORWARDED_PROTO", "https")
 
 INSTALLED_APPS = [
     "django.contrib.admin",
@@ -95,6 +117,8 @@ INSTALLED_APPS = [
     *(["agents_project.demo"] if (BASE_DIR / "agents_project" / "demo" / "apps.py").exists() else []),
 ]
 MIDDLEWARE = [
+    # Not in DEBUG, whose error pages have their scripts and styles in themselves.
+    *([] if DEBUG else ["agents_project.headers.for_pages"]),
     "django.middleware.security.SecurityMiddleware",
     "django.contrib.sessions.middleware.SessionMiddleware",
     "django.middleware.common.CommonMiddleware",
@@ -120,18 +144,17 @@ TEMPLATES = [
     }
 ]
 STATIC_URL = "static/"
-STATIC_ROOT = BASE_DIR / "staticfiles"
+STATIC_ROOT = Path(os.environ.get("LONGHAUL_STATIC_ROOT") or BASE_DIR / "staticfiles")
+STORAGES = {
+    "default": {"BACKEND": "django.core.files.storage.FileSystemStorage"},
+    "staticfiles": {"BACKEND": "agents_project.static_storage.NamedByContent"},
+}
 # After `collectstatic` its folder is served; before it, or with DEBUG, the files are found in the apps, one by one.
 WHITENOISE_AUTOREFRESH = WHITENOISE_USE_FINDERS = DEBUG or not STATIC_ROOT.is_dir()
 TIME_ZONE = "UTC"
 USE_TZ = True
 DEFAULT_AUTO_FIELD = "django.db.models.BigAutoField"
 
-_embedded = embedded.urls()
-DATABASE_URL = os.environ.get("DATABASE_URL") or _embedded.database_url
-REDIS_URL = os.environ.get("REDIS_URL") or _embedded.redis_url
-
-DATABASES = {"default": {**database_from_url(DATABASE_URL), "CONN_MAX_AGE": 0}}
 # A prepared call of a function with its arguments sent beside it takes half as long as Django's default, which writes
 # them into the text (measured: 52 us against 96). Neither survives a pooler without sessions that knows no prepared
 # statements (PgBouncer before 1.21): LONGHAUL_DB_PREPARE=0 there.

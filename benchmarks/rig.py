@@ -77,6 +77,7 @@ class Rig:
         os.environ["LONGHAUL_PURPOSE"] = purpose
         is_ours = not os.environ.get("DATABASE_URL")
         servers = embedded.ensure(purpose)
+        os.environ.setdefault("SECRET_KEY", embedded.secret_key())
         self._exit.callback(embedded.leave, servers.folder)
         self._log = servers.folder / "postgres.log" if is_ours else None
 

@@ -21,4 +21,6 @@ def pytest_load_initial_conftests(early_config: pytest.Config) -> Generator[None
         if not (os.environ.get("DATABASE_URL") and os.environ.get("REDIS_URL")):
             os.environ["LONGHAUL_PURPOSE"] = embedded.reserve(os.environ.get("LONGHAUL_PURPOSE") or "test")
         embedded.ensure(durable=False)
+        # For processes of the tests, whose database is behind a pooler or stands elsewhere.
+        os.environ.setdefault("SECRET_KEY", embedded.secret_key())
     return (yield)

@@ -2,13 +2,14 @@
 
     E001  a key of LONGHAUL that does not exist        W001  a leg may outlast the broker's patience
     E002  a value of a wrong kind                      W002  Longhaul's rows in another database than `default`
-    E003  LONGHAUL is not a dict                       W003  a result backend
+    E003  LONGHAUL is not a dict                       W003  settings of Celery that reach Longhaul's tasks
     E004  values that contradict one another           W004  a broker connection that may hang, or lose what it is given
     E005  a database that is not Postgres              W005  late acknowledgement set for all tasks
     E006  a price that cannot be read                  W006  agents workers, and nobody who sweeps (`--database default`)
     E007  ACCESS names no policy                        W007  USE_TZ is off
     E008  an agents.py that cannot be imported
     E009  an agent without a model
+    E010  Celery does not take Longhaul's messages
 
 Each has a hint that says what to change.
 """
@@ -28,6 +29,7 @@ from django.db import DatabaseError, connections, router
 from django.utils.module_loading import import_string
 
 from runs.conf import KEYS, settings
+from tools.envelope import ATTRIBUTES, Envelope
 
 SECTION = "longhaul"
 REDIS = ("redis", "rediss", "sentinel", "valkey", "valkeys")
@@ -180,15 +182,6 @@ def check_broker(app_configs: Configs, **_: Any) -> list[CheckMessage]:
                 id="longhaul.W004",
             )
         )
-    if conf.result_backend and conf.result_backend not in ("disabled://", "disabled"):
-        found.append(
-            Warning(
-                "Celery has a result backend.",
-                hint="Longhaul's tasks store nothing there, for their results are rows; any backend still costs time in"
-                " each task. Set CELERY_RESULT_BACKEND = None if no task of yours needs one.",
-                id="longhaul.W003",
-            )
-        )
     if conf.task_acks_late:
         found.append(
             Warning(
@@ -199,6 +192,57 @@ def check_broker(app_configs: Configs, **_: Any) -> list[CheckMessage]:
             )
         )
     return found
+
+
+@register(SECTION)
+def check_tasks(app_configs: Configs, **_: Any) -> list[CheckMessage]:
+    """Celery takes Longhaul's messages, and its tasks are what they say."""
+    conf = current_app.conf
+    found: list[CheckMessage] = []
+    if not {"json", "application/json"} & set(conf.accept_content):
+        found.append(
+            Error(
+                f"Celery's workers accept {', '.join(sorted(conf.accept_content)) or 'nothing'}, and not json.",
+                hint='Longhaul\'s messages are JSON: add "json" to CELERY_ACCEPT_CONTENT.',
+                id="longhaul.E010",
+            )
+        )
+    now = settings()
+    missing = [name for name in (now.agents_queue, now.tools_queue, now.control_queue) if name not in _queues(conf)]
+    if not conf.task_create_missing_queues and missing:
+        found.append(
+            Error(
+                f"Celery knows no queue {', '.join(map(repr, missing))}, and makes none that it does not know.",
+                hint="Add them to CELERY_TASK_QUEUES, or leave CELERY_TASK_CREATE_MISSING_QUEUES out.",
+                id="longhaul.E010",
+            )
+        )
+    for name, (attribute, value) in _annotated():
+        found.append(
+            Warning(
+                f"Celery's settings make {attribute} of {name} {value!r}.",
+                hint="A leg is bounded by its run, a tool by its own timeout, and both are safe to run again: let"
+                " CELERY_TASK_ANNOTATIONS name your own tasks, and not '*'.",
+                id="longhaul.W003",
+            )
+        )
+    return found
+
+
+def _queues(conf: Any) -> set[str]:
+    """Return the names of the queues that the host's settings define: a list of kombu's queues, or a dict by name."""
+    defined = conf.task_queues or ()
+    return set(defined) if isinstance(defined, Mapping) else {queue.name for queue in defined}
+
+
+def _annotated() -> Iterator[tuple[str, tuple[str, Any]]]:
+    """Yield what the host's settings changed of the tasks that say for themselves what they need."""
+    for name, task in sorted(current_app.tasks.items()):
+        if isinstance(task, Envelope):
+            for attribute in ATTRIBUTES:
+                value = getattr(task, attribute)
+                if value != getattr(Envelope, attribute):
+                    yield name, (attribute, value)
 
 
 def _patience(transport: str, options: Mapping[str, Any]) -> tuple[timedelta | None, str]:

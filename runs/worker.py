@@ -18,6 +18,7 @@ from runs import engine
 from runs.conf import settings
 from runs.flusher import Flusher
 from runs.sweep import SweepThread
+from threads import logs
 from tools import presence
 from tools.presence import Holding, Presence
 
@@ -56,10 +57,32 @@ def recognise(sender: str, instance: Any, **_: Any) -> None:
     _prefork = "prefork" in instance.pool_cls.__module__
     if not _queues:
         return
+    _take_no_more_than_runs(instance)
+    logs.everywhere(worker=str(sender))
     presence.current = Presence(name=str(sender), kind=_kind(), holdings=_holdings())
     if _prefork:
         # The children name it as their parent, so its row comes before them.
         presence.current.try_tick()
+
+
+def _take_no_more_than_runs(instance: Any) -> None:
+    """Let a worker of our queues alone reserve as many messages as it has places, whatever the host's setting says.
+
+    What it reserves beyond that waits, while another worker has nothing to do. A number given to `--prefetch-multiplier`
+    counts, and so does the host's setting for a worker that consumes queues of the host's as well.
+    """
+    if instance.prefetch_multiplier != instance.app.conf.worker_prefetch_multiplier:
+        return
+    if set(instance.app.amqp.queues.consume_from) - _queues - _queues_of_tools():
+        return
+    instance.prefetch_multiplier = instance.consumer.prefetch_multiplier = 1
+    instance.consumer.initial_prefetch_count = instance.max_concurrency or instance.concurrency
+
+
+def _queues_of_tools() -> set[str]:
+    from runs.agents import registry
+
+    return {tool.queue for agent in registry.all().values() for tool in agent.tools if tool.queue}
 
 
 def _kind() -> str:
@@ -88,6 +111,8 @@ def arrive(**_: Any) -> None:
         _sweep = SweepThread()
         _sweep.start()
     _ready.set()
+    told = {"action": "worker.ready", "life": presence.current.id}
+    logger.info("Worker %s is ready for %s", presence.current.name, ", ".join(sorted(_queues)), extra=told)
 
 
 def _begin_legs(present: Presence) -> None:
@@ -178,3 +203,5 @@ def leave(**_: Any) -> None:
             _process.flusher.end()
     if presence.current is not None:
         presence.current.end()
+        told = {"action": "worker.left", "life": presence.current.id}
+        logger.info("Worker %s has left", presence.current.name, extra=told)

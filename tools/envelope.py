@@ -43,3 +43,6 @@ class Envelope(Base):
     @classmethod
     def on_bound(cls, app: Any) -> None:
         cls._backend = DisabledBackend(app=app)  # type: ignore[attr-defined]
+
+
+ATTRIBUTES = tuple(name for name in vars(Envelope) if not name.startswith("_") and name not in ("abstract", "on_bound"))

@@ -38,7 +38,7 @@ def test_a_check_stands_beside_the_keys_that_it_names() -> None:
     naming = set(named_by(inspect.getsource(checks)))
     assert {("E004", "MODEL_SILENCE_SECONDS"), ("E004", "TOOLS_QUEUE"), ("E006", "PRICES")} <= naming
     assert {("W001", "LEG_BUDGET_SECONDS"), ("W001", "MODEL_TIMEOUT_SECONDS"), ("E009", "DEFAULT_MODEL")} <= naming
-    assert ("W003", "LEG_BUDGET_SECONDS") not in naming  # another finding of the same function
+    assert ("W004", "LEG_BUDGET_SECONDS") not in naming  # another finding of the same function
 
 
 def test_what_a_value_must_be_is_told_with_its_bounds() -> None:

@@ -10,9 +10,10 @@ from typing import Any
 from unittest import mock
 
 import pytest
-from celery import current_app
+from celery import Celery, current_app
 from django.core.checks import run_checks
 from django.db import connections
+from kombu import Queue
 
 from agents_project.settings import CELERY_BROKER_TRANSPORT_OPTIONS
 from runs import agents, checks
@@ -148,10 +149,15 @@ def test_an_agent_with_a_budget_of_its_own_counts_too(cast: Cast) -> None:
             "W001",
             ["60 s", "visibility_timeout"],
         ),
-        ({"result_backend": "redis://"}, "W003", ["result backend", "CELERY_RESULT_BACKEND = None"]),
+        ({"accept_content": ["pickle"]}, "E010", ["accept pickle", "CELERY_ACCEPT_CONTENT"]),
+        (
+            {"task_create_missing_queues": False},
+            "E010",
+            ["'longhaul.agents'", "'longhaul.tools'", "CELERY_TASK_QUEUES"],
+        ),
         ({"task_acks_late": True}, "W005", ["task_acks_late", "leave it out"]),
     ],
-    ids=["confirm", "timeout", "connections", "visibility", "backend", "acks_late"],
+    ids=["confirm", "timeout", "connections", "visibility", "content", "queues", "acks_late"],
 )
 def test_a_setting_of_celery_that_does_harm(conf: dict[str, Any], id: str, words: list[str]) -> None:
     with celery(**conf):
@@ -201,9 +207,37 @@ def test_of_several_brokers_the_one_that_is_written_to_counts() -> None:
         assert "RabbitMQ" in found()["W004"]
 
 
-@pytest.mark.parametrize("backend", [None, "disabled", "disabled://"])
-def test_no_result_backend_is_a_right_one(backend: str | None) -> None:
-    with celery(result_backend=backend):
+@pytest.mark.parametrize("as_dict", [True, False])
+def test_queues_that_the_host_has_named_need_not_be_made(as_dict: bool) -> None:
+    names = ["shop", "longhaul.agents", "longhaul.tools", "longhaul.control"]
+    queues: Any = {name: {} for name in names} if as_dict else [Queue(name) for name in names]
+    with celery(task_create_missing_queues=False, task_queues=queues):
+        assert found() == {}
+
+
+def test_what_a_host_says_of_all_its_tasks_is_told_where_it_reaches_ours() -> None:
+    app = Celery("host", changes={"task_annotations": {"*": {"time_limit": 60}}}, set_as_current=False)
+    with mock.patch.object(checks, "current_app", app):
+        told = [each for each in checks.check_tasks(None) if each.id == "longhaul.W003"]
+    assert [each.msg for each in told] == [
+        "Celery's settings make time_limit of longhaul.advance_run 60.",
+        "Celery's settings make time_limit of longhaul.execute_call 60.",
+    ]
+    assert "CELERY_TASK_ANNOTATIONS" in str(told[0].hint)
+
+
+@pytest.mark.parametrize(
+    "conf",
+    [
+        {"result_backend": "redis://"},
+        {"task_time_limit": 60, "task_soft_time_limit": 30},
+        {"task_default_rate_limit": "1/m"},
+        {"worker_prefetch_multiplier": 4},
+    ],
+    ids=str,
+)
+def test_what_a_host_sets_for_its_own_tasks_is_its_own_affair(conf: dict[str, Any]) -> None:
+    with celery(**conf):
         assert found() == {}
 
 

@@ -7,9 +7,10 @@
     E005  a database that is not Postgres              W005  late acknowledgement set for all tasks
     E006  a price that cannot be read                  W006  agents workers, and nobody who sweeps (`--database default`)
     E007  ACCESS names no policy                        W007  USE_TZ is off
-    E008  an agents.py that cannot be imported
+    E008  an agents.py that cannot be imported          W008  a pooler without sessions (`--database default`)
     E009  an agent without a model
     E010  Celery does not take Longhaul's messages
+    E011  DIRECT_DATABASE is another database (`--database default`)
 
 Each has a hint that says what to change.
 """
@@ -132,6 +133,11 @@ def check_combinations(app_configs: Configs, **_: Any) -> list[CheckMessage]:
                 f"LONGHAUL: {name} and {same[0]} are the same queue, {queue!r}.",
                 "Give each a queue of its own: tools would run between the streams of a gevent worker.",
             )
+    if now.direct_database is not None and now.direct_database not in django_settings.DATABASES:
+        contradicts(
+            f"LONGHAUL: DIRECT_DATABASE is {now.direct_database!r}, which DATABASES does not have.",
+            "Add it there: the settings of `default`, but with the host and port of Postgres itself.",
+        )
     return found
 
 
@@ -369,3 +375,71 @@ def check_workers(app_configs: Configs, databases: Sequence[str] | None = None, 
             id="longhaul.W006",
         )
     ]
+
+
+@register(Tags.database)
+def check_pooler(app_configs: Configs, databases: Sequence[str] | None = None, **_: Any) -> list[CheckMessage]:
+    """A session of Postgres is the process's that opened it. Looks into the database, as the check of the workers does."""
+    now = settings()
+    direct = now.direct_database or "default"
+    aliases = {"default", direct}
+    if "default" not in (databases or ()) or not aliases <= set(django_settings.DATABASES):
+        return []
+    if {connections[alias].vendor for alias in aliases} != {"postgresql"}:
+        return []
+    try:
+        pooled = {alias: not _keeps_sessions(alias) for alias in aliases}
+        same = direct == "default" or _place("default") == _place(direct)
+    except DatabaseError:
+        return []  # it is away, as the other checks of it say
+    found: list[CheckMessage] = []
+    if not same:
+        found.append(
+            Error(
+                f"LONGHAUL: DIRECT_DATABASE, {direct!r}, is another database than 'default'.",
+                hint="It is another way to the same one: workers that show themselves there are seen by nobody here.",
+                id="longhaul.E011",
+            )
+        )
+    sessions = not pooled[direct] if now.session_locks is None else now.session_locks
+    if not sessions:
+        ttl = _seconds(now.presence_ttl)
+        between = "A pooler stands between" if pooled[direct] else "LONGHAUL: SESSION_LOCKS is False for"
+        found.append(
+            Warning(
+                f"{between} Longhaul and its Postgres ({direct!r}), so a worker that dies is missed after {ttl} s"
+                " (PRESENCE_TTL_SECONDS), not at once.",
+                hint="A lock that shows that a worker lives needs a session. Give DATABASES another entry, with the address"
+                ' of Postgres itself, and name it: LONGHAUL = {"DIRECT_DATABASE": "direct"}; it costs a connection or two a'
+                ' worker process. Of a pooler that keeps sessions say so: LONGHAUL = {"SESSION_LOCKS": True}.',
+                id="longhaul.W008",
+            )
+        )
+    if pooled["default"] and now.session_locks is not True:
+        database = django_settings.DATABASES["default"]
+        if not database.get("DISABLE_SERVER_SIDE_CURSORS"):
+            found.append(
+                Warning(
+                    "Behind a pooler without sessions Django's server-side cursors are lost between two reads.",
+                    hint='Set DATABASES["default"]["DISABLE_SERVER_SIDE_CURSORS"] = True.',
+                    id="longhaul.W008",
+                )
+            )
+    return found
+
+
+def _keeps_sessions(alias: str) -> bool:
+    from tools.presence import has_session
+
+    connections[alias].ensure_connection()
+    with connections[alias].wrap_database_errors:
+        return has_session(connections[alias].connection)
+
+
+def _place(alias: str) -> object:
+    """Return what tells a database from others, whatever way leads to it: a replica is another one."""
+    with connections[alias].cursor() as cursor:
+        cursor.execute(
+            "SELECT oid, pg_postmaster_start_time(), pg_is_in_recovery() FROM pg_database WHERE datname = current_database()"
+        )
+        return cursor.fetchone()

@@ -1,8 +1,8 @@
 """The `LONGHAUL` dict of Django's settings, read into one frozen value.
 
 `settings()` reads leniently: a key that is absent, unknown or of a wrong type leaves the default, for the system checks
-(`runs.checks`) are where a wrong dict is told, with a hint, before anything runs. Times end in `_SECONDS` or
-`_MILLISECONDS` in the dict and are `timedelta` here, without the unit in their name.
+(`runs.checks`) are where a wrong dict is told, with a hint, before anything runs. Times end in `_SECONDS`,
+`_MILLISECONDS` or `_DAYS` in the dict and are `timedelta` here, without the unit in their name.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Key:
         if value is None and self.nullable:
             return None
         # True is an int to Python, and never a number of seconds.
-        if isinstance(value, bool) or not isinstance(value, self.kind):
+        if isinstance(value, bool) != (self.kind is bool) or not isinstance(value, self.kind):
             return f"must be {self.expected}; it is {value!r}"
         if self.least is not None and isinstance(value, int | float) and not self.least <= value < float("inf"):
             return f"must be at least {self.least:g}; it is {value!r}"
@@ -58,9 +58,10 @@ class Key:
     def expected(self) -> str:
         """Name the type in words: `a number of seconds`, `a whole number`, `a dict`."""
         if self.unit is not None:
-            return "a number of seconds" if self.unit == SECOND else "a number of milliseconds"
-        kinds = self.kind if isinstance(self.kind, tuple) else (self.kind,)
-        words = " or ".join(_WORDS.get(kind, kind.__name__) for kind in kinds)
+            words = f"a number of {_UNITS[self.unit]}"
+        else:
+            kinds = self.kind if isinstance(self.kind, tuple) else (self.kind,)
+            words = " or ".join(_WORDS.get(kind, kind.__name__) for kind in kinds)
         return f"{words} or None" if self.nullable else words
 
     def read(self, value: object) -> Any:
@@ -72,8 +73,11 @@ class Key:
 
 SECOND = timedelta(seconds=1)
 MILLISECOND = timedelta(milliseconds=1)
+DAY = timedelta(days=1)
 LONGEST = timedelta(days=3650)  # a time that is longer is a mistake, and one in the wrong unit may not fit a timedelta
+_UNITS: Mapping[timedelta, str] = {SECOND: "seconds", MILLISECOND: "milliseconds", DAY: "days"}
 _WORDS: Mapping[type, str] = {
+    bool: "True, False",
     int: "a whole number",
     str: "a string",
     dict: "a dict",
@@ -84,6 +88,10 @@ _WORDS: Mapping[type, str] = {
 
 def _time(default: float, meaning: str, least: float = 0, unit: timedelta = SECOND) -> Key:
     return Key(default, (int, float), meaning, unit=unit, least=least)
+
+
+def _kept(default: float | None, meaning: str) -> Key:
+    return Key(default, (int, float), f"{meaning}; None: for ever", unit=DAY, least=1, nullable=True)
 
 
 def _count(default: int, meaning: str, least: int = 1) -> Key:
@@ -145,10 +153,40 @@ GROUPS: Mapping[str, Mapping[str, Key]] = {
             form=(r"https?://.+", "an address that begins with http:// or https://"),
         ),
     },
+    "Postgres": {
+        "DIRECT_DATABASE": Key(
+            None,
+            str,
+            "a database of `DATABASES` by which workers reach the same Postgres past a pooler, to be missed at once when"
+            " they die; None: `default`",
+            nullable=True,
+        ),
+        "SESSION_LOCKS": Key(
+            None,
+            bool,
+            "whether a connection there is a session that keeps its locks; None: look, for a pooler shows itself",
+            nullable=True,
+        ),
+    },
+    "Housekeeping": {
+        "EVENT_RETENTION_DAYS": _kept(
+            None, "how long the event log of a run is kept after its end; its terminal event stays, and so does the rest"
+        ),
+        "THREAD_RETENTION_DAYS": _kept(
+            None, "how long a thread without a live run is kept after its last run and message, with all that hangs on it"
+        ),
+        "WORKER_RETENTION_DAYS": _kept(7, "how long the row of a worker is kept after its end, to tell what ran where"),
+    },
     "Workers": {
         "AGENTS_QUEUE": _queue("longhaul.agents", "the queue of runs"),
         "TOOLS_QUEUE": _queue("longhaul.tools", "the queue of tool calls"),
         "CONTROL_QUEUE": _queue("longhaul.control", "whoever consumes it sweeps"),
+        "QUEUE_TYPE": Key(
+            "quorum",
+            str,
+            "what these three are on RabbitMQ; with `classic` they are what Celery makes of them. Redis has no types",
+            form=("quorum|classic", "quorum or classic"),
+        ),
         "DRAIN_GRACE_SECONDS": _time(5, "how long streams go on after SIGTERM"),
         "PRESENCE_TTL_SECONDS": _time(12, "a worker that is silent for longer is dead", least=6),
     },
@@ -163,7 +201,7 @@ def attribute(key: str) -> str:
     """
     if key == "FLUSH_MILLISECONDS":
         return "flush_interval"
-    return key.removesuffix("_SECONDS").lower()
+    return key.removesuffix("_SECONDS").removesuffix("_DAYS").lower()
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,11 +229,17 @@ class Settings:
     start_rate: str | None  # those of them that create something
     max_body_bytes: int
     idempotency_key: timedelta  # how long a request that is sent again is known
+    event_retention: timedelta | None  # after a run's end; None is for ever, here and below
+    thread_retention: timedelta | None
+    worker_retention: timedelta | None
     agents_queue: str
     tools_queue: str
     control_queue: str
+    queue_type: str
     presence_ttl: timedelta  # a beat older than this is a death; a claim needs a beat younger than half of 12 s
     flower_url: str | None
+    direct_database: str | None  # an alias of DATABASES; read by tools.presence
+    session_locks: bool | None
     prices: Mapping[str, Price] = field(default_factory=dict)
 
 

@@ -1,11 +1,11 @@
 """Find what is overdue in Postgres and move it on: the watcher looks 4 times a second, the sweep once.
 
-They run in a thread of every control process, one of them at a time (a session advisory lock), and not by way of the broker
+They run in a thread of every control process, one of them at a time (an advisory lock), and not by way of the broker
 that they must survive. Each pass is bounded, skips what is locked, and repeats safely.
 
 A worker is dead by its lock when the watcher, in its present unbroken session, has seen that lock held and now sees it
 free in two looks 30 ms apart; dead by time when it was silent for the TTL, counted only while it was watched: an outage of
-Postgres kills nobody.
+Postgres, or of a pooler before it, kills nobody. A watcher without a session, and a life without a lock, know only time.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ import os
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import timedelta
+from datetime import datetime, timedelta
 from functools import partial
 from typing import Any, Literal, TypeVar
 from uuid import UUID
@@ -42,6 +42,12 @@ logger = logging.getLogger("longhaul.sweep")
 LOOK_SECONDS = 0.25
 SWEEP_SECONDS = 1.0
 SECOND_LOOK_SECONDS = 0.03
+# A look adds no more than this to what a life was silent: what answered late may have kept the beats back as well.
+STEP_SECONDS = 1.0
+# Without sessions the sweep is elected for so long at a time: a pooler can be paused only between two transactions.
+TURN_SECONDS = 5.0
+# And Postgres ends a turn whose process says nothing more, on a machine that vanished, or was stopped.
+TURN_SILENCE = timedelta(seconds=30)
 OVERDUE_GRACE = timedelta(
     seconds=5
 )  # for what passed its time while nobody watched, and for a tool that ends at its limit
@@ -63,7 +69,7 @@ PATIENCE = timedelta(milliseconds=500)
 PATIENCE_SPENT = timedelta(milliseconds=20)
 
 _WORKERS = """
-SELECT w.id, w.lock_key, l.key IS NOT NULL, extract(epoch FROM longhaul_now() - w.beat_at)::float
+SELECT w.id, w.lock_key, l.key IS NOT NULL, extract(epoch FROM longhaul_now() - w.beat_at)::float, w.beat_at
 FROM longhaul_tools_worker w
 LEFT JOIN (SELECT (classid::bigint << 32) | objid::bigint AS key FROM pg_locks
            WHERE locktype = 'advisory' AND objsubid = 1 AND granted
@@ -100,20 +106,26 @@ class Done:
 
 
 class Watcher:
-    """Judges who is dead. Its memory lives as long as its session: with a new one it has seen nothing."""
+    """Judges who is dead. Its memory lives as long as its connection: with a new one it has seen nothing."""
 
     def __init__(self, *, patient: bool = True) -> None:
         self.patient = patient  # False: for a pass by hand, that has watched nothing and takes the rows' word
         self._connection: presence.NativeConnection | None = None
         self._seen: set[tuple[UUID, int]] = set()
+        self._silent: dict[
+            UUID, tuple[datetime, float]
+        ] = {}  # the last beat, and the seconds that we have seen no other
         self._since = 0.0
+        self._looked = 0.0
         self._sweeping = False
+        self._turn_ends = 0.0
 
     def session(self) -> presence.NativeConnection:
         if self._connection is None or self._connection.closed:
             self._connection = presence.connect("longhaul watcher")
             self._seen.clear()
-            self._since = time.monotonic()
+            self._silent.clear()
+            self._since = self._looked = time.monotonic()
             self._sweeping = False
         return self._connection
 
@@ -125,9 +137,28 @@ class Watcher:
     def elected(self) -> bool:
         """Return whether this process is the one that sweeps."""
         session = self.session()
+        if not session.sessions:
+            return self._has_turn(session)
         if not self._sweeping:
             row = session.execute("SELECT pg_try_advisory_lock(%s)", (SWEEP_LOCK,)).fetchone()
             self._sweeping = bool(row and row[0])
+        return self._sweeping
+
+    def _has_turn(self, session: presence.NativeConnection) -> bool:
+        """Hold the same lock in a transaction, for as long as that a pooler's connection is ours. A turn follows a turn."""
+        if self._sweeping and time.monotonic() < self._turn_ends:
+            return True
+        if self._sweeping:
+            session.execute("COMMIT")
+        session.execute("BEGIN")
+        row = session.execute("SELECT pg_try_advisory_xact_lock(%s)", (SWEEP_LOCK,)).fetchone()
+        self._sweeping = bool(row and row[0])
+        if self._sweeping:
+            limit = f"{int(TURN_SILENCE.total_seconds())}s"
+            session.execute("SELECT set_config('idle_in_transaction_session_timeout', %s, true)", (limit,))
+        else:
+            session.execute("ROLLBACK")
+        self._turn_ends = time.monotonic() + TURN_SECONDS
         return self._sweeping
 
     @property
@@ -138,19 +169,41 @@ class Watcher:
     def dead(self) -> dict[UUID, bool]:
         """Return the lives that are dead: True when a beat is missed too (or by time), False by the lock alone."""
         session = self.session()
+        asked = time.monotonic()
         rows = session.execute(_WORKERS).fetchall()
-        free = {id: silent for id, key, held, silent in rows if not held and (id, key) in self._seen}
-        self._seen |= {(id, key) for id, key, held, _ in rows if held}
-        silence = {id: min(silent, self.watched_seconds) for id, _, _, silent in rows}
+        if time.monotonic() - asked > STEP_SECONDS:
+            self._since = time.monotonic()  # an outage that broke nothing
+        free = {(id, key): silent for id, key, held, silent, _ in rows if not held and (id, key) in self._seen}
+        if session.sessions:  # elsewhere all locks may have been lost, and this connection not
+            self._seen |= {(id, key) for id, key, held, *_ in rows if held}
+        watched = self._watch(rows)
+        silence = {id: min(silent, watched[id]) for id, _, _, silent, _ in rows}
         late = {id for id, seconds in silence.items() if seconds > settings().presence_ttl.total_seconds()}
         if not free and not late:
             return {}
         if free:
             time.sleep(SECOND_LOOK_SECONDS)
-            again = {id for id, _, held, _ in session.execute(_WORKERS).fetchall() if not held}
-            free = {id: silent for id, silent in free.items() if id in again}
+            again = {(id, key) for id, key, held, *_ in session.execute(_WORKERS).fetchall() if not held}
+            free = {life: silent for life, silent in free.items() if life in again}
         missed = presence.MISSED.total_seconds()
-        return {id: id in late or free.get(id, 0.0) > missed for id in {*free, *late}}
+        by_lock = {id: silent > missed for (id, _), silent in free.items()}
+        return {id: id in late or by_lock[id] for id in {*by_lock, *late}}
+
+    def _watch(self, rows: Sequence[tuple[Any, ...]]) -> Mapping[UUID, float]:
+        """Return for how many seconds each life was watched since its last beat, by us and look by look.
+
+        A pooler, or a server that was frozen, may answer after minutes as if nothing had been. Whoever beats was as cut off
+        as we were.
+        """
+        if not self.patient:
+            return dict.fromkeys([id for id, *_ in rows], math.inf)
+        now = time.monotonic()
+        step, self._looked = min(now - self._looked, STEP_SECONDS), now
+        before, self._silent = self._silent, {}
+        for id, *_, beat_at in rows:
+            seen, seconds = before.get(id, (None, 0.0))
+            self._silent[id] = (beat_at, seconds + step if seen == beat_at else 0.0)
+        return {id: seconds for id, (_, seconds) in self._silent.items()}
 
 
 class Sweep:
@@ -231,7 +284,7 @@ class Sweep:
             return
         if closed:
             done.dead_workers.append(life)
-            logger.warning("Worker %s is gone", life, extra={"action": "worker.gone"})
+            logger.warning("Worker %s is gone", life, extra={"action": "worker.gone", "life": life})
 
     def _close(self, life: UUID) -> bool:
         """Close a dead life, unless it has locked or beaten again since it was seen: then it goes on as it is."""
@@ -287,7 +340,14 @@ class Sweep:
         answer = self._moved(f"Run {run_id}", lambda: lifecycle.reclaim(run_id, epoch, holder))
         if answer:
             done.reclaimed_runs.append(run_id)
-            logger.warning("Run %s reclaimed", run_id, extra={"action": "run.reclaimed", "epoch": epoch})
+            told = {
+                "action": "run.reclaimed",
+                "run": run_id,
+                "epoch": epoch,
+                "life": holder,
+                "status": answer["status"],
+            }
+            logger.warning("Run %s reclaimed from a worker that is gone or late", run_id, extra=told)
             self._announce(answer)
         return answer is not False
 
@@ -296,7 +356,9 @@ class Sweep:
         answer = self._moved(f"Call {call_id}", lambda: calls.reclaim(call_id, attempt, holder=holder))
         if answer:
             done.reclaimed_calls.append(call_id)
-            logger.warning("Call %s reclaimed: %s", call_id, answer.get("code"), extra={"action": "call.reclaimed"})
+            told = {"run": answer.get("run"), "tool_call": call_id, "attempt": attempt, "life": holder}
+            told |= {"action": "call.reclaimed", "code": answer.get("code")}
+            logger.warning("Call %s reclaimed: %s", call_id, answer.get("code"), extra=told)
             self._announce(answer)
         return answer is not False
 
@@ -364,6 +426,7 @@ class Sweep:
             answer = self._moved(f"Run {run_id}", expire)
             if answer:
                 done.expired_runs.append(run_id)
+                logger.warning("Run %s passed its deadline", run_id, extra={"action": "run.failed", "run": run_id})
                 self._announce(answer)
 
     def _rows(self, statement: str, *parameters: Any) -> list[tuple[Any, ...]]:

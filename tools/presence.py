@@ -5,6 +5,10 @@ connection of its own, holds a session advisory lock and beats every 2 s. A kill
 kernel closes its socket. Once a second the thread compares the rows that name this life with the `Register`: what the
 process does not know it holds (a lost greenlet, a lost answer to a COMMIT) is given back.
 
+Behind a pooler that hands a connection to another client after each transaction there is no session to hold a lock in: it
+would stay with the pooler's connection, for the living and the dead. There a life has no `lock_key`, and shows itself by
+its beats alone. `LONGHAUL["DIRECT_DATABASE"]` names a way past the pooler.
+
 In a prefork worker each child has a life of its own, and the parent beats for those of its children that are there, for a tool
 that keeps the interpreter busy would miss its beats.
 
@@ -28,7 +32,8 @@ from uuid import UUID
 
 import psycopg
 import psycopg.errors
-from django.db import connection
+from django.conf import settings
+from django.db import DEFAULT_DB_ALIAS, connections
 from psycopg import waiting
 
 from threads.ids import new_id
@@ -139,6 +144,7 @@ class NativeConnection(psycopg.Connection[tuple[Any, ...]]):
     """A connection for a native thread: it waits in C, never in gevent's hub."""
 
     forgotten = False  # it is another process's, and open at this one's end
+    sessions = True  # a lock that is taken here stays until this connection ends, and no longer
 
     def __del__(self, *warn: Any) -> None:
         if not self.forgotten:
@@ -156,25 +162,53 @@ class NativeConnection(psycopg.Connection[tuple[Any, ...]]):
         return answer
 
 
+def direct_database() -> str:
+    """Name the database, of Django's DATABASES, by which presence and the watcher reach Postgres."""
+    return getattr(settings, "LONGHAUL", {}).get("DIRECT_DATABASE") or DEFAULT_DB_ALIAS
+
+
+def has_session(connection: psycopg.Connection[Any]) -> bool:
+    """Return whether an open connection, in autocommit, is one session of Postgres from its begin to its end.
+
+    A pooler cannot tell its client which server process will serve it, for that changes: it makes up a number.
+    """
+    with psycopg.Cursor(connection) as cursor:
+        return cursor.execute("SELECT pg_backend_pid()").fetchone() == (connection.info.backend_pid,)
+
+
 def connect(application_name: str) -> NativeConnection:
-    """A connection of its own to Longhaul's database, in autocommit, with keep-alives that bound a half-open socket."""
-    parameters = connection.get_connection_params()
+    """A connection of its own to Longhaul's database, in autocommit, with keep-alives that bound a half-open socket.
+
+    `sessions` says whether what is set and locked there stays: what `LONGHAUL["SESSION_LOCKS"]` says, or what is seen.
+    """
+    parameters = connections[direct_database()].get_connection_params()
     for name in ("cursor_factory", "context", "prepare_threshold", "autocommit"):
         parameters.pop(name, None)
     # connect() itself waits by its module's function, which gevent's patched poll serves in a native thread too.
-    made = NativeConnection.connect(**parameters, autocommit=True, application_name=application_name)
-    with contextlib.suppress(psycopg.Error):  # a unix socket has none
-        made.execute("SET tcp_keepalives_idle = 5; SET tcp_keepalives_interval = 2; SET tcp_keepalives_count = 3;")
-        made.execute("SET tcp_user_timeout = 10000")
+    made = NativeConnection.connect(
+        **parameters, autocommit=True, application_name=application_name, prepare_threshold=None
+    )
+    try:
+        told = getattr(settings, "LONGHAUL", {}).get("SESSION_LOCKS")
+        made.sessions = told if isinstance(told, bool) else has_session(made)
+        if made.sessions:
+            with contextlib.suppress(psycopg.Error):  # a unix socket has none
+                made.execute(
+                    "SET tcp_keepalives_idle = 5; SET tcp_keepalives_interval = 2; SET tcp_keepalives_count = 3;"
+                )
+                made.execute("SET tcp_user_timeout = 10000")
+    except BaseException:
+        made.close()
+        raise
     return made
 
 
 @dataclass
 class Life:
-    """One life of this process."""
+    """One life of this process. Where there are no sessions it has no lock."""
 
     id: UUID = field(default_factory=new_id)
-    lock_key: int = field(default_factory=lambda: secrets.randbits(62))
+    lock_key: int | None = field(default_factory=lambda: secrets.randbits(62))
 
 
 class Presence:
@@ -249,7 +283,8 @@ class Presence:
                 self._live(self._connection)
             elif not self._beat(self._connection):
                 self._begin_anew()  # found dead meanwhile: what it held was taken
-                self._connection.execute("SELECT pg_advisory_unlock_all()")
+                if self._connection.sessions:
+                    self._connection.execute("SELECT pg_advisory_unlock_all()")
                 self._live(self._connection)
             self._give_back(self._connection)
         except (psycopg.Error, OSError):
@@ -263,7 +298,10 @@ class Presence:
         known = to.execute("SELECT gone_at IS NULL FROM longhaul_tools_worker WHERE id = %s", (life.id,)).fetchone()
         if known == (False,):
             life = self._begin_anew()
-        to.execute("SELECT pg_advisory_lock(%s)", (life.lock_key,))
+        if to.sessions:
+            to.execute("SELECT pg_advisory_lock(%s)", (life.lock_key,))
+        else:
+            life.lock_key = None
         to.execute(
             "INSERT INTO longhaul_tools_worker"
             " (id, name, kind, host, pid, parent_id, lock_key, started_at, beat_at, draining)"
@@ -313,19 +351,18 @@ class Presence:
         ]
         if not lost:
             return
-        # Only here: a beat, or the lock that shows this life, must not be given up for a moment's wait.
         patience = _PATIENCE
-        to.execute(f"SET lock_timeout = '{patience}ms'")
         for holding, id, number in lost:
             unbegun = bool(holding.give_back_unbegun) and self.register.unbegun(holding.kind, id, number)
             try:
-                to.execute(holding.give_back_unbegun if unbegun else holding.give_back, (id, number, self.life.id))
+                # For the transaction only: a beat, or the lock that shows this life, must not be given up for a moment's
+                # wait, and behind a pooler a setting of the session would be somebody else's.
+                with to.transaction():
+                    to.execute("SELECT set_config('lock_timeout', %s, true)", (f"{patience}ms",))
+                    to.execute(holding.give_back_unbegun if unbegun else holding.give_back, (id, number, self.life.id))
                 self.register.forget(holding.kind, id, number)
             except psycopg.errors.LockNotAvailable:
-                if patience != _PATIENCE_SPENT:  # many may be held by the same transaction
-                    patience = _PATIENCE_SPENT
-                    to.execute(f"SET lock_timeout = '{patience}ms'")
-        to.execute("RESET lock_timeout")
+                patience = _PATIENCE_SPENT  # many may be held by the same transaction
 
     def _drop(self) -> None:
         dropped, self._connection = self._connection, None

@@ -58,7 +58,7 @@ def age(present: Presence, world: World) -> timedelta:
     return silent
 
 
-def locked(key: int, world: World) -> bool:
+def locked(key: int | None, world: World) -> bool:
     query = """
         SELECT EXISTS (SELECT 1 FROM pg_locks WHERE locktype = 'advisory' AND objsubid = 1 AND granted
         AND (classid::bigint << 32) | objid::bigint = %s)"""
@@ -410,14 +410,16 @@ def test_the_thread_keeps_the_process_present_through_an_outage(
 
 @pytest.fixture
 def watched(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Watcher, Callable[[float], None]]]:
-    """A watcher, and a way to let it have watched for so many seconds."""
+    """A watcher, and a way to let it watch for so many seconds, with a look each second."""
     ahead = [0.0]
     clock = SimpleNamespace(monotonic=lambda: time.monotonic() + ahead[0], sleep=lambda seconds: None)
     monkeypatch.setattr(sweep, "time", clock)
     watcher = Watcher()
 
     def watch(seconds: float) -> None:
-        ahead[0] += seconds
+        for _ in range(int(seconds)):
+            ahead[0] += 1
+            watcher.dead()
 
     yield watcher, watch
     watcher.drop()

@@ -11,8 +11,11 @@ BEGIN
 END $$;
 
 -- Is the session lock of this life held? One look; the word of a broker that redelivered its message is the other.
+-- NULL: it cannot be told, for this life has no lock (it reaches Postgres by way of a pooler): nothing is taken from it
+-- for that, only when it has missed its beats for the TTL. False for a life that has no row.
 CREATE OR REPLACE FUNCTION longhaul_worker_locked(p_worker uuid) RETURNS boolean LANGUAGE plpgsql AS $$
 BEGIN
+    IF EXISTS (SELECT 1 FROM longhaul_tools_worker WHERE id = p_worker AND lock_key IS NULL) THEN RETURN NULL; END IF;
     RETURN EXISTS (
         SELECT 1 FROM longhaul_tools_worker w JOIN pg_locks l ON (l.classid::bigint << 32) | l.objid::bigint = w.lock_key
         WHERE w.id = p_worker AND l.locktype = 'advisory' AND l.objsubid = 1 AND l.granted

@@ -146,7 +146,7 @@ WATCHER = Group(
             "reclaim_without_presence",
             "Nothing is taken from a worker that is present.",
             [
-                Change(SWEEPS, "silent in rows if not held and (id, key) in self._seen}", "silent in rows}"),
+                Change(SWEEPS, "silent, _ in rows if not held and (id, key) in self._seen}", "silent, _ in rows}"),
                 Change(
                     SWEEPS, "session.execute(_WORKERS).fetchall() if not held}", "session.execute(_WORKERS).fetchall()}"
                 ),
@@ -158,7 +158,7 @@ WATCHER = Group(
             "one_look",
             "Dead by lock takes two looks.",
             SWEEPS,
-            "            free = {id: silent for id, silent in free.items() if id in again}\n",
+            "            free = {life: silent for life, silent in free.items() if life in again}\n",
             "",
             f"{SWEEP}a_lock_that_was_free_for_a_moment_is_no_death",
         ),
@@ -184,7 +184,7 @@ WATCHER = Group(
             "pg_outage_counts",
             "Silence counts only while it was watched (`watching_since`): an outage kills nobody.",
             SWEEPS,
-            "        silence = {id: min(silent, self.watched_seconds) for",
+            "        silence = {id: min(silent, watched[id]) for",
             "        silence = {id: silent for",
             f"{PRESENCE}silence_counts_only_while_it_was_watched",
             model="pg_outage_counts",
@@ -193,7 +193,7 @@ WATCHER = Group(
             "watched_since_for_ever",
             "A new session has watched since its begin.",
             SWEEPS,
-            "            self._since = time.monotonic()\n",
+            "            self._silent.clear()\n",
             "",
             f"{PRESENCE}silence_counts_only_while_it_was_watched",
             model="pg_outage_counts",

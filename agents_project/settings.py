@@ -160,6 +160,14 @@ DEFAULT_AUTO_FIELD = "django.db.models.BigAutoField"
 # statements (PgBouncer before 1.21): LONGHAUL_DB_PREPARE=0 there.
 if os.environ.get("LONGHAUL_DB_PREPARE") != "0":
     DATABASES["default"]["OPTIONS"] |= {"server_side_binding": True, "prepare_threshold": 5}
+# Where DATABASE_URL leads to such a pooler, the address of Postgres itself: a worker that dies is missed at once then.
+DIRECT_DATABASE_URL = os.environ.get("DIRECT_DATABASE_URL")
+if DIRECT_DATABASE_URL:
+    DATABASES["direct"] = {**database_from_url(DIRECT_DATABASE_URL), "TEST": {"MIRROR": "default"}}
+# A pooler gives the two reads of one cursor to two sessions.
+DATABASES["default"]["DISABLE_SERVER_SIDE_CURSORS"] = bool(
+    DIRECT_DATABASE_URL or os.environ.get("LONGHAUL_DB_PREPARE") == "0"
+)
 # A pool pays where many waiting greenlets or requests share a process (the agents worker, web). In prefork it costs
 # more than it saves: Celery closes it after each task.
 DB_POOL = os.environ.get("LONGHAUL_DB_POOL") == "1"
@@ -211,4 +219,7 @@ LOGGING = {
     "root": {"handlers": ["console"], "level": os.environ.get("LOG_LEVEL", "WARNING")},
 }
 
-LONGHAUL: dict[str, Any] = {"FLOWER_URL": os.environ.get("LONGHAUL_FLOWER_URL") or None}
+LONGHAUL: dict[str, Any] = {
+    "FLOWER_URL": os.environ.get("LONGHAUL_FLOWER_URL") or None,
+    "DIRECT_DATABASE": "direct" if DIRECT_DATABASE_URL else None,
+}

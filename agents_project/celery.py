@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from typing import Any
 
 from celery import Celery
-from celery.signals import beat_init, celeryd_init, task_postrun, task_prerun
+from celery.signals import beat_init, celeryd_init, setup_logging, task_postrun, task_prerun
 
 os.environ.setdefault("DJANGO_SETTINGS_MODULE", "agents_project.settings")
 
@@ -22,6 +23,21 @@ def have_servers(**_: Any) -> None:
     from agents_project import embedded
 
     embedded.ensure()
+
+
+@setup_logging.connect
+def leave_logging_alone(loglevel: int | None = None, **_: Any) -> None:
+    """Keep to LOGGING: Celery's own handlers write in a form of their own. `-l` may make a process say more than LOG_LEVEL."""
+    import django
+
+    django.setup()  # beat comes here before it has read the settings
+    root = logging.getLogger()
+    if loglevel and loglevel < root.level:
+        root.setLevel(loglevel)
+    if app.conf.worker_redirect_stdouts:
+        app.log.redirect_stdouts(
+            app.conf.worker_redirect_stdouts_level
+        )  # as Celery does where nobody is connected here
 
 
 @task_prerun.connect

@@ -6,6 +6,7 @@ Reading them starts nothing: with DATABASE_URL or REDIS_URL unset they name the 
 
 from __future__ import annotations
 
+import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -211,13 +212,32 @@ CELERY_BEAT_SCHEDULER = "celery.beat:Scheduler"  # in memory: a schedule by the 
 if not DB_POOL:
     CELERY_DB_REUSE_MAX = 1_000_000  # tasks; keeps a prefork child's connection from task to task
 
-LOGGING = {
+# json: an object a line, for machines; line: for people. Both name run, leg and call, and mask secrets: docs/operations.md.
+LOG_FORMAT = os.environ.get("LOG_FORMAT") or "line"
+if LOG_FORMAT not in ("json", "line"):
+    raise ImproperlyConfigured(f"LOG_FORMAT must be json or line; it is {LOG_FORMAT!r}.")
+LOGGING: dict[str, Any] = {
     "version": 1,
     "disable_existing_loggers": False,
-    "formatters": {"line": {"format": "%(asctime)s %(levelname)s %(name)s: %(message)s"}},
-    "handlers": {"console": {"class": "logging.StreamHandler", "formatter": "line"}},
+    "formatters": {
+        "json": {"()": "threads.logs.JSONFormatter"},
+        "line": {"()": "threads.logs.LineFormatter"},
+    },
+    "handlers": {
+        "console": {"class": "logging.StreamHandler", "formatter": LOG_FORMAT},
+        "mail_admins": {"class": "django.utils.log.AdminEmailHandler", "level": "ERROR"},  # to ADMINS, if there are any
+    },
     "root": {"handlers": ["console"], "level": os.environ.get("LOG_LEVEL", "WARNING")},
+    "loggers": {
+        # Handlers of their own would write in a form of their own, what is secret too.
+        "django": {"handlers": ["mail_admins"], "level": "INFO"},
+        **{name: {"propagate": True} for name in ("django.server", "uvicorn", "celery.task")},
+        "multiprocessing": {"handlers": ["console"], "level": "ERROR", "propagate": False},  # the prefork pool's
+    },
 }
+if logging.getLogger("uvicorn.access").handlers:  # uvicorn runs this, and without --no-access-log
+    LOGGING["loggers"]["uvicorn.access"] = {"propagate": True}
+DEFAULT_EXCEPTION_REPORTER = "threads.redaction.Reporter"
 
 LONGHAUL: dict[str, Any] = {
     "FLOWER_URL": os.environ.get("LONGHAUL_FLOWER_URL") or None,

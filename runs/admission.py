@@ -7,6 +7,7 @@ a hint: it is published after the commit, and the sweep publishes again what sta
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from functools import partial
@@ -30,6 +31,8 @@ from threads import clock, database, transcript
 from threads.content import Part, clean, parts_of
 from threads.exceptions import within
 from threads.models import Message, MessageStatus, Role, Thread
+
+logger = logging.getLogger("longhaul.runs")
 
 SAVE_MODES = ("prompt_and_output", "all", "none")
 BUSY = ("enqueue", "reject")
@@ -204,6 +207,8 @@ def _insert(
     if occupied:
         return
     run_id, agent = run.pk, run.agent
+    told_to_log = {"action": "run.queued", "run": run_id, "agent": agent, "thread": thread.pk}
+    transaction.on_commit(lambda: logger.info("Run %s of %s queued", run_id, agent, extra=told_to_log))
     # Between the commit and the publish a death costs a republish interval: the row says when it is due.
     transaction.on_commit(lambda: publish(run_id, 1, agent))
 
@@ -301,6 +306,8 @@ def cancel(run: Run, reason: str = "") -> Run:
     with transaction.atomic():
         answer = lifecycle.cancel(run.pk, error=error)
         if answer is not None:
+            told = {"action": "run.cancelled", "run": run.pk, "agent": run.agent, "thread": run.thread_id}
+            transaction.on_commit(lambda: logger.info("Run %s cancelled", run.pk, extra=told))
             transaction.on_commit(lambda: announce(answer))
     run.refresh_from_db()
     return run
@@ -343,6 +350,8 @@ def take_from_absent(run_id: UUID) -> None:
     )
     answer = lifecycle.reclaim(run_id, rows[0][0], rows[0][1]) if rows else None
     if answer is not None:
+        told = {"action": "run.reclaimed", "run": run_id, "epoch": rows[0][0], "life": rows[0][1]}
+        logger.warning("Run %s came back from the broker, reclaimed from a worker that is gone", run_id, extra=told)
         announce(answer)
 
 

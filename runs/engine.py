@@ -11,7 +11,7 @@ import contextlib
 import logging
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
 from decimal import Decimal
@@ -42,9 +42,10 @@ from runs.providers.port import (
     get_provider,
     parse_arguments,
 )
-from threads import database
+from threads import database, logs
 from threads.ids import new_id
 from threads.models import Message, Role
+from threads.redaction import redact
 from tools.exceptions import ToolError, UnknownTool
 from tools.presence import Presence
 
@@ -155,19 +156,28 @@ def advance(run_id: UUID, dispatch_seq: int, process: Process, *, task_id: str =
         claim.epoch = answer["epoch"]
         registered(claim.epoch)
         process.legs.add(claim)
+        told = logs.bind(
+            run=run_id, leg=answer["leg"], epoch=claim.epoch, agent=answer["agent"], thread=answer["thread"]
+        )
         try:
-            logger.info("Run %s claimed", run_id, extra={"action": "run.claimed", "epoch": claim.epoch})
+            logger.info("Run %s claimed", run_id, extra={"action": "run.claimed"})
             Leg(process, claim, leg_id, answer, registered).advance()
         except FenceLost:
             logger.info("Run %s epoch %s was lost", run_id, claim.epoch, extra={"action": "leg.lost"})
         except (DatabaseError, InterfaceError) as error:
             # Whether the last write took effect is unknown, so nothing is assumed: the leg ends. What the row still
             # says it holds is given back by this process's presence, for it is no longer in the register.
-            logger.warning("Run %s: its leg ends without an answer of Postgres", run_id, exc_info=error)
+            logger.warning(
+                "Run %s: its leg ends without an answer of Postgres",
+                run_id,
+                exc_info=error,
+                extra={"action": "leg.unanswered"},
+            )
             if not connection.in_atomic_block:
                 connection.close()
         finally:
             process.legs.discard(claim)
+            logs.release(told)
 
 
 class Leg:
@@ -196,7 +206,8 @@ class Leg:
             raise  # no fault of the agent's: the run is taken back, and tried again
         except Exception as error:
             logger.exception("Run %s: its agent cannot be set up", self.claim.run_id)
-            self._fail(StopReason.CONFIGURATION, "configuration", f"The run's agent cannot be set up: {error!r}")
+            said = f"The run's agent cannot be set up ({type(error).__name__}). The worker's log says more."
+            self._fail(StopReason.CONFIGURATION, "configuration", said)
             return
         self.definition = definition
         if self.process.draining:
@@ -237,7 +248,10 @@ class Leg:
             raise
         except Exception as error:  # it is the user's code
             logger.exception("Run %s: its agent's instructions failed", run.pk)
-            raise AgentsError(f"The agent's instructions failed: {error!r}") from error
+            # The class only, for the run keeps it: the text of a foreign exception may carry what no reader may see.
+            raise AgentsError(
+                f"The agent's instructions failed ({type(error).__name__}). The worker's log says more."
+            ) from error
         if time.monotonic() - began > 1:
             logger.warning("The instructions of agent %s took over 1 s; other runs waited", definition.agent)
         if not isinstance(said, str):
@@ -372,7 +386,8 @@ class Leg:
             self.process.flusher.wake()
 
     def _model_failed(self, error: ProviderError) -> None:
-        described = {"code": error.code, "message": error.message, "retryable": error.retryable}
+        # A service may repeat the key it was sent, or what stands in its own settings.
+        described = {"code": error.code, "message": redact(error.message), "retryable": error.retryable}
         waited = timedelta(seconds=float(self.claimed["retry_seconds"] or 0)) + timedelta(
             seconds=time.monotonic() - self.began
         )
@@ -380,7 +395,13 @@ class Leg:
         again = error.retryable and tries < settings().model_tries
         if again and (tries == 1 or waited < settings().model_retry_total):
             delay = retry_delay(tries, error.retry_after)
-            logger.info("Run %s: the model failed (%s), again in %s", self.claim.run_id, error.code, delay)
+            logger.info(
+                "Run %s: the model failed (%s), again in %s",
+                self.claim.run_id,
+                error.code,
+                delay,
+                extra={"action": "run.retried", "code": error.code, "delay_seconds": delay.total_seconds()},
+            )
             self._announce(
                 lifecycle.requeue(
                     self.claim.run_id,
@@ -456,6 +477,16 @@ class Leg:
         self.committed = True
         self.tries = 0
         self.usage = None
+        if end is None:
+            logger.info(
+                "Run %s: step %s committed, %s calls",
+                self.claim.run_id,
+                turn.step,
+                len(calls),
+                extra={"action": "step.committed", "step": turn.step, "calls": len(calls)},
+            )
+        else:
+            self._say_end(end["status"], end["stop_reason"], end["error"])
         if outcome["status"] == "waiting":
             self._publish_calls(calls)
         self._announce(outcome)
@@ -525,7 +556,7 @@ class Leg:
                 raise UnknownTool(name, self.definition.tools)
             tool.validate(text)
         except ToolError as error:
-            return {"code": error.code, "message": str(error)}
+            return {"code": error.code, "message": redact(str(error))}
         except Exception as error:  # a validator of the user's
             return {
                 "code": "invalid_arguments",
@@ -642,6 +673,8 @@ class Leg:
             raise FenceLost
         self.claim.epoch = answer["epoch"]
         self.registered(self.claim.epoch)
+        logs.bind(epoch=self.claim.epoch)  # until the leg's end, which releases all
+        logger.info("Run %s claimed again", self.claim.run_id, extra={"action": "run.claimed"})
         if used:
             self._requeue("budget")
             return None
@@ -651,7 +684,14 @@ class Leg:
 
     def _give_up(self, reason: str) -> None:
         """End the leg that waits, if it is still the open one."""
-        self._announce(lifecycle.end_lingering(self.claim.run_id, self.id, reason))
+        answer = lifecycle.end_lingering(self.claim.run_id, self.id, reason)
+        logger.info(
+            "Run %s: its leg ends, its calls go on (%s)",
+            self.claim.run_id,
+            reason,
+            extra={"action": "leg.ended", "reason": reason},
+        )
+        self._announce(answer)
 
     @contextlib.contextmanager
     def _listening(self) -> Iterator[None]:
@@ -669,9 +709,14 @@ class Leg:
     # -- the exits of a leg, each one transaction --
 
     def _requeue(self, reason: str) -> None:
-        self._announce(
-            lifecycle.requeue(self.claim.run_id, self.claim.epoch, self.claim.worker, reason, usage=self.usage)
+        answer = lifecycle.requeue(self.claim.run_id, self.claim.epoch, self.claim.worker, reason, usage=self.usage)
+        logger.info(
+            "Run %s handed over (%s)",
+            self.claim.run_id,
+            reason,
+            extra={"action": "run.handed_over", "reason": reason},
         )
+        self._announce(answer)
 
     def _finish_at(self, limit: StopReason) -> None:
         status = Status.COMPLETED if limit == StopReason.MAX_STEPS else Status.FAILED
@@ -682,22 +727,33 @@ class Leg:
                 "message": f"The run reached its limit: {limit.label.lower()}.",
                 "retryable": False,
             }
-        self._announce(
-            lifecycle.finish(self.claim.run_id, self.claim.epoch, self.claim.worker, status, limit, error=error)
-        )
+        answer = lifecycle.finish(self.claim.run_id, self.claim.epoch, self.claim.worker, status, limit, error=error)
+        self._say_end(status, limit, error)
+        self._announce(answer)
 
     def _fail(self, reason: StopReason, code: str, message: str, *, retryable: bool = False) -> None:
-        error = {"code": code, "message": message, "retryable": retryable}
-        self._announce(
-            lifecycle.finish(
-                self.claim.run_id,
-                self.claim.epoch,
-                self.claim.worker,
-                Status.FAILED,
-                reason,
-                error=error,
-                usage=self.usage,
-            )
+        error = {"code": code, "message": redact(message), "retryable": retryable}
+        answer = lifecycle.finish(
+            self.claim.run_id,
+            self.claim.epoch,
+            self.claim.worker,
+            Status.FAILED,
+            reason,
+            error=error,
+            usage=self.usage,
+        )
+        self._say_end(Status.FAILED, reason, error)
+        self._announce(answer)
+
+    def _say_end(self, status: Status, stop_reason: StopReason, error: Mapping[str, Any] | None) -> None:
+        """Log the end of the run: by its error's code, for the text is its reader's."""
+        logger.log(
+            logging.WARNING if status == Status.FAILED else logging.INFO,
+            "Run %s %s (%s)",
+            self.claim.run_id,
+            status.value,
+            stop_reason.value,
+            extra={"action": f"run.{status.value}", "stop_reason": stop_reason, "code": (error or {}).get("code")},
         )
 
     # -- what surrounds a message --

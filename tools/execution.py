@@ -20,7 +20,8 @@ from uuid import UUID
 from celery.exceptions import SoftTimeLimitExceeded
 from django.db import DatabaseError, InterfaceError, OperationalError, connection, transaction
 
-from threads import database
+from threads import database, logs
+from threads.redaction import redact
 from tools import lifecycle, run_log
 from tools.context import ToolContext
 from tools.exceptions import InvalidArguments, InvalidResult, ToolError, ToolFailed
@@ -68,21 +69,35 @@ def execute(call_id: UUID, attempt: int, *, presence: Presence, task_id: str = "
             return
         registered(claimed.attempt)
         # No bell: the readers know of the call since its step, and look once a second.
-        try:
-            tool = run_log.current().tool(claimed.answer)
-            arguments = tool.validate(claimed.answer["arguments"])
-        except ToolError as error:
-            _settle(claimed, Outcome.FAILED, error=_described(error))
-            return
-        except Exception as error:  # a validator of the user's own
-            logger.warning("The arguments of call %s could not be checked", call_id, exc_info=error)
-            refused = InvalidArguments(claimed.name, [{"path": "", "message": f"not checked: {type(error).__name__}"}])
-            _settle(claimed, Outcome.FAILED, error=_described(refused))
-            return
-        if tool.atomic:
-            _execute_atomic(claimed, tool, arguments)
-        else:
-            _execute(claimed, tool, arguments)
+        answer = claimed.answer
+        with logs.context(
+            run=claimed.run_id,
+            tool_call=call_id,
+            attempt=attempt,
+            agent=answer["agent"],
+            tool=claimed.name,
+            thread=answer["thread"],
+        ):
+            logger.info("Call %s of %s claimed", call_id, claimed.name, extra={"action": "call.claimed"})
+            _run(claimed)
+
+
+def _run(claimed: Claimed) -> None:
+    try:
+        tool = run_log.current().tool(claimed.answer)
+        arguments = tool.validate(claimed.answer["arguments"])
+    except ToolError as error:
+        _settle(claimed, Outcome.FAILED, error=_described(error))
+        return
+    except Exception as error:  # a validator of the user's own
+        logger.warning("The arguments of call %s could not be checked", claimed.call_id, exc_info=error)
+        refused = InvalidArguments(claimed.name, [{"path": "", "message": f"not checked: {type(error).__name__}"}])
+        _settle(claimed, Outcome.FAILED, error=_described(refused))
+        return
+    if tool.atomic:
+        _execute_atomic(claimed, tool, arguments)
+    else:
+        _execute(claimed, tool, arguments)
 
 
 def _claim(call_id: UUID, attempt: int, *, presence: Presence, task_id: str, alone: bool) -> Claimed | None:
@@ -143,7 +158,13 @@ def _execute_atomic(claimed: Claimed, tool: Tool, arguments: dict[str, Any]) -> 
             if answer is None:
                 raise SettlementLost
     except SettlementLost:
-        logger.warning("Call %s attempt %s came too late; its effect is rolled back", claimed.call_id, claimed.attempt)
+        # As after a cancel: no fault of anybody's.
+        logger.info(
+            "Call %s attempt %s came too late; its effect is rolled back",
+            claimed.call_id,
+            claimed.attempt,
+            extra={"action": "call.late"},
+        )
     except (OperationalError, InterfaceError) as error:
         # Whether COMMIT took effect is unknown. Never run again from here: ask for another attempt under the same
         # guard, which finds the call settled when the commit did take effect.
@@ -151,6 +172,7 @@ def _execute_atomic(claimed: Claimed, tool: Tool, arguments: dict[str, Any]) -> 
     except Exception as error:
         _after_error(claimed, tool, error)
     else:
+        _say(claimed, "settled", Outcome.SUCCESS)
         run_log.current().announce(answer)
 
 
@@ -185,11 +207,12 @@ def _after_error(claimed: Claimed, tool: Tool, error: BaseException) -> None:
     _until_answered(
         claimed,
         lambda: lifecycle.retry(claimed.call_id, claimed.attempt, worker=claimed.worker, error=described, delay=delay),
+        "retried",
     )
 
 
 def _described(error: ToolError) -> dict[str, str]:
-    return {"code": error.code, "message": storable_text(str(error))}
+    return {"code": error.code, "message": redact(storable_text(str(error)))}
 
 
 def _settle(claimed: Claimed, outcome: Outcome, *, result: Any = None, error: Mapping[str, Any] | None = None) -> None:
@@ -198,10 +221,12 @@ def _settle(claimed: Claimed, outcome: Outcome, *, result: Any = None, error: Ma
         lambda: lifecycle.settle(
             claimed.call_id, claimed.attempt, worker=claimed.worker, outcome=outcome, result=result, error=error
         ),
+        "settled",
+        outcome,
     )
 
 
-def _until_answered(claimed: Claimed, transition: Callable[[], Any]) -> None:
+def _until_answered(claimed: Claimed, transition: Callable[[], Any], what: str, outcome: Outcome | None = None) -> None:
     """Repeat a guarded transition until Postgres answers: a result must not be lost to an outage."""
     pause = 0.05
     while True:
@@ -222,9 +247,25 @@ def _until_answered(claimed: Claimed, transition: Callable[[], Any]) -> None:
         else:
             break
     if answer is None:
-        logger.warning("Call %s attempt %s came too late; nothing was changed", claimed.call_id, claimed.attempt)
+        logger.info(
+            "Call %s attempt %s came too late; nothing was changed",
+            claimed.call_id,
+            claimed.attempt,
+            extra={"action": "call.late"},
+        )
     else:
+        _say(claimed, what, outcome)
         run_log.current().announce(answer)
+
+
+def _say(claimed: Claimed, what: str, outcome: Outcome | None) -> None:
+    logger.info(
+        "Call %s %s%s",
+        claimed.call_id,
+        what,
+        f" ({outcome.value})" if outcome else "",
+        extra={"action": f"call.{what}", "outcome": outcome},
+    )
 
 
 def context_of(claimed: Claimed, told: list[tuple[str, dict[str, Any]]] | None = None) -> ToolContext:

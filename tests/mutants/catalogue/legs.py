@@ -766,8 +766,8 @@ DRAINS = Group(
             "drained_run_is_not_published",
             "What a drained leg hands on is published at once.",
             "runs/engine.py",
-            "    def _requeue(self, reason: str) -> None:\n        self._announce(\n",
-            "    def _requeue(self, reason: str) -> None:\n        str(\n",
+            '            extra={"action": "run.handed_over", "reason": reason},\n        )\n        self._announce(answer)\n',
+            '            extra={"action": "run.handed_over", "reason": reason},\n        )\n',
             f"{DRAIN}a_stream_that_is_cut_when_the_grace_is_over_is_handed_on",
         ),
         one(

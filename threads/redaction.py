@@ -1,0 +1,197 @@
+"""Text without secrets: for logs, for reports of errors, and for the errors that runs and calls keep in their rows.
+
+Two ways of knowing a secret. Values: what the settings and the environment hold under a name that says so, passwords in
+their URLs, and what `hide` was told. Forms: keys and tokens of known looks, passwords in URLs, `password=...`, and the rows
+that Postgres quotes in its errors. What has neither, as a customer's secret in a tool's own exception, is not known and
+stays: call `hide`.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Mapping
+from functools import cache
+from html import escape
+from typing import Any
+from urllib.parse import quote, unquote
+
+from django.conf import settings
+from django.core.exceptions import ImproperlyConfigured
+from django.core.signals import setting_changed
+from django.utils.safestring import SafeString, mark_safe
+from django.views.debug import ExceptionReporter
+
+MASK = "[masked]"
+SHORTEST = 8  # characters: a shorter password is a word of many lines
+# Characters from which a value is masked in the middle of a word too; "postgres" is a password here and there, and a word.
+SURE = 16
+
+_SECRET_NAME = re.compile(
+    r"(?<![A-Z])API(?![A-Z])|AUTH(?!ORS?(?![A-Z]))|TOKEN|(?<!MON)KEY(?!WORD|BOARD)|SECRET|PASS(?:W|P|C|_|$)|SIGNATURE|CREDENTIAL|DSN"
+    r"|COOKIE",
+    re.I,
+)
+# Names that say so and hold none: of classes, of files, of numbers.
+_PUBLIC_NAME = re.compile(
+    r"(?:CLASS(?:ES)?|MODEL|BACKENDS?|VALIDATORS|HASHERS|NAME|PATH|PREFIX|FILE|DIR|RATE|SECONDS|TIMEOUT|AGE|SAMESITE"
+    r"|TOKENS|SOCK|TYPES?|ALGORITHM)$|^PASSWORD_RESET",
+    re.I,
+)
+_TEXT_LIMIT = 200_000  # characters that are looked through; what is longer is cut there
+
+# Every repetition is bounded, or fails at once: a log line may be anything, and long.
+_URL_PASSWORD = re.compile(r"([a-z][a-z0-9+.-]{1,20}://[^\s/:@\"'<>]{0,200}):([^\s/\"'<>]{1,500})@", re.I)
+_KNOWN_FORMS = re.compile(
+    r"\b(?:"
+    r"lh_[A-Za-z0-9_-]{16,}"  # our own
+    r"|[prs]k[-_][A-Za-z0-9_*.-]{8,}|gsk_[A-Za-z0-9]{16,}|hf_[A-Za-z0-9]{16,}|AIza[A-Za-z0-9_-]{30,}"  # of models
+    r"|gh[oprsu]_[A-Za-z0-9]{20,}|github_pat_\w{20,}|glpat-[\w-]{16,}|xox[abeprs]-[\w-]{10,}|A[KS]IA[A-Z0-9]{16}"
+    r"|eyJ[\w-]{10,1000}\.[\w-]{10,4000}\.[\w-]{0,2000}"  # a JWT
+    r")"
+)
+_BEARER = re.compile(
+    r"\b(bearer|basic|token)(\s{1,3})(?=\S{0,500}(?:\d|(?-i:[a-z][A-Z])))[A-Za-z0-9._~+/*-]{8,}=*", re.I
+)
+_SAID = re.compile(
+    r"((?:api[ _-]?key(?: provided)?|secret(?:[_-]?(?:access[_-]?)?key)?|passw(?:or)?d|passphrase|pwd|credentials?|signature"
+    r"|(?:access|refresh|auth|id|csrf|csrfmiddleware|session)[_-]?token|authorization|set-cookie|cookie|sessionid|csrftoken)"
+    r"\\?[\"']?\s{0,3}[:=]\s{0,3}\\?[\"']?)(?:(?:bearer|basic|token)\s{1,3})?(?!\[masked\])([^\s\"'\\&,;<>(){}\[\]]{4,})",
+    re.I,
+)
+_PARAMETER = re.compile(
+    r"([?&][\w.-]{0,40}(?:key|token|secret|pass|pwd|auth|sig|signature|credential|code)[\w.-]{0,40}=)(?!\[masked\])([^&\s\"'#<>]+)",
+    re.I,
+)
+_PRIVATE_KEY = re.compile(r"-----BEGIN ([A-Z ]{0,30}PRIVATE KEY)-----.*?(?:-----END \1-----|\Z)", re.S)
+# Postgres quotes rows and values in its errors; they are somebody's words.
+_QUOTED_ROW = re.compile(r"^([ \t]{0,20}(?:DETAIL|CONTEXT:  JSON data|QUERY)[:,] {1,3}).+$", re.M)
+# What one of the forms must hold: most lines hold none, and cost one look.
+_WORTH_A_LOOK = re.compile(
+    r"://|lh_|[prs]k[-_]|gsk_|hf_|AIza|gh[oprsu]_|github_pat|glpat|xox|A[KS]IA|eyJ|bearer|basic|token|key|secret|passw|passphr|pwd"
+    r"|credential|signature|authorization|cookie|sessionid|[?&][\w.-]{0,40}(?:pass|auth|sig|code)",
+    re.I,
+)
+
+_told: set[str] = set()
+
+
+def hide(value: str) -> None:
+    """Mask this value from now on, in this process: a secret that stands in no setting, as one from a vault."""
+    if len(value) >= SHORTEST:
+        _told.add(value)
+        _values.cache_clear()
+
+
+def redact(text: str) -> str:
+    """Return the text with `[masked]` in the place of each secret that is known by its value or its form. Never raises."""
+    try:
+        if len(text) > _TEXT_LIMIT:
+            text = text[:_TEXT_LIMIT] + "..."
+        found = _values()
+        if found is not None:
+            text = found.sub(MASK, text)
+        if "\n" in text:
+            text = _QUOTED_ROW.sub(rf"\1{MASK}", text)
+        if _WORTH_A_LOOK.search(text) is None:
+            return text
+        if "PRIVATE KEY-----" in text:
+            text = _PRIVATE_KEY.sub(MASK, text)
+        if "://" in text:
+            text = _URL_PASSWORD.sub(rf"\1:{MASK}@", text)
+        if "=" in text:
+            text = _PARAMETER.sub(rf"\1{MASK}", text)
+        text = _BEARER.sub(rf"\1\2{MASK}", text)
+        text = _KNOWN_FORMS.sub(MASK, text)
+        return _SAID.sub(rf"\1{MASK}", text)
+    except Exception:  # what cannot be looked through is not shown
+        return MASK
+
+
+def is_secret_name(name: str) -> bool:
+    """Return whether a name, of a setting or of a field, says that its value is a secret."""
+    return bool(_SECRET_NAME.search(name)) and not _PUBLIC_NAME.search(name)
+
+
+@cache
+def _values() -> re.Pattern[str] | None:
+    """Return what finds the secrets that are known by value; None when there are none."""
+    known = {*_told, *_of_environment(), *_of_settings()}
+    forms: set[str] = set()
+    for value in known:
+        forms |= {value, quote(value, safe=""), escape(value), value.encode("unicode_escape").decode()}
+    sure = [re.escape(form) for form in forms if len(form) >= SURE]
+    bounded = [re.escape(form) for form in forms if SHORTEST <= len(form) < SURE]
+    # The longest first: of two that begin alike the longer one is meant.
+    parts = sorted(sure, key=len, reverse=True)
+    if bounded:
+        parts.append(rf"(?<!\w)(?:{'|'.join(sorted(bounded, key=len, reverse=True))})(?!\w)")
+    return re.compile("|".join(parts)) if parts else None
+
+
+def _of_environment() -> Iterator[str]:
+    for name, value in os.environ.items():
+        yield from _found(name, value)
+
+
+def _of_settings() -> Iterator[str]:
+    try:
+        names = [name for name in dir(settings) if name.isupper()]
+    except ImproperlyConfigured:  # a formatter outside of Django
+        return
+    for name in names:
+        try:
+            value = getattr(settings, name)
+        except Exception:  # noqa: S112 (a setting that cannot be read holds no secret that could be written)
+            continue
+        yield from _found(name, value)
+
+
+def _found(name: str, value: Any, depth: int = 0) -> Iterator[str]:
+    """Yield the secrets of a setting: itself if its name says so, and the passwords of the URLs in it."""
+    if isinstance(value, str):
+        for _, password in _URL_PASSWORD.findall(value):
+            yield from _long_enough(unquote(password))
+            yield from _long_enough(password)
+        if is_secret_name(name) and "://" not in value and not (value.startswith("/") and os.path.exists(value)):
+            yield from _long_enough(value)
+    elif depth > 5:
+        return
+    elif isinstance(value, Mapping):
+        for key, inner in value.items():
+            # Below a name that says so all is meant, but for what its own name makes public.
+            yield from _found(str(key) if not is_secret_name(name) else f"{name}_{key}", inner, depth + 1)
+    elif isinstance(value, list | tuple | set | frozenset):
+        for inner in value:
+            yield from _found(name, inner, depth + 1)
+
+
+def _long_enough(value: str) -> Iterator[str]:
+    value = value.strip()
+    if len(value) >= SHORTEST:
+        yield value
+
+
+def _forget(**_: object) -> None:
+    _values.cache_clear()
+
+
+setting_changed.connect(_forget, dispatch_uid="longhaul.threads.redaction")
+
+
+class Reporter(ExceptionReporter):
+    """Django's reports of errors (the page of DEBUG, mails to ADMINS) without secrets.
+
+    Django's own filter goes by the names of settings: a password in DATABASE_URL, or in a local variable, it shows.
+    """
+
+    def get_traceback_html(self) -> SafeString:
+        return mark_safe(redact_whole(super().get_traceback_html()))  # noqa: S308 (it was safe, and nothing of it grew)
+
+    def get_traceback_text(self) -> SafeString:
+        return mark_safe(redact_whole(super().get_traceback_text()))  # noqa: S308
+
+
+def redact_whole(page: str) -> str:
+    """Redact a text of any length, line by line."""
+    return "".join(map(redact, _PRIVATE_KEY.sub(MASK, page).splitlines(keepends=True)))

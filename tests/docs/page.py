@@ -3,6 +3,7 @@
 A comment right before a console block says what becomes of it; without one it is run:
 
     covered by PATH::TEST        a test runs it
+    tried by PATH::TEST          a test takes it from the page and runs it; blocks of other kinds have it too
     covered by .ci/run           so does every change that goes in
     not run: REASON              nothing here can run it
     workers                      Celery workers, that run while the page's other commands do

@@ -47,7 +47,9 @@ def test_every_block_is_of_a_kind_that_is_tried(page: str) -> None:
     found = blocks(page)
     assert fences == 2 * sum(block.kind != "test" for block in found), "a fence was not read"
     for block in found:
-        assert block.kind in {"console", "python", "toml", "text", "test"}, block
+        assert block.kind in {"console", "python", "toml", "text", "ini", "nginx", "sql", "test"}, block
+        if block.kind in {"ini", "nginx", "sql"}:
+            assert block.told.startswith("tried by "), block
         if page == "README.md" and block.kind == "text":
             assert max(map(len, block.body.splitlines())) <= 80, block
 
@@ -61,6 +63,17 @@ def test_links_and_paths_lead_to_what_is_there(page: str) -> None:
         assert (ROOT / path).exists(), path
 
 
+@pytest.mark.parametrize("page", PAGES)
+def test_what_is_tried_by_a_test_is_taken_from_the_page_by_it(page: str) -> None:
+    for block in blocks(page):
+        where = block.told.removeprefix("tried by ")
+        if where != block.told:
+            path, _, name = where.partition("::")
+            source = (ROOT / path).read_text()
+            assert f"def {name}(" in source, block
+            assert f'"{page}"' in source, block
+
+
 def told(page: str) -> list[Block]:
     return [block for block in blocks(page) if block.kind == "console" and block.told]
 
@@ -69,7 +82,7 @@ def told(page: str) -> list[Block]:
 def test_a_command_that_is_not_run_here_is_run_by_the_test_that_is_named(block: Block) -> None:
     where = block.told.removeprefix("covered by ")
     if where == block.told:
-        assert re.match(r"not run: .+|workers$|in the quickstart's project$|in a shell$", where), where
+        assert re.match(r"not run: .+|tried by .+|workers$|in the quickstart's project$|in a shell$", where), where
         return
     path, _, name = where.partition("::")
     source = (ROOT / path).read_text()
@@ -287,7 +300,7 @@ def test_the_code_of_a_page_runs(page: str, register: Callable[[agents.Agent], a
         }
         names["scripted_model"] = model
         for block in blocks(page):
-            if block.kind not in ("python", "test") or block.told == "in a shell":
+            if block.kind not in ("python", "test") or block.told == "in a shell" or block.told.startswith("tried by "):
                 continue
             # Empty lines in front, so that a traceback tells the line of the page.
             source = "\n" * (block.line - 1) + block.body

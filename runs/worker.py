@@ -17,9 +17,10 @@ from django.db import DatabaseError, InterfaceError, connection
 from runs import engine
 from runs.conf import settings
 from runs.flusher import Flusher
+from runs.prefetch import Prefetch
 from runs.sweep import SweepThread
 from threads import logs
-from tools import presence
+from tools import presence, queues
 from tools.presence import Holding, Presence
 
 logger = logging.getLogger("longhaul.worker")
@@ -46,6 +47,13 @@ def process() -> engine.Process | None:
         return None
     _ready.wait(ARRIVAL_SECONDS)
     return _process
+
+
+@signals.celeryd_init.connect
+def prepare(instance: Any, **_: Any) -> None:
+    """Before the worker picks its queues and builds its consumer: ours are declared as we do."""
+    queues.install(instance.app)
+    instance.app.steps["consumer"].add(Prefetch)
 
 
 @signals.celeryd_after_setup.connect

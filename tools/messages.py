@@ -19,6 +19,8 @@ from celery import signals
 from celery.utils.nodenames import anon_nodename
 from kombu.exceptions import OperationalError as BrokerError
 
+from tools import confirms, queues
+
 try:
     from redis.exceptions import RedisError
 except ImportError:  # the broker is another one
@@ -35,16 +37,24 @@ def depth(app: Any, queue: str) -> int | None:
     if _refused.get():
         return None
     try:
+        if queues.over_amqp(app):
+            # A queue that is not there costs the channel on which it was asked for.
+            with confirms.connection(app) as connection, connection.channel() as channel:
+                return _count(channel, queue)
         with app.pool.acquire(block=True) as connection, _or_broker_error(connection):
             _reach(connection)
-            try:
-                return int(connection.default_channel.queue_declare(queue, passive=True).message_count)
-            except ChannelError as error:
-                if int(error.reply_code or 0) == _NO_QUEUE:
-                    return 0
-                raise
+            return _count(connection.default_channel, queue)
     except (BrokerError, OSError, AMQPError):
         return None
+
+
+def _count(channel: Any, queue: str) -> int:
+    try:
+        return int(channel.queue_declare(queue, passive=True).message_count)
+    except ChannelError as error:
+        if int(error.reply_code or 0) == _NO_QUEUE:
+            return 0
+        raise
 
 
 @contextlib.contextmanager
@@ -132,7 +142,7 @@ def _send(
 ) -> None:
     app = task.app
     watched = signals.before_task_publish.receivers or signals.after_task_publish.receivers
-    by_celery = {
+    by_celery: dict[str, Any] = {
         "queue": queue,
         "task_id": task_id,
         "argsrepr": shown,
@@ -144,11 +154,37 @@ def _send(
         task.apply_async(args, **by_celery)
         return
     if watched or app.conf.task_send_sent_event:
-        with app.producer_pool.acquire(block=True) as producer, _or_broker_error(producer.connection):
-            _reach(producer.connection)
-            task.apply_async(args, producer=producer, **by_celery)
+
+        def publish(producer: Any, **how: Any) -> None:
+            task.apply_async(args, producer=producer, **by_celery, **how)
+    else:
+        body = orjson.dumps((args, {}, _EMBED)).decode()
+        headers = _headers(task, task_id, shown, [time_limit, soft_time_limit])
+
+        def publish(producer: Any, **how: Any) -> None:
+            producer.publish(
+                body,
+                exchange="",
+                routing_key=queue,
+                content_type="application/json",
+                content_encoding="utf-8",
+                retry=False,
+                headers=headers,
+                correlation_id=task_id,
+                reply_to="",
+                **how,
+            )
+
+    if queues.over_amqp(app):
+        confirms.publish(app, queue, publish)
         return
-    headers = {
+    with app.producer_pool.acquire(block=True) as producer, _or_broker_error(producer.connection):
+        _reach(producer.connection)
+        publish(producer, declare=[app.amqp.queues[queue]])
+
+
+def _headers(task: Any, task_id: str, shown: str, limits: list[int | None]) -> dict[str, Any]:
+    return {
         "lang": "py",
         "task": task.name,
         "id": task_id,
@@ -158,7 +194,7 @@ def _send(
         "group": None,
         "group_index": None,
         "retries": 0,
-        "timelimit": [time_limit, soft_time_limit],
+        "timelimit": limits,
         "root_id": task_id,
         "parent_id": None,
         "argsrepr": shown,
@@ -169,17 +205,3 @@ def _send(
         "stamped_headers": None,
         "stamps": {},
     }
-    with app.producer_pool.acquire(block=True) as producer, _or_broker_error(producer.connection):
-        _reach(producer.connection)
-        producer.publish(
-            orjson.dumps((args, {}, _EMBED)).decode(),
-            exchange="",
-            routing_key=queue,
-            content_type="application/json",
-            content_encoding="utf-8",
-            declare=[app.amqp.queues[queue]],
-            retry=False,
-            headers=headers,
-            correlation_id=task_id,
-            reply_to="",
-        )

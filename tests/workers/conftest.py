@@ -7,14 +7,17 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 from urllib.parse import urlsplit, urlunsplit
 
 import psycopg
 import pytest
+import redis
+from django.conf import settings
 from django.db import connection
 
 from agents_project.demo.model_server import Cut, ModelCall, ModelServer, Pause, Reply, Silence, Status, Text, ToolCall
@@ -73,6 +76,29 @@ def script(call: ModelCall) -> Reply:
 tries: dict[str, int] = {}
 
 
+class Broker(Protocol):
+    """What the tests ask of a broker beside what Celery asks. `environment` is what a process needs to reach it."""
+
+    environment: Mapping[str, str]
+
+    def forget(self) -> None:
+        """Lose every message."""
+
+    def messages(self, queue: str) -> int:
+        """Return how many wait in the queue, or are taken and not acknowledged."""
+
+
+class Redis:
+    environment: Mapping[str, str] = {}  # that of the session
+
+    def forget(self) -> None:
+        redis.Redis.from_url(settings.REDIS_URL).flushall()
+
+    def messages(self, queue: str) -> int:
+        valkey = redis.Redis.from_url(settings.REDIS_URL)
+        return valkey.llen(queue) + valkey.hlen("unacked")
+
+
 @dataclass
 class Kit:
     """The workers of this session. A test may kill any of them: the next one gets what it asks for by `up`."""
@@ -80,6 +106,7 @@ class Kit:
     environment: dict[str, str]
     folder: Path
     model: ModelServer
+    broker: Broker
     processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
     started: int = 0
 
@@ -133,8 +160,9 @@ class Kit:
             process.wait()
 
 
-@pytest.fixture(scope="session")
-def kit(django_db_setup: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kit]:
+@contextmanager
+def kit_over(broker: Broker, folder: Path) -> Iterator[Kit]:
+    """A model server, and workers on this broker, which end with the block."""
     parts = urlsplit(os.environ["DATABASE_URL"])
     database = urlunsplit(parts._replace(path=f"/{connection.settings_dict['NAME']}"))
     with ModelServer(script) as model:
@@ -145,8 +173,9 @@ def kit(django_db_setup: None, tmp_path_factory: pytest.TempPathFactory) -> Iter
             "PGAPPNAME": "tests.workers",
             "OPENAI_BASE_URL": model.url,
             "OPENAI_API_KEY": "sk-test",
+            **broker.environment,
         }
-        kit = Kit(environment, tmp_path_factory.mktemp("workers"), model)
+        kit = Kit(environment, folder, model, broker)
         try:
             yield kit
         finally:
@@ -163,6 +192,12 @@ def kit(django_db_setup: None, tmp_path_factory: pytest.TempPathFactory) -> Iter
                 theirs = (connection.settings_dict["NAME"], environment["PGAPPNAME"])
                 eventually(lambda: admin.execute(query, theirs).fetchone() == (0,), why="the workers' connections end")
             connection.close()
+
+
+@pytest.fixture(scope="session")
+def kit(django_db_setup: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kit]:
+    with kit_over(Redis(), tmp_path_factory.mktemp("workers")) as kit:
+        yield kit
 
 
 @pytest.fixture

@@ -111,12 +111,12 @@ def test_losing_every_message_of_the_broker_costs_a_republish_interval(workers: 
         for name in workers.names(kind):
             workers.kill(workers.processes[name])
     queued = [worker_test.start("tell me") for _ in range(5)]
-    redis.Redis.from_url(settings.REDIS_URL).flushall()
+    workers.broker.forget()
     workers.up(agents=2, tools=1)
     for run in queued:
         assert ended(run).output == SENTENCE
     calling = worker_test.start("call idempotent 0")
-    redis.Redis.from_url(settings.REDIS_URL).flushall()
+    workers.broker.forget()
     assert ended(calling).output == "It is done."
 
 
@@ -215,8 +215,7 @@ def test_the_late_messages_that_a_worker_finds_when_it_starts_do_nothing_and_are
     for _ in range(80):
         run_tasks.publish(run.pk, 1)
     workers.up(agents=1)
-    valkey = redis.Redis.from_url(settings.REDIS_URL)
-    eventually(lambda: valkey.llen("longhaul.agents") == valkey.hlen("unacked") == 0, why="all are acknowledged")
+    eventually(lambda: workers.broker.messages("longhaul.agents") == 0, why="all are acknowledged")
     assert Run.objects.get(pk=run.pk).legs == 1
     for name in workers.names("agents"):
         assert "Couldn't ack" not in (workers.folder / f"{name}.log").read_text()

@@ -1,0 +1,163 @@
+"""The same deaths over RabbitMQ, and what only RabbitMQ does. `make test-rabbitmq`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import pytest
+from amqp.exceptions import NotFound
+from celery import Celery
+from celery._state import get_current_app
+from kombu import Connection
+
+from agents_project import rabbitmq
+from agents_project.demo.models import Ledger
+from agents_project.rabbitmq import RabbitMQ
+from runs import Run
+from tests.workers.app.agents import worker_test
+from tests.workers.conftest import Kit, eventually, kit_over
+from tests.workers.test_deaths import SENTENCE, ended, starts, streaming, working
+from tests.workers.test_deaths import (  # what holds over Redis holds here
+    test_a_call_of_a_killed_tools_worker_runs_again_as_it_declares as test_a_call_of_a_killed_tools_worker_runs_again_as_it_declares,
+)
+from tests.workers.test_deaths import (
+    test_a_call_that_must_not_start_twice_is_unknown_when_its_worker_dies as test_a_call_that_must_not_start_twice_is_unknown_when_its_worker_dies,
+)
+from tests.workers.test_deaths import (
+    test_a_drained_worker_hands_its_streams_on_and_leaves as test_a_drained_worker_hands_its_streams_on_and_leaves,
+)
+from tests.workers.test_deaths import (
+    test_a_killed_agents_worker_costs_the_run_nothing_but_the_message_it_spoke as test_a_killed_agents_worker_costs_the_run_nothing_but_the_message_it_spoke,
+)
+from tests.workers.test_deaths import (
+    test_a_killed_prefork_child_costs_its_call_and_no_other as test_a_killed_prefork_child_costs_its_call_and_no_other,
+)
+from tests.workers.test_deaths import (
+    test_losing_every_message_of_the_broker_costs_a_republish_interval as test_losing_every_message_of_the_broker_costs_a_republish_interval,
+)
+from tests.workers.test_deaths import (
+    test_the_late_messages_that_a_worker_finds_when_it_starts_do_nothing_and_are_acknowledged as test_the_late_messages_that_a_worker_finds_when_it_starts_do_nothing_and_are_acknowledged,
+)
+from tests.workers.test_deaths import (
+    test_when_the_sweeping_control_worker_dies_another_goes_on as test_when_the_sweeping_control_worker_dies_another_goes_on,
+)
+
+pytestmark = [
+    pytest.mark.needs_rabbitmq,
+    pytest.mark.skipif(not rabbitmq.installed(), reason="rabbitmq-server is not installed"),
+]
+QUEUES = ("longhaul.agents", "longhaul.tools", "longhaul.control")
+
+
+class Node:
+    """A node as the tests' broker."""
+
+    def __init__(self, node: RabbitMQ) -> None:
+        self.node = node
+        self.environment: Mapping[str, str] = {"CELERY_BROKER_URL": node.url}
+
+    def forget(self) -> None:
+        with Connection(self.node.url) as connection:
+            for queue in QUEUES:
+                with connection.channel() as channel:
+                    try:
+                        channel.queue_purge(queue)
+                    except NotFound:
+                        pass  # nobody has asked for it yet
+
+    def delete(self) -> None:
+        with Connection(self.node.url) as connection:
+            for queue in QUEUES:
+                with connection.channel() as channel:
+                    channel.queue_delete(queue)
+
+    def messages(self, queue: str) -> int:
+        table = self.node.control("list_queues", "name", "messages")
+        return sum(int(count) for name, count in map(str.split, table.splitlines()[1:]) if name == queue)
+
+
+@pytest.fixture(scope="module")
+def kit(django_db_setup: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kit]:
+    with RabbitMQ() as node, kit_over(Node(node), tmp_path_factory.mktemp("workers")) as kit:
+        yield kit
+
+
+@pytest.fixture(autouse=True)
+def publishing(kit: Kit, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """This process publishes to RabbitMQ, too."""
+    present = get_current_app()
+    monkeypatch.setenv("CELERY_BROKER_URL", kit.environment["CELERY_BROKER_URL"])
+    app = Celery("over_rabbitmq")
+    app.config_from_object("django.conf:settings", namespace="CELERY")
+    app.conf.broker_transport_options = {}
+    app.set_current()
+    yield
+    app.close()
+    present.set_current()
+
+
+def node_of(kit: Kit) -> RabbitMQ:
+    assert isinstance(kit.broker, Node)
+    return kit.broker.node
+
+
+def test_our_queues_are_quorum_queues(workers: Kit) -> None:
+    assert ended(worker_test.start("call idempotent 0")).output == "It is done."
+    table = node_of(workers).control("list_queues", "name", "type")
+    found = dict(map(str.split, table.splitlines()[1:]))
+    assert {name: found.get(name) for name in QUEUES} == dict.fromkeys(QUEUES, "quorum")
+
+
+def test_a_killed_broker_that_comes_back_has_kept_its_messages(workers: Kit) -> None:
+    """And the workers and this process find it again."""
+    node = node_of(workers)
+    for name in workers.names("agents"):
+        workers.kill(workers.processes[name])
+    queued = [worker_test.start("tell me") for _ in range(5)]
+    assert workers.broker.messages("longhaul.agents") == 5
+    node.kill()
+    node.start()
+    assert workers.broker.messages("longhaul.agents") >= 5  # the sweep may have sent them again
+    workers.up(agents=2)
+    for run in queued:
+        assert ended(run).output == SENTENCE
+
+
+def test_runs_outlive_a_broker_that_dies_under_them(workers: Kit) -> None:
+    node = node_of(workers)
+    run = streaming(worker_test.start("tell me"))
+    calling = worker_test.start("call once 3")
+    call = working(calling)
+    node.kill()
+    meanwhile = worker_test.start("tell me")  # its message is refused; the row stands
+    node.start()
+    for each, output in ((run, SENTENCE), (calling, "It is done."), (meanwhile, SENTENCE)):
+        assert ended(each, 60).output == output
+    assert starts(call) == 1
+    assert [leg.reason for leg in run.leg_set.all()] == ["finished"]  # a live worker is not robbed
+
+
+def test_deleted_queues_cost_no_run(workers: Kit) -> None:
+    assert isinstance(workers.broker, Node)
+    run = streaming(worker_test.start("tell me"))
+    calling = worker_test.start("call idempotent 1")
+    working(calling)
+    workers.broker.delete()
+    begun = worker_test.start("tell me")
+    for each, output in ((run, SENTENCE), (calling, "It is done."), (begun, SENTENCE)):
+        assert ended(each, 60).output == output
+
+
+def test_closing_every_connection_to_the_broker_costs_no_run_and_no_second_start(workers: Kit) -> None:
+    """Each message comes back as redelivered while its worker lives: nothing is taken from it."""
+    telling = streaming(worker_test.start("tell me"))
+    calling = worker_test.start("call atomic 4")
+    call = working(calling)
+    node_of(workers).control("close_all_connections", "test")
+    assert ended(telling).output == SENTENCE
+    assert ended(calling).output == "It is done."
+    assert starts(call) == 1
+    assert Ledger.objects.filter(call_id=call.pk).count() == 1
+    assert [leg.reason for leg in telling.leg_set.all()] == ["finished"]

@@ -13,5 +13,6 @@ from django.core.asgi import get_asgi_application  # noqa: E402
 django = get_asgi_application()
 
 from agents_project import static_files  # noqa: E402
+from runs import with_streams  # noqa: E402
 
-application = static_files.before(django)
+application = static_files.before(with_streams(django))

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from runs.agents import Agent
     from runs.models import Event, Leg, Run, Step
+    from runs.streams.app import with_streams
 
-__all__ = ["Agent", "Event", "Leg", "Run", "Step"]
+__all__ = ["Agent", "Event", "Leg", "Run", "Step", "with_streams"]
 
 _HOME = {
     "Agent": "runs.agents",
@@ -18,6 +19,7 @@ _HOME = {
     "Leg": "runs.models",
     "Run": "runs.models",
     "Step": "runs.models",
+    "with_streams": "runs.streams.app",
 }
 
 

@@ -110,7 +110,8 @@ class Ear:
     """One subscription a process, for any number of channels.
 
     `listen(channel)` yields an Event that is set whenever the channel rings, and whenever the connection was lost;
-    `alisten(channel)` one for the running event loop.
+    `alisten(channel)` one for the running event loop. `add` and `remove` are for a wake of one's own; both may wait for
+    Redis, as long as its time-out.
     """
 
     def __init__(self) -> None:
@@ -124,22 +125,22 @@ class Ear:
     @contextlib.contextmanager
     def listen(self, channel: str) -> Iterator[threading.Event]:
         event = threading.Event()
-        self._add(channel, event)
+        self.add(channel, event)
         try:
             yield event
         finally:
-            self._remove(channel, event)
+            self.remove(channel, event)
 
     @contextlib.asynccontextmanager
     async def alisten(self, channel: str) -> AsyncIterator[asyncio.Event]:
         loop = asyncio.get_running_loop()
         wake = LoopWake(loop)
         # In a thread, for a Redis that hangs would hold up the loop.
-        added = loop.run_in_executor(None, self._add, channel, wake)
+        added = loop.run_in_executor(None, self.add, channel, wake)
 
         def remove(_: object = None) -> None:
             with contextlib.suppress(RuntimeError):  # the loop was closed, and all that listened on it has gone
-                loop.run_in_executor(None, self._remove, channel, wake)
+                loop.run_in_executor(None, self.remove, channel, wake)
 
         try:
             # Not for long: who listens looks once a second itself. And not cancelled with its caller, who may have left
@@ -153,22 +154,27 @@ class Ear:
             else:
                 added.add_done_callback(remove)
 
-    def _add(self, channel: str, wake: Wake) -> None:
+    def add(self, channel: str, wake: Wake) -> None:
         with self._lock:
             first = channel not in self._events
             self._events.setdefault(channel, set()).add(wake)
             if first:
                 self._subscribe(channel)
 
-    def _remove(self, channel: str, wake: Wake) -> None:
+    def remove(self, channel: str, wake: Wake) -> None:
         with self._lock:
             listening = self._events[channel]
             listening.discard(wake)
             if not listening:
                 del self._events[channel]
-                if self._pubsub is not None:
-                    with contextlib.suppress(RedisError, OSError):
-                        self._pubsub.unsubscribe(channel)
+                if self._pubsub is None or time.monotonic() < self._away_until:
+                    self._stale = True  # it is given up when Redis is back
+                    return
+                try:
+                    self._pubsub.unsubscribe(channel)
+                except (RedisError, OSError):
+                    self._away_until = time.monotonic() + _PAUSE_SECONDS
+                    self._stale = True
 
     def _subscribe(self, channel: str) -> None:
         client = _client()

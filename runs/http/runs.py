@@ -149,9 +149,10 @@ def _started(view: View, request: Request, body: forms.NewRun, start: Callable[[
     if body.stream:
         id = UUID(answer.data["id"])
         # The first answer is told again, but a stream shows what the run says now: it may be gone, or somebody else's.
-        if not started and not visible(Run, request.user).filter(pk=id).exists():
+        run = started[0] if started else visible(Run, request.user).filter(pk=id).first()
+        if run is None:
             raise Http404
-        return stream_of(request, id, headers=answer.headers)
+        return stream_of(request, run, headers=answer.headers)
     return answered(answer)
 
 

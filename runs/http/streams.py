@@ -1,28 +1,27 @@
 """What waits: the event stream of a run, and the long poll for its end. Neither holds a connection while it waits.
 
-Django's ASGI handler keeps a thread for each open answer, asleep. Its ORM is used in that one, so none waits for another's.
+Around Django, `runs.streams` takes a stream over as soon as its reader was let in here. Without it Django's ASGI handler sends
+it, and keeps a thread for each that is open, asleep. Its ORM is used in that one, so none waits for another's.
 """
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import aclosing
+from functools import cache
 from typing import Annotated, Any, Literal
 from uuid import UUID
 
-from django.contrib.auth import get_user
 from django.core.handlers.asgi import ASGIRequest
-from django.db.models import Model
-from django.http import Http404, HttpRequest, HttpResponse, HttpResponseBase, StreamingHttpResponse
+from django.http import Http404, HttpResponse, HttpResponseBase, StreamingHttpResponse
 from django.urls import reverse
 from pydantic import Field
-from rest_framework.authentication import SessionAuthentication
 from rest_framework.request import Request
 from rest_framework.response import Response
 
 from runs import events
-from runs.access import visible
 from runs.events import RunEvent
 from runs.http import answers
 from runs.http.body import WHOLE, Body, Given, provided
@@ -32,9 +31,11 @@ from runs.http.query import Query
 from runs.http.schema import STREAM
 from runs.http.view import AsyncView, operation, sees
 from runs.models import TERMINAL, Run, Status
-from threads.authentication import holds
+from runs.streams.app import handover_of
+from runs.streams.visitors import Visitor
 from threads.database import apart
-from threads.models import ApiKey
+
+logger = logging.getLogger("longhaul.streams")
 
 PING_SECONDS = 15.0
 CHECK_SECONDS = 15.0  # how long a stream, or a wait, goes on for who may no longer see its run
@@ -99,10 +100,7 @@ class StreamOfRun(AsyncView):
         if after > run.last_seq:
             name = "Last-Event-ID" if seen else "starting_after"
             raise BadField(name, f"The run's last event so far is {run.last_seq}.")
-        response = stream_of(request, run.pk, after=after, batch=told.batch_size, pings=told.include_pings)
-        if request.method == "HEAD":  # its answer has no body, and must not wait for the run's end to say so
-            return HttpResponse(headers=dict(response.items()))
-        return response
+        return stream_of(request, run, after=after, batch=told.batch_size, pings=told.include_pings)
 
 
 def can_stream(request: Request) -> bool:
@@ -110,15 +108,30 @@ def can_stream(request: Request) -> bool:
 
 
 def stream_of(
-    request: Request, run_id: UUID, *, after: int = 0, batch: int = 1000, pings: bool = False,
+    request: Request, run: Run, *, after: int = 0, batch: int = 1000, pings: bool = False,
     headers: Mapping[str, str] | None = None,
-) -> StreamingHttpResponse:  # fmt: skip
+) -> HttpResponseBase:  # fmt: skip
     """Answer with the run's events after the cursor, as server-sent events."""
-    named = {"Location": reverse("longhaul:run", args=[run_id]), "X-Run-Id": str(run_id)}
-    return StreamingHttpResponse(
-        _frames(request, run_id, after, batch, pings),
-        content_type=STREAM,
-        headers={**HEADERS, **named, **(headers or {})},
+    named = {"Location": reverse("longhaul:run", args=[run.pk]), "X-Run-Id": str(run.pk)}
+    said: dict[str, Any] = {"content_type": STREAM, "headers": {**HEADERS, **named, **(headers or {})}}
+    if request.method == "HEAD":  # its answer has no body, and must not wait for the run's end to say so
+        return HttpResponse(**said)
+    handover = handover_of(request._request)
+    if handover is None:
+        _tell_what_it_costs()
+        return StreamingHttpResponse(_frames(request, run.pk, after, batch, pings), **said)
+    from runs.streams.broadcast import Plan
+
+    plan = Plan(visitor=Visitor.of(request), run=run.pk, after=after, batch=batch, pings=pings, known=run.last_seq)
+    said["headers"] |= handover.take(plan)
+    return HttpResponse(**said)
+
+
+@cache
+def _tell_what_it_costs() -> None:
+    logger.warning(
+        "Django's own handler sends the streams of this process, each with a thread. In asgi.py: application ="
+        " with_streams(get_asgi_application())"
     )
 
 
@@ -143,23 +156,7 @@ async def _frames(request: Request, run_id: UUID, after: int, batch: int, pings:
 
 def still_sees(request: Request, run_id: UUID) -> bool:
     """Return whether the gate would let the request in again, as key, user and run are now."""
-    if isinstance(request.auth, ApiKey) and not holds(request.auth):
-        return False
-    if isinstance(request.successful_authenticator, SessionAuthentication) and not still_signed_in(request):
-        return False
-    user: Any = request.user
-    if isinstance(user, Model):  # not as it was read: it remembers its permissions
-        # of a session it is a lazy object, whose type is not its class
-        user = user.__class__._default_manager.filter(pk=user.pk).first()
-    return user is not None and user.is_active and visible(Run, user).filter(pk=run_id).exists()
-
-
-def still_signed_in(request: Request) -> bool:
-    """Return whether the session of the request is one still: no logout, no other password since."""
-    session: Any = request.session
-    again = HttpRequest()
-    again.session = type(session)(session.session_key)
-    return get_user(again).is_authenticated
+    return run_id in Visitor.of(request).sees({Run: [run_id]})
 
 
 def frame(event: RunEvent) -> bytes:

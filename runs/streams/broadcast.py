@@ -1,0 +1,600 @@
+"""All streams of one process: each event is read once, and its bytes are handed to all who follow its run.
+
+A `Reader` begins with history, a page at a time, no page asked for before the last was sent. When it has read up to its run's
+`Tail` it joins it, in one move of the event loop, so that nothing falls between; from then on the tail's events are put into
+its queue. A queue that grows over its bound is a reader that does not read: it is cut off, and can come back.
+
+The tail is what was read last of a run that somebody follows live. A bell makes it due, and so does a second without one,
+for Redis may be away; all that are due are read in one query. Bells are heard on the process's one subscription (`bells`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+from uuid import UUID
+from weakref import WeakKeyDictionary
+
+import psycopg
+from django.db import DatabaseError, InterfaceError
+from django.db.models import Model
+
+from runs import bells
+from runs.models import Run
+from runs.streams import departure
+from runs.streams.log import MOST_A_TAIL, Fresh, Log, Page
+from runs.streams.visitors import Visitor
+from threads.database import apart
+from threads.models import Thread
+
+logger = logging.getLogger("longhaul.streams")
+
+OPENING = b": longhaul\nretry: 1000\n\n"  # a browser whose stream ended comes back after a second
+PING_SECONDS = 15.0
+CHECK_SECONDS = 30.0  # how long a stream goes on for who may no longer see what it shows
+LOOK_SECONDS = 1.0  # how often a tail is read though no bell rang
+GATHER_SECONDS = 0.01  # between two rounds, in which runs ring
+MOST_TAILS = 500  # of a round
+MOST_QUEUED = 256 * 1024  # bytes that wait for a reader who does not take them
+SEND_SECONDS = 60.0  # that a reader may take for one piece
+DEPART_SECONDS = 1.0  # for the last pieces of those who read slowly, when the process ends
+PAGE_ROWS = 2000  # events of all pages of one statement, as far as can be foreseen
+PAGES = 100  # of one statement
+SHORT = 100  # events: a page of no more goes before those of long histories
+IDLE_SECONDS = 5.0  # without a reader, then the connections are closed
+QUIET_SECONDS = 5.0  # then it is asked whether the run is there at all
+KEPT, KEPT_BYTES = 64, 16 * 1024  # of a tail: its newest events, for readers whose history ended just before them
+_TICK_SECONDS = 0.25
+_PAUSE_SECONDS = 1.0  # after a question that Postgres did not answer
+_AWAY = (psycopg.Error, OSError, TimeoutError)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What a reader was let in for: a run, or a thread from some run of it on. `known` is the run's last seq as the view saw it."""
+
+    visitor: Visitor
+    run: UUID | None = None
+    thread: UUID | None = None
+    after: int = 0
+    batch: int = 1000
+    pings: bool = False
+    known: int = 0
+
+
+class Reader:
+    """One open stream."""
+
+    __slots__ = (
+        "asked", "at", "batch", "before", "broadcast", "checked", "cut", "joined", "over", "pieces", "ping", "run", "sending", "sent",
+        "size", "task", "thread", "visitor", "wake", "wanted",
+    )  # fmt: skip
+
+    def __init__(self, broadcast: Broadcast, plan: Plan) -> None:
+        self.broadcast = broadcast
+        self.visitor = plan.visitor
+        self.thread = plan.thread
+        self.run = plan.run
+        self.before: UUID | None = None  # of a thread: the run that was last, between two
+        self.at = plan.after  # the last seq that was queued
+        self.batch = plan.batch
+        self.ping = b"event: ping\ndata: {}\n\n" if plan.pings else b": ping\n\n"
+        self.wanted = max(plan.known - plan.after, 0) + SHORT // 4  # events that its next page will have, about
+        self.asked = False  # for a page, or the next run
+        self.joined = False
+        self.over = False  # what is queued is the last
+        self.cut = False  # and not even that is to be sent
+        self.pieces: deque[bytes] = deque()
+        self.size = 0
+        self.wake = asyncio.Event()
+        self.task = asyncio.current_task()
+        self.sending = True
+        self.sent = self.checked = time.monotonic()
+
+    @property
+    def prefix(self) -> str:
+        """What stands before the seq in a frame's id: in a thread's stream its run."""
+        return "" if self.thread is None else f"{self.run}:"
+
+    async def next(self) -> bytes:
+        """Return what is to be sent next; nothing when the stream is over. What was returned before has been sent."""
+        self.sending = False
+        self.sent = time.monotonic()
+        while not self.pieces:
+            if self.over or self.cut:
+                self.sending = True  # the end of the answer
+                return b""
+            if not self.joined and not self.asked:
+                self.broadcast.want(self)
+            self.wake.clear()
+            await self.wake.wait()
+        if self.cut:
+            return b""
+        piece = self.pieces.popleft() if len(self.pieces) == 1 else b"".join(self.pieces)
+        self.pieces.clear()
+        self.size = 0
+        self.sending = True
+        self.sent = time.monotonic()
+        return piece
+
+    def push(self, piece: bytes) -> None:
+        """Queue a piece. With one that is too much the reader is cut off."""
+        if self.over or self.cut:
+            return
+        if self.pieces and self.size + len(piece) > MOST_QUEUED:
+            logger.info("A reader of run %s does not read, and is cut off", self.run)
+            self.cut_off()
+            return
+        self.pieces.append(piece)
+        self.size += len(piece)
+        self.wake.set()
+
+    def finish(self, *, unsent: bool = True) -> None:
+        """End the stream behind what is queued, or, without what is unsent, at once."""
+        if not unsent:
+            self.pieces.clear()
+            self.size = 0
+        self.over = True
+        self.wake.set()
+
+    def cut_off(self) -> None:
+        """End the stream as it is, also in the middle of a piece that the client does not take."""
+        if self.cut:
+            return
+        self.cut = True
+        self.pieces.clear()
+        self.wake.set()
+        if self.sending and self.task is not None:
+            self.task.cancel()
+
+
+@dataclass(slots=True)
+class Tail:
+    """The end of a run's log, as far as it was read for those who follow it live."""
+
+    readers: int = 0  # of the run, joined or still with its history
+    joined: set[Reader] = field(default_factory=set)
+    at: int = -1  # up to here all who joined have it; -1: nobody has
+    looked: float = 0.0
+    quiet: float = 0.0  # since when nothing came, or it was seen that the run is there still
+    kept: deque[Fresh] = field(default_factory=deque)
+    kept_bytes: int = 0
+    bell: _Bell | None = None
+
+    def keep(self, fresh: list[Fresh]) -> None:
+        for each in fresh:
+            self.kept.append(each)
+            self.kept_bytes += len(each.frame)
+        while self.kept and (len(self.kept) > KEPT or self.kept_bytes > KEPT_BYTES):
+            self.kept_bytes -= len(self.kept.popleft().frame)
+
+    def since(self, seq: int) -> list[Fresh] | None:
+        """Return what was kept behind this seq; None when that is not all there was."""
+        if seq >= self.at:
+            return []
+        if not self.kept or self.kept[0].seq > seq + 1:
+            return None
+        return [each for each in self.kept if each.seq > seq]
+
+    def forget(self) -> None:
+        self.at, self.kept_bytes = -1, 0
+        self.kept.clear()
+
+
+class _Bell:
+    """What the bell of a run sets, from the ear's thread."""
+
+    __slots__ = ("broadcast", "run")
+
+    def __init__(self, broadcast: Broadcast, run: UUID) -> None:
+        self.broadcast = broadcast
+        self.run = run
+
+    def set(self) -> None:
+        self.broadcast.rang(self.run)
+
+
+class Broadcast:
+    """Serves the streams of one event loop. All its methods but `rang` are called in that loop."""
+
+    def __init__(self) -> None:
+        self.loop = asyncio.get_running_loop()
+        self.readers: set[Reader] = set()
+        self.tails: dict[UUID, Tail] = {}
+        self.leaving = False
+        self._due: set[UUID] = set()
+        self._due_now = asyncio.Event()
+        self._short: deque[Reader] = deque()  # who want a page
+        self._long: deque[Reader] = deque()
+        self._wanted = asyncio.Event()
+        self._between: set[Reader] = set()  # of threads, whose run has ended
+        self._rung: deque[UUID] = deque()
+        self._told = False  # that something rang
+        self._work: asyncio.Task[None] | None = None
+        self._empty_since = time.monotonic()
+        departure.listen(self._depart)
+
+    # --- readers ----------------------------------------------------------------------------------------------------
+
+    def enter(self, plan: Plan) -> Reader:
+        """Begin a stream for the task that runs now. `leave` ends it."""
+        reader = Reader(self, plan)
+        self.readers.add(reader)
+        if reader.run is not None:
+            self._begin(reader.run)
+        if self.leaving:
+            reader.finish()  # it came with a connection that was open: it is sent on at once
+        if self._work is None or self._work.done():
+            self._work = self.loop.create_task(self._serve())
+        return reader
+
+    def leave(self, reader: Reader) -> None:
+        """End a stream, and free all that it held."""
+        reader.cut = True
+        self.readers.discard(reader)
+        self._between.discard(reader)
+        if reader.run is not None:
+            self._end(reader, reader.run)
+        if not self.readers:
+            self._empty_since = time.monotonic()
+
+    def _begin(self, run: UUID) -> None:
+        tail = self.tails.get(run)
+        if tail is None:
+            tail = self.tails[run] = Tail(bell=_Bell(self, run))
+            # What it rang for before it was heard is read after: then the run is due in any case.
+            assert tail.bell is not None
+            added = _ear().submit(bells.ear().add, bells.run_channel(run), tail.bell)
+            added.add_done_callback(lambda _: self.rang(run))
+        tail.readers += 1
+
+    def _end(self, reader: Reader, run: UUID) -> None:
+        tail = self.tails[run]
+        tail.readers -= 1
+        tail.joined.discard(reader)
+        reader.joined = False
+        if not tail.joined:
+            tail.forget()
+        if not tail.readers:
+            del self.tails[run]
+            self._due.discard(run)
+            assert tail.bell is not None
+            _ear().submit(bells.ear().remove, bells.run_channel(run), tail.bell)
+
+    def want(self, reader: Reader) -> None:
+        """Get the reader its next page, or, in a thread, its next run."""
+        reader.asked = True
+        if reader.run is None:
+            self._between.add(reader)
+        else:
+            (self._short if reader.wanted <= SHORT else self._long).append(reader)
+        self._wanted.set()
+
+    def _join(self, reader: Reader) -> bool:
+        """Let a reader follow live, if nothing is missing between what it has and its run's tail."""
+        assert reader.run is not None
+        tail = self.tails[reader.run]
+        if not tail.joined:
+            tail.at = reader.at
+            tail.looked = tail.quiet = time.monotonic()
+            self._make_due(reader.run)  # what came while its page was on the way
+        missing = tail.since(reader.at)
+        if missing is None:
+            return False
+        reader.joined = True
+        tail.joined.add(reader)
+        self._give(reader, missing, {})
+        return True
+
+    def _give(self, reader: Reader, fresh: list[Fresh], made: dict[tuple[str, int], bytes]) -> None:
+        """Queue events; `made` keeps what all who need the same are given."""
+        if not fresh or fresh[-1].seq <= reader.at:
+            return
+        begin = reader.at if fresh[0].seq <= reader.at else 0
+        key = (reader.prefix, begin)
+        piece = made.get(key)
+        if piece is None:
+            prefix = b"id: " + reader.prefix.encode() if reader.prefix else b""
+            frames = (prefix + each.frame[4:] if prefix else each.frame for each in fresh if each.seq > begin)
+            piece = made[key] = b"".join(frames)
+        reader.at = fresh[-1].seq
+        reader.push(piece)
+        if fresh[-1].terminal:
+            self._run_over(reader)
+
+    def _run_over(self, reader: Reader) -> None:
+        """Go on after a run's last event."""
+        if reader.thread is None:
+            reader.finish()
+            return
+        assert reader.run is not None
+        self._end(reader, reader.run)
+        reader.before, reader.run = reader.run, None
+
+    # --- bells ------------------------------------------------------------------------------------------------------
+
+    def rang(self, run: UUID) -> None:
+        """Note that a run has something new. Called from any thread."""
+        self._rung.append(run)
+        if not self._told:
+            self._told = True
+            try:
+                self.loop.call_soon_threadsafe(self._hear)
+            except RuntimeError:
+                pass  # the loop was closed, and all readers with it
+
+    def _hear(self) -> None:
+        self._told = False  # before the first is taken: what rings from now on tells again
+        while self._rung:
+            run = self._rung.popleft()
+            if run in self.tails:
+                self._make_due(run)
+
+    def _make_due(self, run: UUID) -> None:
+        self._due.add(run)
+        self._due_now.set()
+
+    # --- work -------------------------------------------------------------------------------------------------------
+
+    async def _serve(self) -> None:
+        """Work as long as there are readers, and a while longer."""
+        live, history = Log("longhaul streams"), Log("longhaul history")
+        jobs = (self._follow(live), self._page(history), self._look(), self._go_on(history), self._admit())
+        tasks = [self.loop.create_task(each) for each in jobs]
+        try:
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            for each in done:
+                each.result()
+        except Exception:
+            # Not to be foreseen: readers come back, and find the work begun anew.
+            logger.exception("The streams of this process are closed")
+            for reader in list(self.readers):
+                reader.finish()
+        finally:
+            if self._work is asyncio.current_task():
+                self._work = None  # who comes from now on begins it anew
+            for each in tasks:
+                each.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            await live.close()
+            await history.close()
+
+    async def _follow(self, log: Log) -> None:
+        """Read what is new of all runs that are due, round by round."""
+        last = 0.0
+        while True:
+            await self._due_now.wait()
+            await asyncio.sleep(max(0.0, last + GATHER_SECONDS - time.monotonic()))
+            due = [run for run in self._due if self.tails[run].joined][:MOST_TAILS]
+            if len(due) < MOST_TAILS:
+                self._due.clear()  # who has nobody live yet is read by who comes
+                self._due_now.clear()
+            else:
+                self._due.difference_update(due)
+            if not due:
+                continue
+            last = time.monotonic()
+            cursors = [(run, self.tails[run].at) for run in due]
+            try:
+                found = await log.live(cursors)
+            except _AWAY as error:
+                await self._pause(error)
+                for run in due:
+                    if run in self.tails:
+                        self._make_due(run)
+                continue
+            now = time.monotonic()
+            for place, (run, after) in enumerate(cursors):
+                self._tell(run, after, found.get(place, []), now)
+
+    def _tell(self, run: UUID, after: int, fresh: list[Fresh], now: float) -> None:
+        """Give a tail's new events to all who follow it."""
+        tail = self.tails.get(run)
+        if tail is None or tail.at != after:
+            if tail is not None and tail.joined:
+                self._make_due(run)  # all left and somebody came while it was read
+            return
+        tail.looked = now
+        if not fresh:
+            return
+        tail.at, tail.quiet = fresh[-1].seq, now
+        tail.keep(fresh)
+        made: dict[tuple[str, int], bytes] = {}
+        for reader in list(tail.joined):
+            self._give(reader, fresh, made)
+        if len(fresh) == MOST_A_TAIL:
+            self._make_due(run)
+
+    async def _page(self, log: Log) -> None:
+        """Read pages of history, and the next runs of threads. Short ones first, and each time a long one, too."""
+        while True:
+            await self._wanted.wait()
+            readers = self._turn()
+            if not self._short and not self._long:
+                self._wanted.clear()
+            if not readers:
+                continue
+            try:
+                pages = await log.pages(
+                    [(reader.run, reader.at, reader.batch, reader.prefix) for reader in readers if reader.run]
+                )
+            except _AWAY as error:
+                await self._pause(error)
+                for reader in readers:
+                    self.want(reader)
+                continue
+            for reader, page in zip(readers, pages, strict=True):
+                if not reader.cut:
+                    self._turned(reader, page)
+
+    def _turn(self) -> list[Reader]:
+        taken: list[Reader] = []
+        rows = 0
+        if self._long:
+            taken.append(self._long.popleft())
+            rows = taken[0].batch
+        while self._short and len(taken) < PAGES and rows < PAGE_ROWS:
+            taken.append(self._short.popleft())
+            rows += min(taken[-1].wanted, taken[-1].batch)
+        while self._long and len(taken) < PAGES and rows < PAGE_ROWS:
+            taken.append(self._long.popleft())
+            rows += taken[-1].batch
+        return [reader for reader in taken if not reader.cut]
+
+    def _turned(self, reader: Reader, page: Page) -> None:
+        """Give a reader its page; one that has come to the end of its history follows live from here."""
+        reader.asked = False
+        reader.wanted = max(page.last_seq - page.last, 0) + SHORT // 4
+        reader.at = page.last
+        if page.body:
+            reader.push(page.body)
+        if page.over or not page.there:
+            self._run_over(reader)
+        elif page.last >= page.last_seq:
+            self._join(reader)
+        reader.wake.set()
+
+    async def _look(self) -> None:
+        """Once in a while: what nobody rang for, pings, and readers who stand still. Ends when nobody was there for long."""
+        while self.readers or time.monotonic() - self._empty_since < IDLE_SECONDS:
+            await asyncio.sleep(min(_TICK_SECONDS, LOOK_SECONDS))
+            now = time.monotonic()
+            for run, tail in self.tails.items():
+                if tail.joined and now - tail.looked >= LOOK_SECONDS:
+                    self._make_due(run)
+            for reader in list(self.readers):
+                if reader.sending:
+                    if now - reader.sent >= SEND_SECONDS:
+                        reader.cut_off()
+                elif now - reader.sent >= PING_SECONDS and not reader.pieces:
+                    reader.push(reader.ping)
+
+    async def _go_on(self, log: Log) -> None:
+        """Close the streams of runs that were deleted; lead those of threads on to the next run."""
+        while True:
+            await asyncio.sleep(LOOK_SECONDS)
+            try:
+                await self._close_deleted(log)
+                await self._lead_on(log)
+            except _AWAY as error:
+                await self._pause(error)
+
+    async def _close_deleted(self, log: Log) -> None:
+        now = time.monotonic()
+        quiet = [run for run, tail in self.tails.items() if tail.joined and now - tail.quiet >= QUIET_SECONDS]
+        if not quiet:
+            return
+        there = await log.there(quiet)
+        for run in quiet:
+            tail = self.tails.get(run)
+            if tail is None:
+                continue
+            tail.quiet = now
+            for reader in list(tail.joined) if run not in there else ():
+                self._run_over(reader)
+                reader.wake.set()
+
+    async def _lead_on(self, log: Log) -> None:
+        waiting = [reader for reader in self._between if not reader.cut]
+        if not waiting:
+            return
+        found = await log.next_runs([(reader.thread, reader.before) for reader in waiting if reader.thread])
+        for reader, (there, run) in zip(waiting, found, strict=True):
+            if not there:
+                self._between.discard(reader)
+                reader.finish()
+            elif run is not None and not reader.cut:
+                await self._lead_to(reader, run)
+
+    async def _lead_to(self, reader: Reader, run: UUID) -> None:
+        """Begin the next run of a thread's reader, or pass it over if it is not theirs to see."""
+        try:
+            seen = await apart(reader.visitor.sees)({Run: {run}})
+        except (DatabaseError, InterfaceError):
+            return
+        if reader.cut:
+            return
+        reader.before = run
+        if seen:
+            self._between.discard(reader)
+            reader.run, reader.at, reader.asked = run, 0, False
+            reader.wanted = SHORT // 4
+            self._begin(run)
+            reader.wake.set()
+
+    async def _admit(self) -> None:
+        """Ask again whether readers may see what they are shown."""
+        while True:
+            await asyncio.sleep(min(1.0, CHECK_SECONDS / 4) or 0.01)
+            now = time.monotonic()
+            due = [reader for reader in self.readers if now - reader.checked >= CHECK_SECONDS]
+            groups: dict[Any, list[Reader]] = {}
+            for reader in due:
+                groups.setdefault(reader.visitor.same, []).append(reader)
+            for readers in groups.values():
+                await self._ask_again(readers)
+
+    async def _ask_again(self, readers: list[Reader]) -> None:
+        shown: dict[type[Model], set[UUID]] = {
+            Run: {reader.run for reader in readers if reader.run is not None},
+            Thread: {reader.thread for reader in readers if reader.thread is not None},
+        }
+        try:
+            seen = await apart(readers[0].visitor.sees)({model: ids for model, ids in shown.items() if ids})
+        except (DatabaseError, InterfaceError):
+            return  # nothing is shown either while it cannot be asked
+        except Exception:
+            logger.exception("A policy that raises shows nothing")
+            seen = set()
+        now = time.monotonic()
+        for reader in readers:
+            reader.checked = now
+            if not {id for id in (reader.run, reader.thread) if id is not None} <= seen:
+                reader.finish(unsent=False)  # who comes back is told why
+
+    async def _pause(self, error: BaseException) -> None:
+        logger.warning("Streams wait for Postgres: %s", str(error).partition("\n")[0] or type(error).__name__)
+        await asyncio.sleep(_PAUSE_SECONDS)
+
+    # --- the end ----------------------------------------------------------------------------------------------------
+
+    def _depart(self) -> None:
+        """Close all streams, so that their clients go on elsewhere. Called from a signal's handler."""
+        try:
+            self.loop.call_soon_threadsafe(self._close)
+        except RuntimeError:
+            pass  # the loop was closed
+
+    def _close(self) -> None:
+        self.leaving = True
+        for reader in list(self.readers):
+            reader.finish()
+        self.loop.call_later(DEPART_SECONDS, self._cut_all)
+
+    def _cut_all(self) -> None:
+        for reader in list(self.readers):
+            reader.cut_off()
+
+
+@cache
+def _ear() -> ThreadPoolExecutor:
+    """One thread, so that a channel is given up after it was taken. A Redis that hangs holds up nobody else."""
+    return ThreadPoolExecutor(max_workers=1, thread_name_prefix="longhaul-streams-ear")
+
+
+_broadcasts: WeakKeyDictionary[asyncio.AbstractEventLoop, Broadcast] = WeakKeyDictionary()
+
+
+def here() -> Broadcast:
+    """Return the broadcast of the running event loop."""
+    loop = asyncio.get_running_loop()
+    found = _broadcasts.get(loop)
+    if found is None:
+        found = _broadcasts[loop] = Broadcast()
+    return found

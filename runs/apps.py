@@ -1,9 +1,14 @@
 from __future__ import annotations
 
+import runpy
+from pathlib import Path
 from typing import Any
 
 from django.apps import AppConfig
 from django.db.models.signals import pre_delete
+
+# By its path, for the name `threads` may be that of a module of the host's.
+runpy.run_path(str(Path(__file__).resolve().parents[1] / "threads" / "neighbours.py"))["check_neighbours"]()
 
 
 class RunsConfig(AppConfig):

@@ -8,15 +8,13 @@ import os
 import re
 import shlex
 import shutil
-import signal
 import ssl
 import subprocess
 import threading
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,9 +27,10 @@ from honcho.environ import parse_procfile  # type: ignore[import-untyped]
 from agents_project import embedded
 from agents_project.demo import scripts
 from agents_project.demo.model_server import ModelServer
-from agents_project.processes import die_with_parent, free_port
+from agents_project.processes import free_port
 from runs.conf import KEYS
 from tests.docs import console
+from tests.docs.machine import Machine, servers, until
 from tests.docs.page import ROOT, blocks, code, table
 
 PAGE = "docs/deploy.md"
@@ -162,37 +161,8 @@ def test_the_queries_of_the_page_answer() -> None:
 
 @pytest.fixture
 def own_servers() -> Iterator[embedded.Servers]:
-    """Servers of this test's own, up until it ends."""
-    purpose = embedded.reserve("test-deploy")
-    shell = console.environment(LONGHAUL_PURPOSE=purpose)
-    holding = subprocess.Popen(
-        [f"{console.BIN}/python", "-m", "agents_project.embedded", "exec", "--", "sleep", "600"], cwd=ROOT, env=shell
-    )
-    try:
-        found = embedded.urls(purpose)
-        until(lambda: _answers(found.database_url), 60)
+    with servers("test-deploy") as found:
         yield found
-    finally:
-        holding.terminate()
-        holding.wait(30)
-        embedded.remove(purpose, force=True)
-
-
-def until(condition: Callable[[], Any], seconds: float) -> Any:
-    """Return the first true answer."""
-    deadline = time.monotonic() + seconds
-    while not (answer := condition()):
-        assert time.monotonic() < deadline, "it did not come true"
-        time.sleep(0.05)
-    return answer
-
-
-def _answers(url: str) -> bool:
-    try:
-        with psycopg.connect(url):
-            return True
-    except psycopg.OperationalError:
-        return False
 
 
 def _certificate(folder: Path, name: str) -> tuple[Path, Path]:
@@ -245,7 +215,8 @@ def tls_before(socket_path: str, certificate: Path, key: Path) -> Iterator[int]:
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         inner_reader, inner_writer = await asyncio.open_unix_connection(socket_path)
-        await asyncio.gather(pump(reader, inner_writer), pump(inner_reader, writer))
+        with suppress(asyncio.CancelledError):  # at the end of the block
+            await asyncio.gather(pump(reader, inner_writer), pump(inner_reader, writer))
 
     async def listen() -> asyncio.Server:
         return await asyncio.start_server(serve, "localhost", 0, ssl=context, family=2)
@@ -270,64 +241,24 @@ def tls_before(socket_path: str, certificate: Path, key: Path) -> Iterator[int]:
         loop.close()
 
 
-class Machine:
+class Units(Machine):
     """Starts the page's units as systemd would: their command, their folder, only their environment."""
 
-    def __init__(self, environment: dict[str, str], folder: Path) -> None:
-        self.environment = environment
-        self.folder = folder
-        self.processes: dict[str, subprocess.Popen[bytes]] = {}
-        self.port = free_port(0)
+    port = 0
 
-    def start(self, kind: str, number: int = 1) -> None:
+    def unit(self, kind: str, number: int = 1) -> None:
         its = units()[kind]["Service"]
         own = dict(word.split("=", 1) for word in its.get("Environment", "").split())
-        line = [word.replace(INSTALLED, str(ROOT)) for word in command(kind, number)]
-        line = [str(self.port) if word == "8000" else word for word in line]
-        line = [console.BIN + "/" + Path(line[0]).name, *line[1:]]
-        parent = os.getpid()
-        with (self.folder / f"{kind}-{number}.log").open("wb") as log:
-            self.processes[f"{kind}-{number}"] = subprocess.Popen(
-                line,
-                cwd=ROOT,
-                env={"PATH": os.defpath, "HOME": str(self.folder), **self.environment, **own},
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-                preexec_fn=lambda: die_with_parent(parent),
-            )
+        self.port = self.port or free_port(0)
+        here = {f"{INSTALLED}/.venv/bin/": f"{console.BIN}/", "8000": str(self.port)}
+        line = command(kind, number)
+        for page, local in here.items():
+            line = [word.replace(page, local) for word in line]
+        self.start(f"{kind}-{number}", line, **own)
 
-    def stop(self, name: str) -> float:
-        """SIGTERM to the main process alone, as KillMode=mixed does; return the seconds it took. It must leave cleanly."""
-        began = time.monotonic()
-        process = self.processes.pop(name)
-        process.send_signal(signal.SIGTERM)
-        limit = float(units()[name.partition("-")[0]]["Service"]["TimeoutStopSec"])
-        code = process.wait(limit)
-        assert code in (0, -signal.SIGTERM), f"{name}: {code}\n{self.log(name)}"
-        return time.monotonic() - began
-
-    def log(self, name: str) -> str:
-        return (self.folder / f"{name}.log").read_text()[-3000:]
-
-    def end(self) -> None:
-        for process in self.processes.values():
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-
-    def manage(self, *arguments: str) -> str:
-        done = subprocess.run(
-            [f"{console.BIN}/python", "manage.py", *arguments],
-            cwd=ROOT,
-            env={"PATH": os.defpath, **self.environment},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
-        return done.stdout
+    def leave(self, name: str) -> None:
+        """End it as KillMode=mixed does."""
+        self.stop(name, float(units()[name.partition("-")[0]]["Service"]["TimeoutStopSec"]))
 
     def ready(self) -> bool:
         try:
@@ -335,6 +266,23 @@ class Machine:
                 return True
         except (urllib.error.URLError, OSError):
             return False
+
+    def most_connections(self, condition: Callable[[], bool]) -> int:
+        """Return how many connections all processes together had at most, until the condition comes true."""
+        most = 0
+
+        def look() -> bool:
+            nonlocal most
+            self.ready()
+            query = (
+                "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database()"
+                " AND backend_type = 'client backend' AND application_name <> 'the test'"
+            )
+            most = max(most, int(self.one(query)))
+            return condition()
+
+        until(look, 90)
+        return most
 
 
 def formula() -> Callable[..., int]:
@@ -374,38 +322,38 @@ def test_the_units_run_the_project_as_one_machine_would(own_servers: embedded.Se
         assert f"rediss://localhost:{port}/0?ssl_cert_reqs=required" in here["REDIS_URL"]
         assert here.keys() == {name for name, value in given.items() if "SECRET" in value}
         environment = {**given, **here, "OPENAI_BASE_URL": model.url, "LONGHAUL_STATIC_ROOT": str(tmp_path / "static")}
-        machine = Machine(environment, tmp_path)
-        url = here["DATABASE_URL"]
+        machine = Units(environment, tmp_path)
         try:
             # The page's first commands
             [first] = [block for block in blocks(PAGE) if block.kind == "console" and block.told.startswith("tried by")]
             console.run(first, ROOT, {**console.environment(), **environment})
             # When the units start, all of it is ready
             for kind in ("agents", "tools", "control", "web", "beat"):
-                machine.start(kind)
-            machine.start("control", 2)
+                machine.unit(kind)
+            machine.unit("control", 2)
             until(machine.ready, 90)
             # And work is done, with no more connections than the page says
-            _start_runs(machine, 24)
-            names = {"agents": 1, "tools": 1, "children": 4, "control": 2, "web": 1}
-            most = _watch(url, machine, lambda: _settled(url) >= 60)
-            assert 15 <= most <= formula()(**names), most
+            prompt = "Test the test tool with the numbers 1-8, one after another, then give me the total."
+            machine.start_run("tester", prompt, 24)
+            most = machine.most_connections(lambda: machine.settled() >= 60)
+            assert 15 <= most <= formula()(agents=1, tools=1, children=4, control=2, web=1), most
             # When workers are replaced under the runs, they leave in time and nothing is lost
             for kind in ("agents", "tools"):
-                machine.start(kind, 2)
-                until(partial(_both, url, kind), 60)
-                machine.stop(f"{kind}-1")
-            machine.stop("control-1")
-            until(lambda: _unended(url) == 0, 120)
-            assert _ended(url) == {("completed", "The total is 36.")}
+                machine.unit(kind, 2)
+                until(partial(_both, machine, kind), 60)
+                machine.leave(f"{kind}-1")
+            machine.leave("control-1")
+            until(lambda: machine.unended() == 0, 120)
+            query = "SELECT DISTINCT status, output FROM longhaul_runs_run"
+            assert machine.rows(query) == [("completed", "The total is 36.")]
             assert "no invariant violated" in machine.manage("check_runs")
             for name in list(machine.processes):
-                machine.stop(name)
+                machine.leave(name)
             # A Redis with another certificate than the one that is trusted is refused; by Celery only if it is told to look
             wrong = here["REDIS_URL"].replace(str(certificate), str(stranger))
-            assert _tries({**environment, "REDIS_URL": wrong}) == ["broker:refused", "bell:refused"]
+            assert _tries(machine, wrong) == ["broker:refused", "bell:refused"]
             bare = here["REDIS_URL"].partition("?")[0]
-            assert _tries({**environment, "REDIS_URL": bare}) == ["broker:connected", "bell:refused"]
+            assert _tries(machine, bare) == ["broker:connected", "bell:refused"]
         finally:
             machine.end()
 
@@ -433,71 +381,10 @@ tried("bell", lambda: redis.Redis.from_url(settings.REDIS_URL).ping())
 """
 
 
-def _tries(environment: dict[str, str]) -> list[str]:
-    shell = {"PATH": os.defpath, "DJANGO_SETTINGS_MODULE": "agents_project.settings", **environment}
-    done = subprocess.run(
-        [f"{console.BIN}/python", "-c", REFUSED], cwd=ROOT, env=shell, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout.split()
+def _both(machine: Machine, kind: str) -> bool:
+    return machine.present(kind) == 2
 
 
-def _start_runs(machine: Machine, count: int) -> None:
-    prompt = "Test the test tool with the numbers 1-8, one after another, then give me the total."
-    machine.manage(
-        "shell", "--verbosity", "0", "-c",
-        "from runs.agents import registry\n"
-        f"for _ in range({count}): registry.all()['tester'].start({prompt!r})",
-    )  # fmt: skip
-
-
-def _one(url: str, query: str, *given: Any) -> Any:
-    with psycopg.connect(url, autocommit=True, application_name="the test") as session:
-        row = session.execute(query, given or None).fetchone()
-        return row[0] if row else None
-
-
-def _settled(url: str) -> int:
-    return int(_one(url, "SELECT count(*) FROM longhaul_tools_toolcall WHERE status = 'settled'"))
-
-
-def _unended(url: str) -> int:
-    return int(_one(url, "SELECT count(*) FROM longhaul_runs_run WHERE finished_at IS NULL"))
-
-
-def _present(url: str, kind: str) -> int:
-    return int(
-        _one(
-            url,
-            "SELECT count(*) FROM longhaul_tools_worker WHERE kind = %s AND gone_at IS NULL AND parent_id IS NULL",
-            kind,
-        )
-    )
-
-
-def _both(url: str, kind: str) -> bool:
-    return _present(url, kind) == 2
-
-
-def _ended(url: str) -> set[tuple[str, str]]:
-    with psycopg.connect(url, autocommit=True) as session:
-        return set(session.execute("SELECT DISTINCT status, output FROM longhaul_runs_run").fetchall())
-
-
-def _watch(url: str, machine: Machine, condition: Callable[[], bool]) -> int:
-    """Return how many connections all processes together had at most, until the condition comes true."""
-    most = 0
-
-    def look() -> bool:
-        nonlocal most
-        machine.ready()
-        count = _one(
-            url,
-            "SELECT count(*) FROM pg_stat_activity"
-            " WHERE datname = current_database() AND backend_type = 'client backend' AND application_name <> 'the test'",
-        )
-        most = max(most, int(count))
-        return condition()
-
-    until(look, 90)
-    return most
+def _tries(machine: Machine, redis_url: str) -> list[str]:
+    shell = {**machine.environment, "DJANGO_SETTINGS_MODULE": "agents_project.settings", "REDIS_URL": redis_url}
+    return Machine(shell, machine.folder).run("python", "-c", REFUSED).split()

@@ -23,7 +23,10 @@ ERRORS: Mapping[str, tuple[str, str]] = {
     "too_large": ("client_error", "The body is larger than 8,000,000 bytes (LONGHAUL['MAX_BODY_BYTES'])."),
     "unsupported_media_type": ("client_error", "Send JSON, with Content-Type: application/json."),
     "throttled": ("client_error", "Request was throttled. Expected available in 12 seconds."),
-    "needs_asgi": ("server_error", "This server speaks WSGI, which cannot stream: use /events or /wait."),
+    "needs_asgi": (
+        "server_error",
+        "This server speaks WSGI, which cannot stream: wait for the run at /api/runs/{id}/wait.",
+    ),
     "unavailable": ("server_error", "The database cannot be reached. Try again."),
 }
 REQUESTS: Mapping[str, Mapping[str, Any]] = {

@@ -18,12 +18,12 @@ from rest_framework.response import Response
 from runs import admission, agents, events
 from runs.access import visible
 from runs.http import answers, forms
-from runs.http.errors import BadField, Refused
+from runs.http.errors import BadField
 from runs.http.etags import tagged
 from runs.http.idempotency import Answer, once
 from runs.http.pages import BY_ID, BY_NUMBER, Page, Paged, paged
 from runs.http.query import Query, Text, storable
-from runs.http.streams import can_stream, stream_of
+from runs.http.streams import can_stream, needs_asgi, stream_of
 from runs.http.threads import MessageList, answered, page_of_messages, said
 from runs.http.tool_calls import ToolCallPage
 from runs.http.view import SIGNED_IN, View, may, operation, sees
@@ -33,6 +33,7 @@ from threads.models import Message, Thread
 from tools.models import ToolCall
 
 OVERRIDES = ("model", "instructions", "tools", "tool_choice", "output_schema")
+NO_RUN = UUID(int=0)
 STARTED: dict[int, Any] = {202: answers.Run, 200: (("text/event-stream", str),)}
 
 
@@ -135,10 +136,9 @@ def _says(key: str, value: str) -> Q:
 
 def _started(view: View, request: Request, body: forms.NewRun, start: Callable[[], Run]) -> HttpResponseBase:
     if body.stream and not can_stream(request):
-        raise Refused(
-            "This server speaks WSGI, which cannot stream: leave `stream` out, and read /events or /wait of the run.",
-            "needs_asgi", 501,
-        )  # fmt: skip
+        # There is no run yet, and so no id.
+        wait = reverse("longhaul:run-wait", args=[NO_RUN]).replace(str(NO_RUN), "{id}")
+        raise needs_asgi(wait, first="leave `stream` out, and ")
     started: list[Run] = []
 
     def work() -> Answer:

@@ -89,7 +89,7 @@ class StreamOfRun(AsyncView):
 
     def _stream(self, request: Request, run: Run, query: StreamQuery, body: StreamBody) -> HttpResponseBase:
         if not can_stream(request):
-            raise Refused("This server speaks WSGI, which cannot stream: use /events or /wait.", "needs_asgi", 501)
+            raise needs_asgi(reverse("longhaul:run-wait", args=[run.pk]))
         told = body.model_copy(update=provided(query))
         after = told.starting_after
         seen = request.headers.get("Last-Event-ID", "")
@@ -105,6 +105,12 @@ class StreamOfRun(AsyncView):
 
 def can_stream(request: Request) -> bool:
     return isinstance(request._request, ASGIRequest)
+
+
+def needs_asgi(wait: str, first: str = "") -> Refused:
+    """Say what to do where streams cannot be. `wait` is the address that waits for the run's end."""
+    told = f"This server speaks WSGI, which cannot stream: {first}wait for the run at {wait}, or read its /events."
+    return Refused(told, "needs_asgi", 501)
 
 
 def stream_of(

@@ -439,9 +439,10 @@ def test_wsgi_says_what_to_use_instead(api: Api, live: Run) -> None:
         told = api.call(method, stream(live), status=501).json()["errors"][0]
         assert told["code"] == "needs_asgi"
         assert "/events" in told["detail"]
-        assert "/wait" in told["detail"]
+        assert f"/api/runs/{live.pk}/wait" in told["detail"]
     told = api.post("/api/runs", {"agent": "helper", "input": "x", "stream": True}, 501)["errors"][0]
     assert told["code"] == "needs_asgi"
+    assert "leave `stream` out, and wait for the run at /api/runs/{id}/wait" in told["detail"]
     assert Run.objects.count() == 1
 
 

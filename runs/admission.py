@@ -27,7 +27,7 @@ from runs.exceptions import (
     TooManyHeld,
 )
 from runs.models import OCCUPYING, Run, Status, StopReason
-from threads import clock, database, transcript
+from threads import clock, database, logs, transcript
 from threads.content import Part, clean, parts_of
 from threads.exceptions import within
 from threads.models import Message, MessageStatus, Role, Thread
@@ -207,10 +207,15 @@ def _insert(
     if occupied:
         return
     run_id, agent = run.pk, run.agent
-    told_to_log = {"action": "run.queued", "run": run_id, "agent": agent, "thread": thread.pk}
-    transaction.on_commit(lambda: logger.info("Run %s of %s queued", run_id, agent, extra=told_to_log))
+    transaction.on_commit(partial(_log_queued, run_id, agent, thread.pk))
     # Between the commit and the publish a death costs a republish interval: the row says when it is due.
     transaction.on_commit(lambda: publish(run_id, 1, agent))
+
+
+def _log_queued(run_id: UUID, agent: str, thread_id: UUID) -> None:
+    # Bound, and not `extra`: a log record has a `thread` of its own there, and refuses another.
+    with logs.context(run=run_id, agent=agent, thread=thread_id):
+        logger.info("Run %s of %s queued", run_id, agent, extra={"action": "run.queued"})
 
 
 def tell(run: Run, message: Message) -> None:

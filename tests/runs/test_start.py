@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from datetime import timedelta
 from decimal import Decimal
@@ -20,6 +21,7 @@ from runs.exceptions import BadInput, IdempotencyConflict, NothingToDo
 from runs.models import Run
 from runs.pytest_longhaul import ScriptedModel, assert_invariants, call, run_to_end
 from tests.runs.scenes import Cast, Together, asked, payloads, refused, rows, shown, texts, types
+from threads.logs import JSONFormatter
 from threads.models import Message, Thread
 from tools import tool
 
@@ -41,6 +43,18 @@ def shout(word: str) -> str:
 @pytest.fixture
 def agent(cast: Cast) -> Agent:
     return cast(tools=[add, shout], instructions="Be kind.")
+
+
+@pytest.mark.django_db(transaction=True)
+def test_a_start_is_told_to_the_log_with_the_ids_of_run_and_thread(
+    agent: Agent, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.handler.setFormatter(JSONFormatter())
+    with caplog.at_level(logging.INFO, logger="longhaul"):
+        run = agent.start("hello")
+
+    [line] = [orjson.loads(line) for line in caplog.text.splitlines() if "run.queued" in line]
+    assert (line["run"], line["thread"], line["agent"]) == (str(run.pk), str(run.thread_id), "clerk")
 
 
 # --- the input

@@ -235,6 +235,8 @@ LOGGING: dict[str, Any] = {
         "multiprocessing": {"handlers": ["console"], "level": "ERROR", "propagate": False},  # the prefork pool's
     },
 }
+if LOG_FORMAT == "json":
+    LOGGING_CONFIG = "threads.logs.configure"  # with Python's warnings
 if logging.getLogger("uvicorn.access").handlers:  # uvicorn runs this, and without --no-access-log
     LOGGING["loggers"]["uvicorn.access"] = {"propagate": True}
 DEFAULT_EXCEPTION_REPORTER = "threads.redaction.Reporter"

@@ -14,6 +14,7 @@ Longhaul, by a tool or by a library, carries them. A thread that a tool starts h
 from __future__ import annotations
 
 import logging
+import logging.config
 import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -76,6 +77,12 @@ def everywhere(**ids: Any) -> None:
 def bound() -> Mapping[str, Any]:
     """Return what a line would say here."""
     return {**_everywhere, **_bound.get()}
+
+
+def configure(config: dict[str, Any]) -> None:
+    """A LOGGING_CONFIG of Django's: as its own, and Python's warnings are log lines too."""
+    logging.config.dictConfig(config)
+    logging.captureWarnings(True)
 
 
 class JSONFormatter(logging.Formatter):

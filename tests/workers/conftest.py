@@ -133,6 +133,7 @@ class Kit:
             sys.executable,
             "-m",
             "celery",
+            "-q",  # its banner is no log line
             "-A",
             "agents_project",
             "worker",

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import Awaitable, Callable, Mapping, MutableMapping
+from collections.abc import Awaitable, Callable, Container, Mapping, MutableMapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -76,11 +76,11 @@ def with_streams(application: Application) -> Application:
         async def answer(message: Message) -> None:
             if held:
                 return  # the rest of the view's answer, which is empty
-            if message["type"] == "http.response.start" and handover.plan is not None:
+            if message["type"] == "http.response.start":
                 if handover.agreed(message):
                     held.append(message)
                     return
-                message = {**message, "headers": _without(message, {_HEADER})}
+                message = {**message, "headers": _without(message, (_HEADER,))}
             await send(message)
 
         await application({**scope, IN_SCOPE: handover}, heard, answer)
@@ -91,7 +91,7 @@ def with_streams(application: Application) -> Application:
     return serve
 
 
-def _without(message: Message, names: Any) -> list[tuple[bytes, bytes]]:
+def _without(message: Message, names: Container[bytes]) -> list[tuple[bytes, bytes]]:
     return [(name, value) for name, value in message.get("headers", ()) if bytes(name).lower() not in names]
 
 

@@ -1,0 +1,405 @@
+"""The application around Django: who is let in, what is turned into a stream and what is not, and what a reader gets."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+from uuid import UUID, uuid4
+
+import pytest
+from asgiref.sync import sync_to_async
+from django.core.asgi import get_asgi_application
+from django.http import HttpRequest, HttpResponse, HttpResponseBase
+
+from runs import bells, with_streams
+from runs.agents import Agent
+from runs.models import Event, Run
+from runs.pytest_longhaul import ScriptedModel, run_to_end
+from runs.run_log import DatabaseRunLog
+from runs.streams import app, broadcast
+from runs.streams.app import Application
+from tests.http.conftest import Api
+from tests.http.frames import Frame
+from tests.streams.inside import Answer, ask
+from tests.workers.conftest import eventually
+from threads import clock
+from threads.models import ApiKey
+
+pytestmark = pytest.mark.django_db(transaction=True)
+
+FAR = 60.0  # seconds: a reader that misses what should wake it looks no sooner
+cancel = sync_to_async(Run.cancel)
+
+
+def stream(run: Run) -> str:
+    return f"/api/runs/{run.pk}/stream"
+
+
+@sync_to_async
+def record(run: Run, *texts: str) -> None:
+    for text in texts:
+        assert DatabaseRunLog().record(run.pk, "data", {"data": text})
+
+
+@pytest.fixture
+def ended(api: Api, helper: Agent, scripted_model: ScriptedModel) -> Run:
+    scripted_model.say("It is on its way.")
+    run = helper.start("Where is it?", owner=api.user)
+    run_to_end(run)
+    return run
+
+
+@pytest.mark.slow
+async def test_a_finished_run_is_told_whole_and_closed(application: Application, api: Api, ended: Run) -> None:
+    """As Django's own handler tells it."""
+    answer = await ask(application, "GET", stream(ended), api.key)
+    told = await answer.events()
+    assert answer.status == 200
+    assert answer.ended
+    log = await sync_to_async(api.get)(f"/api/runs/{ended.pk}/events")
+    assert [each.data for each in told] == log["results"]
+    assert [(each.id, each.event) for each in told] == [(each["seq"], each["type"]) for each in log["results"]]
+    headers = answer.headers
+    assert headers["content-type"] == "text/event-stream"
+    assert headers["x-run-id"] == str(ended.pk)
+    assert headers["location"] == f"/api/runs/{ended.pk}"
+    assert headers["x-accel-buffering"] == "no"
+    assert "no-transform" in headers["cache-control"]
+    assert headers["content-encoding"] == "identity"
+    assert "content-length" not in headers
+    assert not [name for name in headers if "longhaul" in name]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("batch", [1, 2, 1000])
+async def test_it_goes_on_after_any_seq(application: Application, api: Api, ended: Run, batch: int) -> None:
+    whole = await (await ask(application, "GET", stream(ended), api.key)).events()
+    for after in range(len(whole) + 1):
+        answer = await ask(application, "GET", f"{stream(ended)}?starting_after={after}&batch_size={batch}", api.key)
+        assert await answer.events() == whole[after:]
+
+
+async def test_what_a_frame_says_is_what_events_says(application: Application, api: Api, live: Run) -> None:
+    """Postgres writes the frames: text of all kinds, numbers, moments with and without a fraction, and no payload."""
+    odd = {
+        "text": 'line\nbreak\r\n "quoted" \\ back\u2028slash \U0001f600 é',
+        "n": [1e10, 0.1, -7, 1.0, None, True],
+        "run": "x",
+    }
+    await sync_to_async(lambda: DatabaseRunLog().record(live.pk, "data", {"data": odd}))()
+    await sync_to_async(lambda: DatabaseRunLog().record(live.pk, "data", {}))()
+    await cancel(live)
+    at = (await Event.objects.aget(run=live, seq=1)).at
+    await Event.objects.filter(run=live, seq=1).aupdate(at=at.replace(microsecond=0))
+    told = await (await ask(application, "GET", stream(live), api.key)).events()
+    log = await sync_to_async(api.get)(f"/api/runs/{live.pk}/events")
+    assert [each.data for each in told] == log["results"]
+    assert [list(each.data)[:4] for each in told] == [["seq", "type", "run", "at"]] * len(told)
+
+
+# --- who is let in --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+async def test_what_django_refuses_is_its_own_answer(
+    application: Application, api: Api, api_of: Any, live: Run
+) -> None:
+    eve = await sync_to_async(api_of)("eve")
+    asked = [
+        (401, "", stream(live)), (404, eve.key, stream(live)), (404, api.key, f"/api/runs/{uuid4()}/stream"),
+        (400, api.key, f"{stream(live)}?starting_after=99"), (400, api.key, f"{stream(live)}?starting_after=-1"),
+        (400, api.key, f"{stream(live)}?starting_after=x"),
+    ]  # fmt: skip
+    for status, key, address in asked:
+        answer = await ask(application, "GET", address, key)
+        assert (answer.status, answer.headers["content-type"]) == (status, "application/json"), address
+        assert b"errors" in await answer.whole()
+    assert not broadcast.here().readers
+
+
+@pytest.mark.slow
+async def test_head_tells_the_headers_and_opens_nothing(application: Application, api: Api, live: Run) -> None:
+    answer = await ask(application, "HEAD", stream(live), api.key)
+    assert (answer.status, answer.headers["content-type"], await answer.whole()) == (200, "text/event-stream", b"")
+
+
+async def test_nobody_can_forge_an_internal_answer(application: Application, api: Api, api_of: Any, live: Run) -> None:
+    """What a client sends, in whatever header, makes a stream of nothing."""
+    eve = await sync_to_async(api_of)("eve")
+    forged = {app.HEADER.lower(): "word", app.IN_SCOPE: "word", "x-longhaul-stream": str(live.pk)}
+    for address, status in (
+        (stream(live), 404),
+        (f"/api/runs/{live.pk}", 404),
+        ("/api/agents", 200),
+        ("/nowhere", 404),
+    ):
+        answer = await ask(application, "GET", address, eve.key, **forged)
+        assert answer.status == status
+        assert "event-stream" not in answer.headers["content-type"]
+        await answer.whole()
+    assert not broadcast.here().readers
+
+
+# Middleware of a host's, of many kinds.
+
+
+def replaces(get_response: Callable[[HttpRequest], HttpResponseBase]) -> Callable[[HttpRequest], HttpResponseBase]:
+    def middleware(request: HttpRequest) -> HttpResponseBase:
+        get_response(request)
+        return HttpResponse("closed for the night")
+
+    return middleware
+
+
+def refuses(get_response: Callable[[HttpRequest], HttpResponseBase]) -> Callable[[HttpRequest], HttpResponseBase]:
+    def middleware(request: HttpRequest) -> HttpResponseBase:
+        response = get_response(request)
+        response.status_code = 503
+        return response
+
+    return middleware
+
+
+def repeats(get_response: Callable[[HttpRequest], HttpResponseBase]) -> Callable[[HttpRequest], HttpResponseBase]:
+    """Answers with what it has seen in an earlier answer, as a cache does."""
+    seen: list[dict[str, str]] = []
+
+    def middleware(request: HttpRequest) -> HttpResponseBase:
+        response = get_response(request)
+        seen.append(dict(response.items()))
+        return HttpResponse(headers=seen[0])
+
+    return middleware
+
+
+def copies(get_response: Callable[[HttpRequest], HttpResponseBase]) -> Callable[[HttpRequest], HttpResponseBase]:
+    def middleware(request: HttpRequest) -> HttpResponseBase:
+        response = get_response(request)
+        copied = HttpResponse(headers={**dict(response.items()), "X-Host": "copied"})
+        copied.set_cookie("seen", "1")
+        return copied
+
+    return middleware
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "status"), [("replaces", 200), ("refuses", 503)])
+async def test_an_answer_that_the_host_puts_in_its_place_is_the_answer(
+    api: Api, live: Run, settings: Any, kind: str, status: int
+) -> None:
+    settings.MIDDLEWARE = [f"{__name__}.{kind}", *settings.MIDDLEWARE]
+    answer = await ask(with_streams(get_asgi_application()), "GET", stream(live), api.key)
+    assert answer.status == status
+    assert not [name for name in answer.headers if name.startswith("x-longhaul")]
+    await answer.whole()
+    assert not broadcast.here().readers
+
+
+@pytest.mark.slow
+async def test_a_word_is_good_for_one_request(api: Api, live: Run, settings: Any, application: Application) -> None:
+    settings.MIDDLEWARE = [f"{__name__}.repeats", *settings.MIDDLEWARE]
+    cached = with_streams(get_asgi_application())
+    first = await ask(cached, "GET", stream(live), api.key)
+    await first.leave()
+    again = await ask(cached, "GET", stream(live), api.key)
+    assert await again.whole() == b""
+    assert not [name for name in again.headers if name.startswith("x-longhaul")]
+
+
+@pytest.mark.slow
+async def test_middleware_that_copies_compresses_and_tags(
+    api: Api, live: Run, settings: Any, application: Application
+) -> None:
+    settings.MIDDLEWARE = [
+        "django.middleware.gzip.GZipMiddleware", f"{__name__}.copies", *settings.MIDDLEWARE,
+        "django.middleware.http.ConditionalGetMiddleware",
+    ]  # fmt: skip
+    hosts = with_streams(get_asgi_application())
+    answer = await ask(hosts, "GET", stream(live), api.key, **{"accept-encoding": "gzip"})
+    assert (answer.headers["x-host"], answer.headers["content-encoding"]) == ("copied", "identity")
+    assert "seen=1" in answer.headers["set-cookie"]
+    await cancel(live)
+    assert (await answer.events())[-1].event == "run.cancelled"
+
+
+async def test_a_start_that_streams(application: Application, api: Api, helper: Agent) -> None:
+    body = {"agent": "helper", "input": "Where is it?", "stream": True}
+    answer = await ask(application, "POST", "/api/runs", api.key, body, **{"idempotency-key": "one"})
+    assert (answer.status, answer.headers["content-type"]) == (200, "text/event-stream")
+    run = await Run.objects.aget(pk=UUID(answer.headers["x-run-id"]))
+    assert answer.headers["location"] == f"/api/runs/{run.pk}"
+    await cancel(run)
+    told = await answer.events()
+    assert [each.id for each in told] == list(range(1, len(told) + 1))
+    assert told[-1].event == "run.cancelled"
+    again = await ask(application, "POST", "/api/runs", api.key, body, **{"idempotency-key": "one"})
+    assert again.headers["x-run-id"] == str(run.pk)
+    assert await again.events() == told
+    assert await Run.objects.acount() == 1
+
+
+# --- live -----------------------------------------------------------------------------------------------------------
+
+
+async def begun(application: Application, api: Api, run: Run, query: str = "") -> tuple[Answer, Any]:
+    """Open a stream, and read what a queued run has said by now."""
+    answer = await ask(application, "GET", stream(run) + query, api.key)
+    told = answer.frames()
+    assert (await anext(told)).comment is not None
+    async for each in told:
+        if each.event == "run.queued":
+            break
+    return answer, told
+
+
+async def test_history_then_live_then_closed(
+    application: Application, api: Api, live: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(broadcast, "LOOK_SECONDS", FAR)  # so it is the bell that wakes it
+    answer, told = await begun(application, api, live)
+    await heard(live)
+    await record(live, "one")
+    assert (await anext(told)).data["data"] == "one"
+    await cancel(live)
+    rest = [each async for each in told]
+    assert [each.id for each in rest] == list(range(4, len(rest) + 4))
+    assert rest[-1].event == "run.cancelled"
+    assert answer.ended
+
+
+async def heard(run: Run) -> None:
+    """Wait until the process listens for the run's bell, and its writers know that somebody does."""
+    channel = bells.run_channel(run.pk)
+    await sync_to_async(eventually)(lambda: channel in bells.ear()._events)
+    bells._unheard.clear()
+
+
+@pytest.mark.slow
+async def test_many_readers_of_one_run_are_given_the_same(application: Application, api: Api, live: Run) -> None:
+    readers = [await ask(application, "GET", f"{stream(live)}?starting_after={n % 3}", api.key) for n in range(12)]
+    for number in range(40):
+        await record(live, f"word {number}")
+        if number % 10 == 5:  # they come at any moment, and join where the others are
+            readers.append(await ask(application, "GET", stream(live), api.key))
+    await cancel(live)
+    told = await asyncio.gather(*(each.events() for each in readers))
+    whole = told[0]
+    assert [each.id for each in whole] == list(range(1, len(whole) + 1))
+    for number, each in enumerate(told):
+        assert each == whole[number % 3 if number < 12 else 0 :]
+
+
+@pytest.mark.slow
+async def test_a_reader_who_leaves_cancels_nothing_and_frees_all(application: Application, api: Api, live: Run) -> None:
+    answer, _ = await begun(application, api, live)
+    other, told = await begun(application, api, live)
+    await answer.leave()
+    assert len(broadcast.here().readers) == 1
+    await record(live, "on it goes")
+    assert (await anext(told)).data["data"] == "on it goes"
+    await other.leave()
+    assert not broadcast.here().readers
+    assert not broadcast.here().tails
+    channel = bells.run_channel(live.pk)
+    await sync_to_async(eventually)(lambda: channel not in bells.ear()._events)
+    await live.arefresh_from_db()
+    assert live.status == "queued"
+
+
+async def test_a_reader_who_does_not_read_is_cut_off_and_can_come_back(
+    application: Application, api: Api, live: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(broadcast, "MOST_QUEUED", 5000)
+    slow, told = await begun(application, api, live)
+    quick, others = await begun(application, api, live)
+    slow.may_send.clear()
+    for number in range(30):
+        await record(live, str(number) * 500)
+        assert (await anext(others)).id == number + 3
+    await asyncio.wait_for(slow.task, 20)
+    assert not slow.ended  # it is cut: its client knows that there is more
+    got = [each async for each in told]
+    last = got[-1].id if got else 2
+    assert last is not None
+    assert last < 32
+    again = await ask(application, "GET", stream(live), api.key, **{"last-event-id": str(last)})
+    await cancel(live)
+    rest = await again.events()
+    assert [each.id for each in rest] == list(range(last + 1, last + 1 + len(rest)))
+    assert rest[-1].event == "run.cancelled"
+    assert (await Answer.events(quick))[-1].event == "run.cancelled"
+
+
+@pytest.mark.slow
+async def test_a_reader_who_stands_still_is_cut_off(
+    application: Application, api: Api, live: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(broadcast, "SEND_SECONDS", 0.1)
+    slow, _ = await begun(application, api, live)
+    slow.may_send.clear()
+    await record(live, "one")
+    await asyncio.wait_for(slow.task, 20)
+    assert not slow.ended
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("asked", [True, False])
+async def test_pings(
+    application: Application, api: Api, live: Run, asked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(broadcast, "PING_SECONDS", 0.0)
+    _, told = await begun(application, api, live, f"?include_pings={str(asked).lower()}")
+    ping = Frame(event="ping", data={}) if asked else Frame(comment="ping")
+    assert [await anext(told) for _ in range(3)] == [ping] * 3
+    await cancel(live)
+    assert [each async for each in told if each != ping][-1].event == "run.cancelled"
+
+
+@pytest.mark.slow
+async def test_a_run_that_is_deleted_ends_its_stream(
+    application: Application, api: Api, live: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(broadcast, "LOOK_SECONDS", 0.05)
+    monkeypatch.setattr(broadcast, "QUIET_SECONDS", 0.0)
+    answer, told = await begun(application, api, live)
+    await sync_to_async(Run.objects.filter(pk=live.pk).delete)()
+    assert [each async for each in told] == []
+    assert answer.ended
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lost", ["key", "permission", "policy"])
+async def test_a_stream_ends_when_it_may_no_longer_be_seen(
+    application: Application, api_of: Any, live: Run, monkeypatch: pytest.MonkeyPatch, lost: str
+) -> None:
+    monkeypatch.setattr(broadcast, "CHECK_SECONDS", 0.05)
+    staff = await sync_to_async(api_of)("staff", is_staff=True, is_superuser=True)
+    answer, told = await begun(application, staff, live)
+    await record(live, "seen")
+    assert (await anext(told)).data["data"] == "seen"
+    if lost == "key":
+        await ApiKey.objects.filter(owner=staff.user).aupdate(revoked_at=clock.Now())
+    elif lost == "permission":
+        await type(staff.user).objects.filter(pk=staff.user.pk).aupdate(is_superuser=False)
+    else:
+
+        def raises(*_: Any) -> Any:
+            raise RuntimeError("the team's service is away")
+
+        monkeypatch.setattr("threads.access.policy", raises)
+    assert [each async for each in told] == []
+    assert answer.ended
+    await live.arefresh_from_db()
+    assert live.status == "queued"
+
+
+@pytest.mark.slow
+async def test_an_end_of_the_process_ends_all_streams(application: Application, api: Api, live: Run) -> None:
+    answer, told = await begun(application, api, live)
+    broadcast.here()._depart()
+    assert [each async for each in told] == []
+    assert answer.ended
+    late = await ask(application, "GET", stream(live), api.key)
+    assert await late.whole() == broadcast.OPENING
+    broadcast.here().leaving = False

@@ -23,7 +23,12 @@ OF_SERVERS = {
     "POSTGRES_USER", "POSTGRES_DB", "POSTGRES_PASSWORD", "VALKEYCLI_AUTH", "REDISCLI_AUTH", "RABBITMQ_DEFAULT_USER",
     "RABBITMQ_DEFAULT_PASS",
 }  # fmt: skip
-OF_THE_HOST = {"PORT", "FLOWER_PORT", "POSTGRES_PASSWORD", "BROKER_PASSWORD"}  # compose itself uses them, or a URL has them
+OF_THE_HOST = {
+    "PORT",
+    "FLOWER_PORT",
+    "POSTGRES_PASSWORD",
+    "BROKER_PASSWORD",
+}  # compose itself uses them, or a URL has them
 
 
 def filled() -> dict[str, str]:
@@ -89,6 +94,20 @@ def test_each_variable_is_read_by_somebody(stack: dict[str, Any]) -> None:
     for name in given - OF_SERVERS:
         assert re.search(rf"\b{name}\b", code), f"nobody reads {name}"
     assert set(compose.variables(compose.FILE.read_text())) <= given | OF_THE_HOST
+
+
+def test_what_the_settings_read_can_be_given(stack: dict[str, Any]) -> None:
+    source = (PROJECT / "agents_project" / "settings.py").read_text()
+    read = set(re.findall(r"environ(?:\.get\(|\[)\"(\w+)\"", source)) | set(re.findall(r"_listed\(\"(\w+)\"", source))
+    given = {name for service in stack["services"].values() for name in environment(service)}
+
+    # Development's; where the image's files are; a pooler's, which stands not in this file
+    assert read - given <= {
+        "DJANGO_DEBUG",
+        "LONGHAUL_STATIC_ROOT",
+        "LONGHAUL_DB_PREPARE",
+        "DIRECT_DATABASE_URL",
+    }
 
 
 def test_only_who_needs_a_secret_has_it(stack: dict[str, Any]) -> None:

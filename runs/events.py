@@ -19,12 +19,17 @@ from threads import database
 BATCH = 1000
 LOOK_SECONDS = 1.0  # how often a reader looks though no bell rang
 LOOKS_AT_ONCE = 8  # of the readers of one event loop; Django's pool is often not much larger
+RESUME_GAP = "resume_gap"
 TERMINAL_TYPES = frozenset({"run.completed", "run.failed", "run.cancelled"})
 
 
 @dataclass(frozen=True, slots=True)
 class RunEvent:
-    """One event. `seq` counts from 1 without gaps; `payload` are the type's own fields (API.md, Events)."""
+    """One event. `seq` counts from 1 without gaps; `payload` are the type's own fields (API.md, Events).
+
+    A `resume_gap` is no event of the log: it stands for those that a retention setting has removed, `from` and `to` of its
+    payload. Its `seq` is `to`, so that a cursor goes on behind it; `as_dict` leaves it out.
+    """
 
     seq: int
     type: str
@@ -34,6 +39,8 @@ class RunEvent:
 
     def as_dict(self) -> dict[str, Any]:
         """The event as readers get it: flat, the time in RFC 3339 UTC."""
+        if self.type == RESUME_GAP:
+            return {"type": self.type, **self.payload}
         at = self.at.astimezone(UTC).isoformat().replace("+00:00", "Z")
         return {"seq": self.seq, "type": self.type, "run": str(self.run), "at": at, **self.payload}
 
@@ -43,12 +50,17 @@ class RunEvent:
 
 
 def read(run_id: UUID, after: int = 0, limit: int = BATCH) -> list[RunEvent]:
-    """Return the events after the cursor, at most `limit`, in order."""
+    """Return the events after the cursor, at most `limit`, in order; before them a `resume_gap` where some were removed."""
     rows = Event.objects.filter(run_id=run_id, seq__gt=after).order_by("seq")[:limit]
-    return [
+    found = [
         RunEvent(seq, type, run_id, at, payload)
         for seq, type, at, payload in rows.values_list("seq", "type", "at", "payload")
     ]
+    # A log is written without gaps, so what is missing was removed, and always from its beginning.
+    if found and (first := int(found[0].payload.get("from_seq") or found[0].seq)) > after + 1:
+        gap = {"from": after + 1, "to": first - 1}
+        return [RunEvent(first - 1, RESUME_GAP, run_id, found[0].at, gap), *found]
+    return found
 
 
 def spoken(run_id: UUID, message_id: UUID) -> list[dict[str, Any]]:
@@ -91,7 +103,7 @@ def follow(run_id: UUID, after: int = 0) -> Iterator[RunEvent]:
                 after = event.seq
                 if event.terminal:
                     return
-            if len(batch) == BATCH:
+            if len(batch) >= BATCH:
                 continue
             if not batch and _over(run_id, after):
                 return

@@ -5,6 +5,8 @@
 -- picked
 WITH picked AS (
     SELECT * FROM longhaul_runs_run WHERE :run::uuid IS NULL OR id = :run::uuid),
+-- Those whose log is whole: a retention setting has removed nothing of it, so what has been must be told in it.
+logged AS (SELECT * FROM picked WHERE events_removed_through = 0),
 picked_threads AS (
     SELECT id FROM longhaul_threads_thread
     WHERE :run::uuid IS NULL OR id = (SELECT thread_id FROM longhaul_runs_run WHERE id = :run::uuid)),
@@ -56,13 +58,19 @@ WHERE (r.finished_at IS NOT NULL) <> (r.status IN ('completed', 'failed', 'cance
 
 -- ---- 2. seq is contiguous from 1; two readers of one run see the same; no text is there twice.
 
--- 2: seq is contiguous from 1; a compacted event stands for its range.
+-- 2: seq is contiguous from 1, or from where events were removed; a compacted event stands for its range.
 SELECT run_id, 'seq ' || first || ' follows ' || before
 FROM (
     SELECT e.run_id, coalesce((e.payload->>'from_seq')::bigint, e.seq) AS first,
-           lag(e.seq, 1, 0::bigint) OVER (PARTITION BY e.run_id ORDER BY e.seq) AS before
+           lag(e.seq, 1, r.events_removed_through) OVER (PARTITION BY e.run_id ORDER BY e.seq) AS before
     FROM picked r JOIN longhaul_runs_event e ON e.run_id = r.id) AS spans
 WHERE first <> before + 1;
+
+-- 2: Events are removed of an ended run only, and never its last one.
+SELECT r.id, r.status || ' with ' || r.last_seq || ' events, removed up to ' || r.events_removed_through
+FROM picked r
+WHERE r.events_removed_through <> 0
+  AND (r.status NOT IN ('completed', 'failed', 'cancelled') OR r.events_removed_through NOT BETWEEN 0 AND r.last_seq - 1);
 
 -- 2: The row's last_seq is that of its last event.
 SELECT r.id, 'last_seq is ' || r.last_seq || ', the last event has ' || coalesce(max(e.seq), 0)
@@ -80,7 +88,7 @@ WHERE r.status NOT IN ('completed', 'failed', 'cancelled')  -- those are invaria
 
 -- 2: run.started is told once, at the first claim.
 SELECT r.id, count(e.id) || ' run.started after ' || r.legs || ' legs'
-FROM picked r LEFT JOIN longhaul_runs_event e ON e.run_id = r.id AND e.type = 'run.started'
+FROM logged r LEFT JOIN longhaul_runs_event e ON e.run_id = r.id AND e.type = 'run.started'
 GROUP BY r.id, r.legs HAVING count(e.id) <> least(r.legs, 1);
 
 -- 2: The ordinals of a message's deltas rise strictly with seq, so no chunk is there twice.
@@ -100,7 +108,7 @@ WITH ends AS (
     FROM picked r JOIN longhaul_runs_event e ON e.run_id = r.id
     WHERE e.type IN ('message.created', 'message.completed', 'message.discarded') GROUP BY 1, 2)
 SELECT e.run_id, e.type || ' at seq ' || e.seq || ' outside of message ' || coalesce(e.message_id::text, 'none')
-FROM picked r JOIN longhaul_runs_event e ON e.run_id = r.id
+FROM logged r JOIN longhaul_runs_event e ON e.run_id = r.id
 LEFT JOIN ends ON ends.run_id = e.run_id AND ends.message = e.message_id
 WHERE e.type IN ('text.delta', 'reasoning.delta', 'tool_call.arguments_delta')
   AND (ends.created IS NULL OR e.seq < ends.created OR e.seq > ends.ended);
@@ -108,7 +116,7 @@ WHERE e.type IN ('text.delta', 'reasoning.delta', 'tool_call.arguments_delta')
 -- 2: A message of a step begins once in the log, and ends once as soon as it has ended.
 SELECT r.id, m.status || ' ' || m.role || ' message ' || m.id || ' began ' || coalesce(log.created, 0)
              || ' times, ended ' || coalesce(log.completed, 0) + coalesce(log.discarded, 0) || ' times'
-FROM picked r
+FROM logged r
 JOIN longhaul_threads_message m ON m.run_id = r.id AND m.step IS NOT NULL
 LEFT JOIN (
     SELECT e.run_id, (e.payload->>'message')::uuid AS message,
@@ -125,7 +133,7 @@ WHERE coalesce(log.created, 0) <> CASE m.role WHEN 'assistant' THEN 1 ELSE 0 END
 -- 2: The text that was streamed is the text that was kept.
 SELECT r.id, kind || ' of message ' || m.id || ': ' || length(coalesce(streamed.text, '')) || ' characters streamed, '
              || length(kept.text) || ' kept'
-FROM picked r
+FROM logged r
 JOIN longhaul_threads_message m ON m.run_id = r.id AND m.step IS NOT NULL AND m.role = 'assistant'
  AND m.status NOT IN ('pending', 'discarded', 'waiting')
 CROSS JOIN (VALUES ('text'), ('reasoning')) AS kinds(kind)
@@ -212,7 +220,7 @@ WHERE l.number <> l.place OR l.epoch <= l.before
 -- 3: Each leg begins once in the log, and ends there as soon as it has ended.
 SELECT r.id, 'leg ' || l.number || ' began ' || coalesce(log.started, 0) || ' times, ended ' || coalesce(log.ended, 0)
              || ' times' || CASE WHEN l.ended_at IS NULL THEN ' and is open' ELSE '' END
-FROM picked r JOIN longhaul_runs_leg l ON l.run_id = r.id
+FROM logged r JOIN longhaul_runs_leg l ON l.run_id = r.id
 LEFT JOIN (
     SELECT e.run_id, (e.payload->>'leg')::integer AS number,
            count(*) FILTER (WHERE e.type = 'leg.started') AS started,
@@ -271,7 +279,7 @@ HAVING coalesce(sum(u.input_tokens), 0) <> r.input_tokens OR coalesce(sum(u.outp
 
 -- 4: A settled call is told to be settled once, an open one not at all.
 SELECT r.id, c.status || ' call ' || c.name || ' ' || c.id || ' with ' || coalesce(log.settled, 0) || ' tool_call.settled'
-FROM picked r JOIN longhaul_tools_toolcall c ON c.run_id = r.id
+FROM logged r JOIN longhaul_tools_toolcall c ON c.run_id = r.id
 LEFT JOIN (
     SELECT e.run_id, (e.payload->>'tool_call')::uuid AS call, count(*) AS settled
     FROM picked r JOIN longhaul_runs_event e ON e.run_id = r.id WHERE e.type = 'tool_call.settled' GROUP BY 1, 2
@@ -376,7 +384,7 @@ HAVING count(a.id) <> coalesce(max(a.number), 0) OR coalesce(min(a.number), 1) <
 -- 5: Each attempt is told to have started, once.
 SELECT r.id, 'call ' || c.name || ' ' || c.id || ' with ' || count(DISTINCT a.id) || ' attempts and '
              || coalesce(max(log.started), 0) || ' tool_call.started'
-FROM picked r JOIN longhaul_tools_toolcall c ON c.run_id = r.id
+FROM logged r JOIN longhaul_tools_toolcall c ON c.run_id = r.id
 LEFT JOIN longhaul_tools_toolattempt a ON a.call_id = c.id
 LEFT JOIN (
     SELECT e.run_id, (e.payload->>'tool_call')::uuid AS call, count(*) AS started

@@ -34,6 +34,11 @@ LIVE = (Status.HELD, *OCCUPYING)
 TERMINAL = (Status.COMPLETED, Status.FAILED, Status.CANCELLED)
 
 
+# Events of a run that one transaction of the housekeeping removes. A longer log takes several, so the mark of a log of which only
+# a part was removed is never less: the index of the runs that have a log yet builds on that.
+REMOVED_AT_ONCE = 100_000
+
+
 class StopReason(models.TextChoices):
     END_TURN = "end_turn"
     MAX_STEPS = "max_steps"
@@ -164,6 +169,13 @@ class Run(models.Model):
             ),
             models.Index(fields=["next_publish_at"], name="longhaul_run_due", condition=models.Q(status="queued")),
             models.Index(fields=["holder"], name="longhaul_run_running", condition=models.Q(status="running")),
+            # Which logs are due to be removed. Not by last_seq: it rises with each event, and that must stay a cheap (HOT) update.
+            models.Index(
+                fields=["finished_at"],
+                name="longhaul_run_with_log",
+                condition=models.Q(finished_at__isnull=False)
+                & (models.Q(events_removed_through=0) | models.Q(events_removed_through__gte=REMOVED_AT_ONCE)),
+            ),
             models.Index(fields=["thread", "id"], name="longhaul_run_held", condition=models.Q(status="held")),
             models.Index(
                 fields=["deadline"],

@@ -16,6 +16,8 @@ The rule, event by event, in the order of `seq`:
 - `leg.started` and `leg.ended` are the legs. Each `usage` event is one model call; the run's usage is their sum, those of
   discarded messages included.
 
+A `resume_gap` says that the log begins later: what was before is not known, and what the rest tells is no fault for lack of it.
+
 What a log may not say (a gap, an event after the end, a text that is not the sum of its deltas, a call settled twice) is
 kept in `faults`. Pure: no database, no Django.
 """
@@ -96,6 +98,7 @@ class Replay:
 
     seq: int = 0
     events: int = 0
+    removed: int = 0  # events up to here were removed, so nothing that they told is here
     status: str = ""
     stop_reason: str = ""
     output: Any = None
@@ -135,11 +138,15 @@ class Replay:
 
     def apply(self, event: Mapping[str, Any]) -> None:
         """Take the next event, in its flat form (`RunEvent.as_dict()`; only seq, type and the type's own fields count)."""
-        seq, kind = int(event["seq"]), str(event["type"])
+        kind = str(event["type"])
+        if kind == "resume_gap":
+            self.seq = self.removed = int(event["to"])
+            return
+        seq = int(event["seq"])
         if int(event.get("from_seq") or seq) != self.seq + 1:
-            self._fault(seq, f"follows {self.seq}: there is a gap, or an event twice")
+            self.faults.append(f"event {seq}: follows {self.seq}: there is a gap, or an event twice")
         if self.finished:
-            self._fault(seq, f"{kind} after the end")
+            self.faults.append(f"event {seq}: {kind} after the end")
         self.seq = seq
         self.events += 1
         noun, _, verb = kind.partition(".")
@@ -160,7 +167,8 @@ class Replay:
                 pass
 
     def _fault(self, seq: int, what: str) -> None:
-        self.faults.append(f"event {seq}: {what}")
+        if not self.removed:  # else it is what was removed that is missing
+            self.faults.append(f"event {seq}: {what}")
 
     def _run(self, verb: str, event: Mapping[str, Any]) -> None:
         self.status = "running" if verb == "started" else verb

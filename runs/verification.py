@@ -9,7 +9,8 @@ attempts; legs; rows of usage; what is pending. A batch is read in one snapshot,
 
 Allowed, and told in `since`, is what may happen after the log has ended: a message that was deleted, and one that a later
 run marked `superseded` or `rolled_back`. The log of an ended run cannot know of it. What the log never tells is not
-compared: metadata of messages, and the content of discarded ones.
+compared: metadata of messages, and the content of discarded ones. Where a retention setting has removed the log, or a part
+of it (`Report.removed`), what the terminal event says is compared, and no more.
 """
 
 from __future__ import annotations
@@ -21,6 +22,9 @@ from decimal import Decimal
 from typing import Any
 from uuid import UUID
 
+from django.db.models import Q
+
+from runs.events import RESUME_GAP
 from runs.invariants import snapshot
 from runs.models import TERMINAL, Event, Leg, Run, Status, Step, Usage
 from runs.replay import Replay, money
@@ -48,17 +52,22 @@ class Difference:
 
 @dataclass(slots=True)
 class Report:
-    """The outcome for one run. `since` are allowed changes that came after what the log tells."""
+    """The outcome for one run. `since` are allowed changes that came after what the log tells.
+
+    `removed`: events up to this seq were removed by a retention setting, so little could be compared.
+    """
 
     run: UUID
     events: int = 0
+    removed: int = 0
     differences: list[Difference] = field(default_factory=list)
     since: list[str] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
-        """`{"run", "differences": [{"what", "log", "table"}], "events", "since": [...]}`."""
+        """`{"run", "differences": [{"what", "log", "table"}], "events", "since": [...]}`, and "removed" where it is not 0."""
         differences = [{"what": each.what, "log": each.log, "table": each.table} for each in self.differences]
-        return {"run": str(self.run), "differences": differences, "events": self.events, "since": self.since}
+        found = {"run": str(self.run), "differences": differences, "events": self.events, "since": self.since}
+        return found | ({"removed": self.removed} if self.removed else {})
 
     def compare(self, what: str, log: Any, table: Any) -> None:
         if log != table:
@@ -100,21 +109,27 @@ def verify_all(batch: int = BATCH) -> Iterator[Report]:
 
 
 def _verify_batch(runs: Sequence[Run]) -> list[Report]:
-    told = _told([run.pk for run in runs])
+    told = _told(runs)
     rows, workers, named = _rows(runs, told)
     reports = []
     for run in runs:
-        report = Report(run.pk, told[run.pk].events)
-        _compare(report, run, told[run.pk], rows[run.pk], workers, named)
+        report = Report(run.pk, told[run.pk].events, run.events_removed_through)
+        (_compare_end if report.removed else _compare)(report, run, told[run.pk], rows[run.pk], workers, named)
         reports.append(report)
     return reports
 
 
-def _told(ids: Sequence[UUID]) -> dict[UUID, Replay]:
-    told = {id: Replay() for id in ids}
-    events = Event.objects.filter(run__in=ids).order_by("run_id", "seq").values_list("run_id", "seq", "type", "payload")
-    for run, seq, type, payload in events.iterator(CHUNK):
-        told[run].apply({**payload, "seq": seq, "type": type})
+def _told(runs: Sequence[Run]) -> dict[UUID, Replay]:
+    """Fold each run's log; of one that is not whole the last event alone."""
+    told = {run.pk: Replay() for run in runs}
+    wanted = Q(run__in=[run.pk for run in runs if not run.events_removed_through])
+    for run in runs:
+        if run.events_removed_through:
+            told[run.pk].apply({"type": RESUME_GAP, "to": run.last_seq - 1})
+            wanted |= Q(run=run, seq=run.last_seq)
+    events = Event.objects.filter(wanted).order_by("run_id", "seq").values_list("run_id", "seq", "type", "payload")
+    for id, seq, type, payload in events.iterator(CHUNK):
+        told[id].apply({**payload, "seq": seq, "type": type})
     return told
 
 
@@ -146,6 +161,19 @@ def _rows(
     return rows, workers, named
 
 
+def _compare_end(report: Report, run: Run, told: Replay, *_: Any) -> None:
+    report.differences += [Difference(fault, None, None) for fault in told.faults]
+    _end(report, run, told)
+    _total(report, told, _sums(run.input_tokens, run.output_tokens, run.cost))
+
+
+def _end(report: Report, run: Run, told: Replay) -> None:
+    report.compare("last seq", told.seq, run.last_seq)
+    report.compare("stop_reason", told.stop_reason, run.stop_reason)
+    report.compare("output", told.output, run.output)
+    report.compare("error", told.error, run.error)
+
+
 def _compare(
     report: Report, run: Run, told: Replay, rows: _Rows, workers: Mapping[UUID, str], named: Mapping[str, Message]
 ) -> None:
@@ -155,10 +183,7 @@ def _compare(
     unseen = run.status == Status.RUNNING and told.status in (Status.QUEUED, Status.RUNNING)
     if not unseen:
         report.compare("status", told.status, run.status)
-    report.compare("last seq", told.seq, run.last_seq)
-    report.compare("stop_reason", told.stop_reason, run.stop_reason)
-    report.compare("output", told.output, run.output)
-    report.compare("error", told.error, run.error)
+    _end(report, run, told)
     report.compare("steps", told.steps, run.steps)
     report.compare("rows of steps", list(range(1, told.steps + 1)), rows.steps)
     _messages(report, run, told, rows, named)
@@ -254,19 +279,9 @@ def _legs(report: Report, run: Run, told: Replay, rows: _Rows) -> None:
 
 
 def _usage(report: Report, run: Run, told: Replay, rows: _Rows) -> None:
-    def sums(tokens_in: int, tokens_out: int, cost: Decimal) -> list[Any]:
-        return [tokens_in, tokens_out, str(cost.normalize() + 0)]
-
-    table = sums(run.input_tokens, run.output_tokens, run.cost)
-    report.compare("usage", sums(told.input_tokens, told.output_tokens, told.cost), table)
-    if told.total is not None:
-        total = told.total
-        cost = money(total.get("cost")) or Decimal(0)
-        report.compare(
-            "usage that the terminal event tells",
-            sums(total.get("input_tokens", 0), total.get("output_tokens", 0), cost),
-            table,
-        )
+    table = _sums(run.input_tokens, run.output_tokens, run.cost)
+    report.compare("usage", _sums(told.input_tokens, told.output_tokens, told.cost), table)
+    _total(report, told, table)
     report.compare(
         "rows of usage",
         [
@@ -280,6 +295,18 @@ def _usage(report: Report, run: Run, told: Replay, rows: _Rows) -> None:
             for u in rows.usage
         ],
     )  # fmt: skip
+
+
+def _total(report: Report, told: Replay, table: Sequence[Any]) -> None:
+    if told.total is not None:
+        total = told.total
+        cost = money(total.get("cost")) or Decimal(0)
+        said = _sums(total.get("input_tokens", 0), total.get("output_tokens", 0), cost)
+        report.compare("usage that the terminal event tells", said, table)
+
+
+def _sums(tokens_in: int, tokens_out: int, cost: Decimal) -> list[Any]:
+    return [tokens_in, tokens_out, str(cost.normalize() + 0)]
 
 
 def _cost(cost: Decimal | None) -> str | None:

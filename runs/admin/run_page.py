@@ -190,13 +190,16 @@ def _events(site: AdminSite, request: HttpRequest, run: Run) -> Section:
         for event in reversed(rows)
     ]
     first = rows[-1].seq if rows else 1
+    note = f"{first:,} to {rows[0].seq:,} of {run.last_seq:,}." if rows else ""
+    if run.events_removed_through:
+        note += f" Events 1 to {run.events_removed_through:,} were removed (EVENT_RETENTION_DAYS)."
     return Section(
         "Events",
         _template("events"),
         shown,
         marks.list_url(site, Event, run=run.pk),
-        f"{first:,} to {rows[0].seq:,} of {run.last_seq:,}." if rows else "",
-        older=f"?events_to={first - 1}#events" if first > 1 else "",
+        note.strip(),
+        older=f"?events_to={first - 1}#events" if first > run.events_removed_through + 1 else "",
         newer=f"?events_to={last + EVENTS}#events" if rows and rows[0].seq < run.last_seq else "",
     )
 

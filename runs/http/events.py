@@ -272,11 +272,20 @@ Known = (
 FORMS: dict[str, type[Logged]] = {get_args(form.model_fields["type"].annotation)[0]: form for form in get_args(Known)}
 
 
+class ResumeGapEvent(BaseModel):
+    """No event of the log, and without a seq: the events `from` to `to` were removed by a retention setting."""
+
+    model_config = ConfigDict(extra="allow")
+    type: Literal["resume_gap"]
+    from_: Annotated[int, Field(ge=1, alias="from")]
+    to: Annotated[int, Field(ge=1)]
+
+
 class OtherEvent(Logged):
     """An event of a type that this version does not have. Pass over it."""
 
-    type: Annotated[str, Field(json_schema_extra={"not": {"enum": list(FORMS)}})]
+    type: Annotated[str, Field(json_schema_extra={"not": {"enum": [*FORMS, "resume_gap"]}})]
 
 
-class Event(RootModel[Known | OtherEvent]):
+class Event(RootModel[Known | ResumeGapEvent | OtherEvent]):
     """A fact of a run's log, in its place. `type` says which fields it has."""

@@ -89,7 +89,8 @@ Server-sent events, UTF-8. An event of the run is one frame of three lines and a
 stream ends after `run.completed`, `run.failed` or `run.cancelled`. While nothing happens a comment (`: ping`) comes about
 every 15 s; with `include_pings` it is a frame `event: ping` with `data: {}`, without an id. A stream that was cut goes on
 where it was with the last `id` as `starting_after`, or as the `Last-Event-ID` header, which a browser's EventSource sends
-by itself. Cutting a stream cancels nothing."""
+by itself. Cutting a stream cancels nothing. Where a retention setting has removed what follows your cursor, the first frame
+is a `resume_gap` without an id, whose `from` and `to` say what is missing; then comes what is there."""
 HEADERS: Mapping[str, Described] = {
     "Location": {"description": "where what was made stands", "schema": {"type": "string", "format": "uri-reference"}},
     "X-Run-Id": {"description": "the run, before its first event", "schema": {"type": "string", "format": "uuid"}},
@@ -158,7 +159,7 @@ def frame_of(event: Described) -> Described:
     """Describe one frame of a stream, as a client's parser gives it."""
     return {
         "title": "Frame",
-        "description": "One frame of an event stream. A ping has neither an id nor anything in its data.",
+        "description": "One frame of an event stream. A ping has neither an id nor anything in its data; a resume_gap has no id.",
         "type": "object",
         "required": ["event", "data"],
         "properties": {
@@ -167,7 +168,12 @@ def frame_of(event: Described) -> Described:
             "data": {"type": "string", "contentMediaType": "application/json", "contentSchema": event},
         },
         "if": {"required": ["id"]},
-        "else": {"properties": {"event": {"const": "ping"}, "data": {"const": "{}", "contentSchema": {}}}},
+        "else": {
+            "anyOf": [
+                {"properties": {"event": {"const": "ping"}, "data": {"const": "{}", "contentSchema": {}}}},
+                {"properties": {"event": {"const": "resume_gap"}}},
+            ]
+        },
     }
 
 

@@ -166,7 +166,9 @@ def still_sees(request: Request, run_id: UUID) -> bool:
 
 
 def frame(event: RunEvent) -> bytes:
-    """One event as a server-sent one; its JSON has no line breaks."""
+    """One event as a server-sent one; its JSON has no line breaks. A gap is no place to come back to, and has no id."""
+    if event.type == events.RESUME_GAP:
+        return b"event: %b\ndata: %b\n\n" % (event.type.encode(), dumps(event.as_dict()))
     return b"id: %d\nevent: %b\ndata: %b\n\n" % (event.seq, event.type.encode(), dumps(event.as_dict()))
 
 

@@ -169,6 +169,10 @@ class Migration(migrations.Migration):
         ),
         migrations.AddIndex(
             model_name='run',
+            index=models.Index(condition=models.Q(('finished_at__isnull', False), models.Q(('events_removed_through', 0), ('events_removed_through__gte', 100000), _connector='OR')), fields=['finished_at'], name='longhaul_run_with_log'),
+        ),
+        migrations.AddIndex(
+            model_name='run',
             index=models.Index(condition=models.Q(('status', 'held')), fields=['thread', 'id'], name='longhaul_run_held'),
         ),
         migrations.AddIndex(

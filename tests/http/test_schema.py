@@ -265,4 +265,4 @@ class TestEvents:
             if line.startswith("| `")
             for name in line.split("|")[1].split(",")
         }
-        assert told == set(events.FORMS)
+        assert told == {*events.FORMS, "resume_gap"}

@@ -212,6 +212,15 @@ CORRUPTIONS = [
     Corruption("1", "an end in time exactly", "completed", _run("finished_at = NULL")),
     Corruption("1", "an end in time exactly", "running", _run("finished_at = longhaul_now()")),
     Corruption("2", "seq is contiguous", "completed", _event("seq > 3", "seq = seq + 1000") + ";" + _run("last_seq = last_seq + 1000")),
+    Corruption("2", "seq is contiguous", "completed", _run("events_removed_through = 3")),
+    Corruption(
+        "2", "Events are removed of an ended run only", "waiting",
+        "DELETE FROM longhaul_runs_event WHERE run_id = %(run)s AND seq = 1;" + _run("events_removed_through = 1"),
+    ),
+    Corruption(
+        "12", "Events are removed of an ended run only", "completed",
+        "DELETE FROM longhaul_runs_event WHERE run_id = %(run)s;" + _run("events_removed_through = last_seq"),
+    ),
     Corruption("2", "last_seq is that of its last event", "waiting", _run("last_seq = last_seq + 1")),
     Corruption("2", "The log tells the status", "waiting", _event("type = 'run.waiting'", "type = 'data'")),
     Corruption("2", "run.started is told once", "completed", _event("type = 'run.started'", "type = 'data'")),

@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
+import json
+import re
+from collections.abc import Iterator
 from datetime import timedelta
+from typing import Any
 from uuid import UUID
 
 import pytest
 from celery import current_app
+from django.core.management import call_command
+from django.db.models import F
 from django.test import override_settings
 
-from runs import housekeeping
+from runs import Agent, events, housekeeping
 from runs.housekeeping import Removed, keep_house
+from runs.models import Event, Run
+from runs.pytest_longhaul import ScriptedModel, assert_invariants, call, run_to_end
+from runs.replay import replay
 from runs.tasks import keep_house as task
+from runs.verification import verify
+from tests.runs.invariant_cases import look_up
+from tests.runs.scenes import Cast
 from threads.clock import now
-from threads.models import IdempotencyKey
-from tools.models import Worker
+from threads.models import IdempotencyKey, Message, Thread
+from tools.models import ToolAttempt, ToolCall, Worker
 
 pytestmark = pytest.mark.django_db
 
@@ -82,3 +94,210 @@ def test_beat_asks_for_it_by_the_hour_on_a_queue_that_is_consumed() -> None:
     assert entry["schedule"].remaining_estimate(now()) <= timedelta(hours=1)
     assert entry["options"]["queue"] == "longhaul.control"
     task()
+
+
+# --- event logs -----------------------------------------------------------------------------------------------------
+
+
+def asked(agent: Agent, model: ScriptedModel, *, ended: timedelta, thread: Thread | None = None) -> Run:
+    """A run that called a tool, and ended so long ago."""
+    model.say([call("look_up", number=1)], "Order 1 is shipped.")
+    run = run_to_end(agent.start("Where is order 1?", **({} if thread is None else {"thread": thread})))
+    return aged(run, ended)
+
+
+def aged(run: Run, ended: timedelta) -> Run:
+    """Move a run, its thread and all that is told of them into the past."""
+    for rows, times in (
+        (Run.objects.filter(pk=run.pk), ("created_at", "queued_at", "started_at", "finished_at")),
+        (run.event_set.all(), ("at",)),
+        (run.leg_set.all(), ("started_at", "ended_at")),
+        (run.step_set.all(), ("created_at",)),
+        (run.usage_set.all(), ("created_at",)),
+        (Message.objects.filter(run_id=run.pk), ("created_at",)),
+        (ToolCall.objects.filter(run_id=run.pk), ("created_at", "settled_at")),
+        (ToolAttempt.objects.filter(call__run_id=run.pk), ("started_at", "ended_at")),
+        (Thread.objects.filter(pk=run.thread_id), ("created_at",)),
+    ):
+        rows.update(**{time: F(time) - ended for time in times})
+    run.refresh_from_db()
+    return run
+
+
+def kept_for(**days: float) -> override_settings:
+    return override_settings(LONGHAUL={f"{name}_RETENTION_DAYS": value for name, value in days.items()})
+
+
+@pytest.fixture
+def clerk(cast: Cast) -> Agent:
+    return cast(name="clerk", tools=[look_up])
+
+
+def gone(run: Run) -> list[int]:
+    return list(run.event_set.order_by("seq").values_list("seq", flat=True))
+
+
+def test_everything_that_people_made_is_kept_for_ever_by_default(clerk: Agent, scripted_model: ScriptedModel) -> None:
+    run = asked(clerk, scripted_model, ended=3000 * DAY)
+
+    assert keep_house() == Removed()
+    assert gone(run) == list(range(1, run.last_seq + 1))
+
+
+def test_a_log_goes_so_long_after_its_runs_end_but_for_its_last_event(
+    clerk: Agent, scripted_model: ScriptedModel
+) -> None:
+    old, young = (asked(clerk, scripted_model, ended=days * DAY) for days in (31, 29))
+    live = clerk.start("And order 2?")
+    Run.objects.filter(pk=live.pk).update(created_at=now() - 100 * DAY)
+    rest = [list(each) for each in what_else_is_kept(old)]
+
+    with kept_for(EVENT=30):
+        assert housekeeping.due() == Removed(logs=1, events=old.last_seq - 1)
+        assert keep_house() == Removed(logs=1, events=old.last_seq - 1)
+        assert keep_house() == housekeeping.due() == Removed()
+
+    old.refresh_from_db()
+    assert (gone(old), old.events_removed_through) == ([old.last_seq], old.last_seq - 1)
+    assert gone(young) == list(range(1, young.last_seq + 1))
+    assert gone(live) == [1, 2]
+    assert [list(each) for each in what_else_is_kept(old)] == rest
+    assert all(rest)
+    assert_invariants()
+
+
+def what_else_is_kept(run: Run) -> Iterator[Any]:
+    for rows in (Message.objects.filter(run_id=run.pk), run.step_set, run.leg_set, run.usage_set):
+        yield rows.order_by("pk").values_list()
+    calls = ToolCall.objects.filter(run_id=run.pk)
+    yield from (calls.values_list(), ToolAttempt.objects.filter(call__in=calls).values_list())
+
+
+@pytest.fixture
+def removed(clerk: Agent, scripted_model: ScriptedModel) -> Run:
+    """A run whose log was removed."""
+    run = asked(clerk, scripted_model, ended=31 * DAY)
+    with kept_for(EVENT=30):
+        assert keep_house().logs == 1
+    run.refresh_from_db()
+    return run
+
+
+def test_a_reader_is_told_what_is_missing_once(removed: Run) -> None:
+    last = removed.last_seq
+    for cursor in (0, 1, last - 2):
+        [gap, end] = removed.events(after=cursor)
+        assert gap.as_dict() == {"type": "resume_gap", "from": cursor + 1, "to": last - 1}
+        assert (gap.seq, end.seq, end.type) == (last - 1, last, "run.completed")
+        assert [event.as_dict() for event in removed.events(after=cursor, follow=True)] == [
+            gap.as_dict(), end.as_dict(),
+        ]  # fmt: skip
+    assert [event.seq for event in removed.events(after=last - 1)] == [last]
+    assert list(removed.events(after=last)) == []
+
+
+def test_a_gap_is_no_place_of_a_short_read(removed: Run) -> None:
+    assert [event.type for event in events.read(removed.pk, 0, limit=1)] == ["resume_gap", "run.completed"]
+
+
+def test_the_log_of_such_a_run_is_not_held_against_its_rows(removed: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    report = verify(removed)
+    told = replay(event.as_dict() for event in removed.events())
+
+    assert (report.removed, report.differences) == (removed.last_seq - 1, [])
+    assert (told.removed, told.faults, told.output) == (removed.last_seq - 1, [], removed.output)
+    call_command("replay_run", str(removed.pk), "--verify")
+    call_command("replay_run", "--verify", "--all")
+    assert re.search(
+        r"1 to \d+ were removed.*\nRun .* 1 event, no diff.*\nOf 1 run the log was", capsys.readouterr().out
+    )
+
+    Event.objects.filter(run=removed).update(payload={"stop_reason": "max_steps", "output": "Something else."})
+    assert {each.what for each in verify(removed).differences} >= {"stop_reason", "output"}
+
+
+def test_such_a_run_is_shown_and_played_with_a_line_that_says_so(
+    removed: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for command in (["follow_run", str(removed.pk)], ["replay_run", str(removed.pk), "--speed", "0"]):
+        call_command(*command)
+        assert f"events 1 to {removed.last_seq - 1} are no longer kept" in capsys.readouterr().out
+    call_command("follow_run", str(removed.pk), "--json")
+    assert json.loads(capsys.readouterr().out.splitlines()[0]) == {
+        "type": "resume_gap", "from": 1, "to": removed.last_seq - 1,
+    }  # fmt: skip
+    call_command("replay_run", str(removed.pk), "--at-step", "1")
+    assert removed.why().startswith("completed (end_turn)")
+
+
+def test_runs_that_follow_such_a_run_need_nothing_of_its_log(
+    removed: Run, clerk: Agent, scripted_model: ScriptedModel
+) -> None:
+    scripted_model.say("Once more: shipped.", "And once more.", "Yes.")
+    retried = run_to_end(removed.retry())
+    forked = run_to_end(removed.fork(after_step=1))
+    ended = aged(clerk.start("Cancel me.").cancel(), 31 * DAY)
+    with kept_for(EVENT=30):
+        assert keep_house().logs == 1
+    resumed = run_to_end(ended.resume())
+
+    assert [run.status for run in (retried, forked, resumed)] == ["completed"] * 3
+    assert_invariants()
+
+
+def long_log(run: Run, length: int, *, compacted: tuple[int, int] | None = None) -> Run:
+    """Give an ended run a log of so many seqs, with few rows in it. compacted: the range that one event stands for."""
+    last = run.event_set.get(seq=run.last_seq)
+    run.event_set.all().delete()
+    seqs = [seq for seq in range(1, length, 1000) if compacted is None or not compacted[0] <= seq <= compacted[1]]
+    rows = [Event(run=run, seq=seq, type="data", at=last.at) for seq in seqs]
+    if compacted:
+        first, to = compacted
+        rows.append(Event(run=run, seq=to, type="text.delta", at=last.at, payload={"from_seq": first, "text": ""}))
+    last.pk, last.seq = None, length
+    Event.objects.bulk_create([*rows, last])
+    Run.objects.filter(pk=run.pk).update(last_seq=length)
+    run.refresh_from_db()
+    return run
+
+
+@pytest.mark.parametrize(
+    ("compacted", "marks"),
+    [(None, [100_000, 200_000, 249_999]), ((90_000, 150_000), [150_000, 249_999]), ((1, 100_000), [100_000, 200_000, 249_999])],
+)  # fmt: skip
+def test_a_long_log_goes_in_batches_each_with_its_mark(
+    clerk: Agent, scripted_model: ScriptedModel, monkeypatch: pytest.MonkeyPatch,
+    compacted: tuple[int, int] | None, marks: list[int],
+) -> None:  # fmt: skip
+    run = long_log(asked(clerk, scripted_model, ended=31 * DAY), 250_000, compacted=compacted)
+    seen = []
+
+    def look(_: Any) -> None:
+        mark = Run.objects.values_list("events_removed_through", flat=True).get(pk=run.pk)
+        left = [int(payload.get("from_seq", seq)) for seq, payload in run.event_set.values_list("seq", "payload")]
+        assert min(left) > mark
+        [gap] = [event for event in run.events() if event.type == "resume_gap"]
+        assert gap.payload["to"] == min(left) - 1 >= mark
+        # killed here, the next pass finds it again
+        with kept_for(EVENT=30):
+            assert housekeeping.due().logs == (mark < 249_999)
+        seen.append(mark)
+
+    with kept_for(EVENT=30):
+        removed = housekeeping.Pass(told=lambda done: look(done) if done.events else None).run()
+
+    assert list(dict.fromkeys(seen)) == marks
+    assert (removed.logs, gone(run)) == (1, [250_000])
+
+
+def test_the_oldest_logs_go_first_and_a_pass_ends_when_its_time_is_over(
+    clerk: Agent, scripted_model: ScriptedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = [asked(clerk, scripted_model, ended=days * DAY) for days in (33, 35, 34)]
+    monkeypatch.setattr(housekeeping, "RUNS", 1)
+    monkeypatch.setattr(housekeeping.Pass, "_has_time", lambda self: self.removed.logs < 2)
+
+    with kept_for(EVENT=30):
+        housekeeping.Pass().run()
+
+    assert [run.event_set.count() == 1 for run in runs] == [False, True, True]

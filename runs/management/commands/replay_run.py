@@ -56,7 +56,7 @@ class Command(BaseCommand):
             "--json",
             action="store_true",
             help='one JSON line an event; with --at-step the very body of the request; with --verify {"run",'
-            ' "differences", "events", "since"}, with --all {"runs", "events", "differences", "found"}',
+            ' "differences", "events", "since"}, with --all {"runs", "events", "differences", "found"}, and "removed" where a log was',
         )
 
     def handle(
@@ -150,20 +150,25 @@ class Command(BaseCommand):
             sys.exit(1)
 
     def _verify_all(self, stream: Any, json: bool) -> None:
-        runs = events = differences = 0
+        runs = events = removed = differences = 0
         found: list[Report] = []
         for report in self._with_a_bar(verification.verify_all(), Run.objects.count()):
             runs, events = runs + 1, events + report.events
+            removed += bool(report.removed)
             differences += len(report.differences)
             if report.differences and len(found) < SHOWN:
                 found.append(report)
         if json:
             said = {"runs": runs, "events": events, "differences": differences}
+            if removed:
+                said["removed"] = removed
             said |= {"found": [report.as_dict() for report in found]}  # type: ignore[dict-item]
             stream.write(json_module.dumps(said, default=str) + "\n")
         else:
             for report in found:
                 stream.writelines(f"{harmless(line)}\n" for line in _told(report))
+            if removed:
+                stream.write(f"Of {_number(removed, 'run')} the log was removed: only the end is compared.\n")
             stream.write(
                 f"{_number(runs, 'run')}, {_number(events, 'event')}: {_number(differences, 'difference')} between the"
                 " log and the tables.\n"
@@ -207,6 +212,10 @@ def _number(count: int, what: str) -> str:
 
 def _told(report: Report) -> Iterable[str]:
     found = _number(len(report.differences), "difference") if report.differences else "no difference"
+    if report.removed:
+        yield (
+            f"Run {report.run}: events 1 to {report.removed:,} were removed, so only what the last one tells is compared."
+        )
     yield f"Run {report.run}: {_number(report.events, 'event')}, {found} between the log and the tables."
     yield from (f"  {each}" for each in report.differences)
     yield from (f"  since then: {each}" for each in report.since)

@@ -31,6 +31,7 @@ from threads import clock, database, logs, transcript
 from threads.content import Part, clean, parts_of
 from threads.exceptions import within
 from threads.models import Message, MessageStatus, Role, Thread
+from tools import redelivery
 
 logger = logging.getLogger("longhaul.runs")
 
@@ -207,15 +208,15 @@ def _insert(
     if occupied:
         return
     run_id, agent = run.pk, run.agent
-    transaction.on_commit(partial(_log_queued, run_id, agent, thread.pk))
+    transaction.on_commit(partial(_log, "queued", run_id, agent, thread.pk))
     # Between the commit and the publish a death costs a republish interval: the row says when it is due.
     transaction.on_commit(lambda: publish(run_id, 1, agent))
 
 
-def _log_queued(run_id: UUID, agent: str, thread_id: UUID) -> None:
+def _log(what: str, run_id: UUID, agent: str, thread_id: UUID) -> None:
     # Bound, and not `extra`: a log record has a `thread` of its own there, and refuses another.
     with logs.context(run=run_id, agent=agent, thread=thread_id):
-        logger.info("Run %s of %s queued", run_id, agent, extra={"action": "run.queued"})
+        logger.info("Run %s of %s %s", run_id, agent, what, extra={"action": f"run.{what}"})
 
 
 def tell(run: Run, message: Message) -> None:
@@ -311,8 +312,7 @@ def cancel(run: Run, reason: str = "") -> Run:
     with transaction.atomic():
         answer = lifecycle.cancel(run.pk, error=error)
         if answer is not None:
-            told = {"action": "run.cancelled", "run": run.pk, "agent": run.agent, "thread": run.thread_id}
-            transaction.on_commit(lambda: logger.info("Run %s cancelled", run.pk, extra=told))
+            transaction.on_commit(partial(_log, "cancelled", run.pk, run.agent, run.thread_id))
             transaction.on_commit(lambda: announce(answer))
     run.refresh_from_db()
     return run
@@ -349,13 +349,16 @@ def occupied(thread_id: UUID, lock: bool) -> bool:
 
 def take_from_absent(run_id: UUID) -> None:
     """Reclaim a run that came back from the broker, when its holder's lock is free: the broker's word was the first look."""
-    rows = database.rows_of(
-        "SELECT epoch, holder FROM longhaul_runs_run WHERE id = %s AND status = 'running' AND NOT longhaul_worker_locked(holder)",
-        (run_id,),
+    found = redelivery.absent_holder(
+        "SELECT epoch, holder, longhaul_worker_locked(holder) FROM longhaul_runs_run WHERE id = %s AND status = 'running'",
+        run_id,
     )
-    answer = lifecycle.reclaim(run_id, rows[0][0], rows[0][1]) if rows else None
+    if found is None:
+        return
+    epoch, holder = found
+    answer = lifecycle.reclaim(run_id, epoch, holder)
     if answer is not None:
-        told = {"action": "run.reclaimed", "run": run_id, "epoch": rows[0][0], "life": rows[0][1]}
+        told = {"action": "run.reclaimed", "run": run_id, "epoch": epoch, "life": holder}
         logger.warning("Run %s came back from the broker, reclaimed from a worker that is gone", run_id, extra=told)
         announce(answer)
 

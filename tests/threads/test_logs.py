@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import asyncio
 import contextvars
 import json
@@ -200,3 +201,17 @@ def test_lines_of_a_run_cost_microseconds() -> None:
         logs.release(logs.bind(run=RUN, leg=1, epoch=1, agent="desk", thread="x"))
 
     assert min(timeit.repeat(once, number=1000, repeat=5)) / 1000 < 20e-6  # s; the bound is for a busy machine
+
+
+def test_no_line_of_ours_has_a_field_that_a_record_refuses() -> None:
+    """A record raises for an `extra` of a name that it has itself, `thread` or `name`, and only where the level is on."""
+    root = Path(__file__).resolve().parents[2]
+    found = []
+    for path in [path for app in ("threads", "tools", "runs", "agents_project") for path in (root / app).rglob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Dict):
+                keys = {key.value for key in node.keys if isinstance(key, ast.Constant)}
+                if "action" in keys or "life" in keys:
+                    found.append((path.name, keys & (vars(record()).keys() | {"message", "asctime"})))
+    assert len(found) > 10
+    assert [each for each in found if each[1]] == []

@@ -118,36 +118,47 @@ class Watcher:
         self._since = 0.0
         self._looked = 0.0
         self._sweeping = False
+        self._election: presence.NativeConnection | None = None  # without sessions, for nothing else
         self._turn_ends = 0.0
 
     def session(self) -> presence.NativeConnection:
         if self._connection is None or self._connection.closed:
+            self.drop()
             self._connection = presence.connect("longhaul watcher")
             self._seen.clear()
             self._silent.clear()
             self._since = self._looked = time.monotonic()
-            self._sweeping = False
         return self._connection
 
     def drop(self) -> None:
-        dropped, self._connection = self._connection, None
-        if dropped is not None:
-            dropped.close()
+        dropped = self._connection, self._election
+        self._connection = self._election = None
+        self._sweeping = False
+        for each in dropped:
+            if each is not None:
+                each.close()
 
     def elected(self) -> bool:
         """Return whether this process is the one that sweeps."""
         session = self.session()
         if not session.sessions:
-            return self._has_turn(session)
+            return self._has_turn()
         if not self._sweeping:
             row = session.execute("SELECT pg_try_advisory_lock(%s)", (SWEEP_LOCK,)).fetchone()
             self._sweeping = bool(row and row[0])
         return self._sweeping
 
-    def _has_turn(self, session: presence.NativeConnection) -> bool:
-        """Hold the same lock in a transaction, for as long as that a pooler's connection is ours. A turn follows a turn."""
+    def _has_turn(self) -> bool:
+        """Hold the same lock in a transaction, for as long as that a pooler's connection is ours. A turn follows a turn.
+
+        That transaction reads no table: whoever alters one, or empties it, would wait for the turn's end, and the sweep,
+        on its other connection, for them.
+        """
         if self._sweeping and time.monotonic() < self._turn_ends:
             return True
+        if self._election is None:
+            self._election = presence.connect("longhaul election")
+        session = self._election
         if self._sweeping:
             session.execute("COMMIT")
         session.execute("BEGIN")

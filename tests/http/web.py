@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,13 @@ def free_port() -> int:
 
 @pytest.fixture(scope="session")
 def web(django_db_setup: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Web]:
+    with serving(tmp_path_factory.mktemp("web")) as web:
+        yield web
+
+
+@contextmanager
+def serving(folder: Path, **more: str) -> Iterator[Web]:
+    """Serve for the block, with this environment beside the usual one."""
     parts = urlsplit(os.environ["DATABASE_URL"])
     database = urlunsplit(parts._replace(path=f"/{connection.settings_dict['NAME']}"))
     environment: dict[str, Any] = {
@@ -65,9 +73,10 @@ def web(django_db_setup: None, tmp_path_factory: pytest.TempPathFactory) -> Iter
         "DATABASE_URL": database,
         "DJANGO_SETTINGS_MODULE": "tests.http.settings",
         "PGAPPNAME": "tests.http.web",
+        **more,
     }
     port = free_port()
-    log = tmp_path_factory.mktemp("web") / "uvicorn.log"
+    log = folder / "uvicorn.log"
     command = ["uvicorn", "agents_project.asgi:application", "--port", str(port), "--no-access-log"]
     with log.open("wb") as out:
         process = subprocess.Popen([sys.executable, "-m", *command], env=environment, stdout=out, stderr=out)

@@ -26,7 +26,6 @@ logger = logging.getLogger("longhaul.tools")
 
 PATIENCE = 10.0  # seconds, for each answer of the broker
 CONNECT_PATIENCE = 4.0  # as Celery's own, which it turns off under gevent
-_NO_ROUTE = 312  # the message came back: nobody has declared its queue
 
 # By app: the process that made the pool, and the pool. A forked child must not write into its parent's sockets.
 _pools: WeakKeyDictionary[Any, tuple[int, Any]] = WeakKeyDictionary()
@@ -60,9 +59,13 @@ def publish(app: Any, queue: str, send: Callable[..., None]) -> None:
 
 
 def _was_dead(error: BaseException | None) -> bool:
-    """Return whether a new connection may do better: this one had died, or knew a queue that is no more."""
+    """Return whether a new connection may do better at once.
+
+    Not for a message that came back, for its queue was deleted: RabbitMQ (3.10) attaches a worker's consumer to nothing, for
+    good, when a quorum queue is there again before the worker has heard that it is gone. The next try declares it, a second on.
+    """
     if isinstance(error, ChannelError):
-        return int(error.reply_code or 0) == _NO_ROUTE
+        return False
     return isinstance(error, AMQPError | OSError) and not isinstance(error, TimeoutError)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 from uuid import UUID
 
 from threads import database
+from tools import redelivery
 from tools.models import CallStatus, Outcome
 
 REQUESTED, RUNNING, RETRYING = CallStatus.REQUESTED, CallStatus.RUNNING, CallStatus.RETRYING
@@ -94,12 +95,12 @@ def take_from_absent(call_id: UUID) -> Any:
 
     Only a call that may run again at once; any other is left to the watcher. None: there was nothing to take.
     """
-    rows = database.rows_of(
-        "SELECT attempt, holder FROM longhaul_tools_toolcall"
-        " WHERE id = %s AND status = 'running' AND (atomic OR idempotent) AND NOT longhaul_worker_locked(holder)",
-        (call_id,),
+    found = redelivery.absent_holder(
+        "SELECT attempt, holder, longhaul_worker_locked(holder) FROM longhaul_tools_toolcall"
+        " WHERE id = %s AND status = 'running' AND (atomic OR idempotent)",
+        call_id,
     )
-    return reclaim(call_id, rows[0][0], holder=rows[0][1]) if rows else None
+    return None if found is None else reclaim(call_id, found[0], holder=found[1])
 
 
 @dataclass(frozen=True, slots=True)

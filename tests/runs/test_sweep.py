@@ -9,6 +9,7 @@ import io
 import itertools
 import json
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -644,6 +645,23 @@ def test_a_redelivered_message_takes_its_run_from_a_holder_that_is_gone(
     deliver(tasks.advance_run, str(claim.run), 1, again=False)
     assert world.run(claim.run)["holder"] == process.id  # the broker's word is missing
     deliver(tasks.advance_run, str(claim.run), 1, again=True)
+    assert reclaimed(world, claim)
+    assert sent.runs == [(claim.run, 2)]
+
+
+def test_a_message_that_is_back_before_postgres_has_freed_the_lock_takes_its_run_all_the_same(
+    world: World, sent: Sent, process: Process, receiver: Presence
+) -> None:
+    claim = process.speaks()
+
+    def die() -> None:
+        process.die()
+        connection.close()  # of this thread
+
+    dying = threading.Timer(0.04, die)  # while the receiver looks
+    dying.start()
+    deliver(tasks.advance_run, str(claim.run), 1, again=True)
+    dying.join()
     assert reclaimed(world, claim)
     assert sent.runs == [(claim.run, 2)]
 

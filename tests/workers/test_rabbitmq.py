@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 import pytest
 from amqp.exceptions import NotFound
@@ -15,34 +13,10 @@ from kombu import Connection
 from agents_project import rabbitmq
 from agents_project.demo.models import Ledger
 from agents_project.rabbitmq import RabbitMQ
-from runs import Run
+from tests.workers import test_deaths as over_redis
 from tests.workers.app.agents import worker_test
-from tests.workers.conftest import Kit, eventually, kit_over
+from tests.workers.conftest import Kit, kit_over
 from tests.workers.test_deaths import SENTENCE, ended, starts, streaming, working
-from tests.workers.test_deaths import (  # what holds over Redis holds here
-    test_a_call_of_a_killed_tools_worker_runs_again_as_it_declares as test_a_call_of_a_killed_tools_worker_runs_again_as_it_declares,
-)
-from tests.workers.test_deaths import (
-    test_a_call_that_must_not_start_twice_is_unknown_when_its_worker_dies as test_a_call_that_must_not_start_twice_is_unknown_when_its_worker_dies,
-)
-from tests.workers.test_deaths import (
-    test_a_drained_worker_hands_its_streams_on_and_leaves as test_a_drained_worker_hands_its_streams_on_and_leaves,
-)
-from tests.workers.test_deaths import (
-    test_a_killed_agents_worker_costs_the_run_nothing_but_the_message_it_spoke as test_a_killed_agents_worker_costs_the_run_nothing_but_the_message_it_spoke,
-)
-from tests.workers.test_deaths import (
-    test_a_killed_prefork_child_costs_its_call_and_no_other as test_a_killed_prefork_child_costs_its_call_and_no_other,
-)
-from tests.workers.test_deaths import (
-    test_losing_every_message_of_the_broker_costs_a_republish_interval as test_losing_every_message_of_the_broker_costs_a_republish_interval,
-)
-from tests.workers.test_deaths import (
-    test_the_late_messages_that_a_worker_finds_when_it_starts_do_nothing_and_are_acknowledged as test_the_late_messages_that_a_worker_finds_when_it_starts_do_nothing_and_are_acknowledged,
-)
-from tests.workers.test_deaths import (
-    test_when_the_sweeping_control_worker_dies_another_goes_on as test_when_the_sweeping_control_worker_dies_another_goes_on,
-)
 
 pytestmark = [
     pytest.mark.needs_rabbitmq,
@@ -63,7 +37,7 @@ class Node:
             for queue in QUEUES:
                 with connection.channel() as channel:
                     try:
-                        channel.queue_purge(queue)
+                        channel.queue_purge(queue)  # type: ignore[attr-defined]
                     except NotFound:
                         pass  # nobody has asked for it yet
 
@@ -71,7 +45,7 @@ class Node:
         with Connection(self.node.url) as connection:
             for queue in QUEUES:
                 with connection.channel() as channel:
-                    channel.queue_delete(queue)
+                    channel.queue_delete(queue)  # type: ignore[attr-defined]
 
     def messages(self, queue: str) -> int:
         table = self.node.control("list_queues", "name", "messages")
@@ -101,6 +75,31 @@ def publishing(kit: Kit, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def node_of(kit: Kit) -> RabbitMQ:
     assert isinstance(kit.broker, Node)
     return kit.broker.node
+
+
+# What holds over Redis holds here.
+test_a_killed_agents_worker_costs_the_run_nothing_but_the_message_it_spoke = (
+    over_redis.test_a_killed_agents_worker_costs_the_run_nothing_but_the_message_it_spoke
+)
+test_a_call_of_a_killed_tools_worker_runs_again_as_it_declares = (
+    over_redis.test_a_call_of_a_killed_tools_worker_runs_again_as_it_declares
+)
+test_a_call_that_must_not_start_twice_is_unknown_when_its_worker_dies = (
+    over_redis.test_a_call_that_must_not_start_twice_is_unknown_when_its_worker_dies
+)
+test_a_killed_prefork_child_costs_its_call_and_no_other = (
+    over_redis.test_a_killed_prefork_child_costs_its_call_and_no_other
+)
+test_losing_every_message_of_the_broker_costs_a_republish_interval = (
+    over_redis.test_losing_every_message_of_the_broker_costs_a_republish_interval
+)
+test_the_late_messages_that_a_worker_finds_when_it_starts_do_nothing_and_are_acknowledged = (
+    over_redis.test_the_late_messages_that_a_worker_finds_when_it_starts_do_nothing_and_are_acknowledged
+)
+test_a_drained_worker_hands_its_streams_on_and_leaves = over_redis.test_a_drained_worker_hands_its_streams_on_and_leaves
+test_when_the_sweeping_control_worker_dies_another_goes_on = (
+    over_redis.test_when_the_sweeping_control_worker_dies_another_goes_on
+)
 
 
 def test_our_queues_are_quorum_queues(workers: Kit) -> None:

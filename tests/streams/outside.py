@@ -1,0 +1,264 @@
+"""Web processes of their own, what a reader sees of them over a socket, and a wire to Redis that can be cut."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import threading
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit, urlunsplit
+
+import httpx2
+from django.conf import settings
+from django.db import connection
+
+from tests.http.web import free_port
+from tests.workers.conftest import eventually
+
+ID = re.compile(rb"^id: (\S+)$", re.MULTILINE)
+
+
+class Process:
+    """One uvicorn process on the tests' database. It may be killed, and started again on its port."""
+
+    def __init__(self, folder: Path, *options: str, **environment: str) -> None:
+        self.port = free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self._log = folder / f"uvicorn-{self.port}.log"
+        self._options = options
+        parts = urlsplit(os.environ["DATABASE_URL"])
+        self._environment: dict[str, Any] = {
+            **os.environ,
+            "DATABASE_URL": urlunsplit(parts._replace(path=f"/{connection.settings_dict['NAME']}")),
+            "DJANGO_SETTINGS_MODULE": "tests.http.settings",
+            **environment,
+        }
+        self.start()
+
+    def start(self) -> None:
+        command = ["-m", "uvicorn", "agents_project.asgi:application", "--port", str(self.port), "--no-access-log"]
+        with self._log.open("ab") as out:
+            self.process = subprocess.Popen(
+                [sys.executable, *command, *self._options], env=self._environment, stdout=out, stderr=out
+            )
+
+    def up(self) -> None:
+        def answers() -> bool:
+            assert self.process.poll() is None, self.said()
+            try:
+                return httpx2.get(f"{self.url}/healthz").status_code == 200
+            except httpx2.TransportError:
+                return False
+
+        eventually(answers, within=90.0, why="the server answers")  # s, for a loaded machine
+
+    def said(self) -> str:
+        return self._log.read_text(errors="replace")
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+    def terminate(self) -> None:
+        self.process.send_signal(signal.SIGTERM)
+
+    @property
+    def threads(self) -> int:
+        return len(list(Path(f"/proc/{self.process.pid}/task").iterdir()))
+
+    @property
+    def resident(self) -> int:
+        """Bytes of memory."""
+        status = Path(f"/proc/{self.process.pid}/status").read_text()
+        return int(status.partition("VmRSS:")[2].split()[0]) * 1024
+
+    @property
+    def connections(self) -> int:
+        """How many clients it has."""
+        told = Path("/proc/net/tcp").read_text().splitlines()[1:]
+        return sum(f":{self.port:04X} " in f"{line.split()[1]} " and line.split()[3] == "01" for line in told)
+
+
+@contextmanager
+def processes(folder: Path, count: int, *options: str, **environment: str) -> Iterator[list[Process]]:
+    """Serve by this many processes for the block."""
+    made = [Process(folder, *options, **environment) for _ in range(count)]
+    try:
+        for each in made:
+            each.up()
+        yield made
+    finally:
+        for each in made:
+            each.kill()
+
+
+class Connection:
+    """One open stream, read as it comes, over a socket that can be cut."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, status: int, head: bytes) -> None:
+        self.status = status
+        self.head = head
+        self.ended = False  # in order, by the server
+        self._reader = reader
+        self._writer = writer
+        opened.add(self)
+
+    @classmethod
+    async def open(
+        cls, port: int, path: str, key: str, last: int | None = None, *, receives: int | None = None
+    ) -> Connection:
+        """Ask for a stream. Raises OSError when there is nobody. `receives` is the size of the socket's buffer."""
+        wire = socket.socket()
+        wire.setblocking(False)
+        if receives is not None:
+            wire.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receives)
+        try:
+            await asyncio.get_running_loop().sock_connect(wire, ("127.0.0.1", port))
+        except OSError:
+            wire.close()
+            raise
+        reader, writer = await asyncio.open_connection(sock=wire, limit=2**16 if receives is None else receives)
+        said = {"Host": "127.0.0.1", "Authorization": f"Bearer {key}"}
+        if last is not None:
+            said["Last-Event-ID"] = str(last)
+        lines = [f"GET {path} HTTP/1.1", *(f"{name}: {value}" for name, value in said.items()), "", ""]
+        writer.write("\r\n".join(lines).encode())
+        try:
+            head = await reader.readuntil(b"\r\n\r\n")
+        except (asyncio.IncompleteReadError, OSError) as error:
+            writer.transport.abort()
+            raise ConnectionResetError("no answer") from error
+        return cls(reader, writer, int(head.split(b" ", 2)[1]), head)
+
+    async def pieces(self) -> AsyncIterator[bytes]:
+        """Yield what comes, until the server ends it or the connection is lost."""
+        try:
+            while True:
+                size = int(await self._reader.readuntil(b"\r\n"), 16)
+                piece = await self._reader.readexactly(size + 2)
+                if size == 0:
+                    self.ended = True
+                    return
+                yield piece[:-2]
+        except (asyncio.IncompleteReadError, OSError, ValueError):
+            return
+
+    async def frames(self) -> AsyncIterator[bytes]:
+        """Yield the bytes of each frame that came whole, but for comments."""
+        rest = b""
+        async for piece in self.pieces():
+            rest += piece
+            *whole, rest = rest.split(b"\n\n")
+            for each in whole:
+                if not each.startswith(b":"):
+                    yield each + b"\n\n"
+
+    def reset(self) -> None:
+        """Cut the connection with a TCP reset."""
+        wire = self._writer.get_extra_info("socket")
+        if wire.fileno() < 0:
+            return  # it was cut already
+        wire.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self._writer.transport.abort()
+
+    def close(self) -> None:
+        self._writer.transport.abort()
+        opened.discard(self)
+
+
+opened: set[Connection] = set()
+
+
+def seq_of(frame: bytes) -> int:
+    found = ID.search(frame)
+    assert found is not None, frame
+    return int(found.group(1).rpartition(b":")[2])
+
+
+class Wire:
+    """A port that leads to Redis. It can be cut off, or stand still with all its connections open."""
+
+    def __init__(self) -> None:
+        self.port = free_port()
+        self.url = f"redis://127.0.0.1:{self.port}/0"
+        self._loop = asyncio.new_event_loop()
+        self._flows = asyncio.Event()
+        self._open: set[asyncio.StreamWriter] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._server: asyncio.Server | None = None
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+        self.back()
+
+    def _run(self) -> None:
+        asyncio.set_event_loop(self._loop)
+        self._loop.run_forever()
+
+    def _do(self, work: Any) -> None:
+        asyncio.run_coroutine_threadsafe(work, self._loop).result(20)
+
+    def back(self) -> None:
+        self._do(self._back())
+
+    def hang(self) -> None:
+        self._do(self._hang())
+
+    def down(self) -> None:
+        self._do(self._down())
+
+    def close(self) -> None:
+        self._do(self._down())
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(20)
+        self._loop.close()
+
+    async def _back(self) -> None:
+        self._flows.set()
+        if self._server is None:
+            self._server = await asyncio.start_server(self._serve, "127.0.0.1", self.port)
+
+    async def _hang(self) -> None:
+        self._flows.clear()
+
+    async def _down(self) -> None:
+        if self._server is not None:
+            self._server.close()
+            self._server = None
+        self._flows.set()
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        parts = urlsplit(settings.REDIS_URL)
+        if parts.scheme == "unix":
+            there, here = await asyncio.open_unix_connection(parts.path)
+        else:
+            there, here = await asyncio.open_connection(parts.hostname, parts.port)
+        task = asyncio.current_task()
+        assert task is not None
+        self._tasks.add(task)
+        try:
+            await asyncio.gather(self._flow(reader, here), self._flow(there, writer))
+        except (OSError, asyncio.CancelledError):
+            pass
+        finally:
+            self._tasks.discard(task)
+            for each in (writer, here):
+                each.transport.abort()
+
+    async def _flow(self, source: asyncio.StreamReader, to: asyncio.StreamWriter) -> None:
+        while piece := await source.read(65536):
+            await self._flows.wait()
+            to.write(piece)
+            await to.drain()
+        raise ConnectionResetError

@@ -28,7 +28,9 @@ CREATE TABLE chain_message (
     body jsonb NOT NULL, created_at timestamptz NOT NULL DEFAULT clock_timestamp());
 """
 
-app = Celery("celery_chain", broker=os.environ.get("CELERY_BROKER_URL"), set_as_current=False)
+BROKER = os.environ.get("CELERY_BROKER_URL", "")
+
+app = Celery("celery_chain", broker=BROKER or None, set_as_current=False)
 app.conf.update(
     task_acks_late=True,
     task_reject_on_worker_lost=True,
@@ -37,7 +39,11 @@ app.conf.update(
     worker_prefetch_multiplier=1,
     worker_send_task_events=False,
     broker_connection_retry_on_startup=True,
-    broker_transport_options={"socket_timeout": 10, "socket_keepalive": True},
+    # On RabbitMQ as safe as Longhaul is there: quorum queues, and publishing with confirmations.
+    task_create_missing_queue_type="quorum",
+    broker_transport_options=(
+        {"confirm_publish": True} if BROKER.startswith("amqp") else {"socket_timeout": 10, "socket_keepalive": True}
+    ),
 )
 
 

@@ -48,6 +48,11 @@ class Form(Protocol):
         """Do `runs` runs at once to their end; return the seconds it took. Raises RigError when one went wrong."""
 
 
+def with_broker(rig: Rig, roles: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the roles of a form that sends its messages by the rig's broker; Longhaul's bells are Valkey's on any."""
+    return (*roles, "rabbitmq") if rig.broker == "rabbitmq" else roles
+
+
 class Longhaul:
     """One agents worker, one tools worker, one control worker."""
 
@@ -67,6 +72,7 @@ class Longhaul:
 
     def __init__(self, rig: Rig) -> None:
         self._rig = rig
+        self.roles = with_broker(rig, self.roles)
         prepare(rig)
 
     def start(self) -> None:
@@ -122,6 +128,7 @@ class CeleryChain:
 
     def __init__(self, rig: Rig, processes: int = AT_ONCE) -> None:
         self._rig = rig
+        self.roles = with_broker(rig, self.roles)
         self._processes = {"steps": processes, "tools": 2}
         # Not before: a module with a Celery app makes it the one of the process that imports it.
         from benchmarks import celery_chain

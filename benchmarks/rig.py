@@ -28,11 +28,13 @@ import redis
 
 from agents_project import embedded
 from agents_project.processes import Children, free_port
+from agents_project.rabbitmq import RabbitMQ, RabbitMQError
 from benchmarks.counters import StatementLog, valkey_commands, wal_position
 from benchmarks.cpu import ProcessTable
 
 PROJECT = Path(__file__).resolve().parent.parent
 DATABASE = "longhaul_bench"
+BROKERS = ("redis", "rabbitmq")
 READY_TIMEOUT = timedelta(seconds=60)  # workers need 3 to 5 s to import all; the machine may be busy
 
 
@@ -52,9 +54,11 @@ class Reading:
 class Rig:
     """Use as a context manager. Sets DATABASE_URL, REDIS_URL, CELERY_BROKER_URL, OPENAI_BASE_URL, OPENAI_API_KEY."""
 
-    def __init__(self, script: str) -> None:
-        """`script`: what the model server plays, as `module:attribute`."""
+    def __init__(self, script: str, broker: str = "redis") -> None:
+        """`script`: what the model server plays, as `module:attribute`. `broker`: one of BROKERS; bells are Redis's always."""
         self._script = script
+        self.broker = broker
+        self._rabbitmq: RabbitMQ | None = None
         self._exit = contextlib.ExitStack()
         self._roles: dict[str, str] = {}
         self._load_backends: set[int] = set()
@@ -80,6 +84,13 @@ class Rig:
         os.environ.setdefault("SECRET_KEY", embedded.secret_key())
         self._exit.callback(embedded.leave, servers.folder)
         self._log = servers.folder / "postgres.log" if is_ours else None
+
+        if self.broker == "rabbitmq":
+            try:
+                self._rabbitmq = self._exit.enter_context(RabbitMQ())
+            except RabbitMQError as error:
+                raise RigError(str(error)) from error
+            os.environ["CELERY_BROKER_URL"] = self._rabbitmq.url
 
         self.folder = Path(tempfile.mkdtemp(prefix="longhaul-bench-"))
         self._exit.callback(shutil.rmtree, self.folder, ignore_errors=True)
@@ -172,7 +183,10 @@ class Rig:
         self._load_backends.add(connection.info.backend_pid)
 
     def read(self) -> Reading:
-        """Read what everything has spent. Roles: those of `start`, "postgres", "valkey" and "load", the last one us."""
+        """Read what everything has spent.
+
+        Roles: those of `start`, "postgres", "valkey", "rabbitmq" where it is the broker, and "load", which is us.
+        """
         wal_bytes = wal_position(self.connection)
         commands = valkey_commands(self.valkey)
         table = ProcessTable()
@@ -181,6 +195,8 @@ class Rig:
             cpu[role] += table.tree(self._children[name].pid)
         cpu["postgres"] = table.tree(self._postmaster, without=self._load_backends)
         cpu["valkey"] = table.own(self._valkey_pid)
+        if self._rabbitmq is not None:
+            cpu["rabbitmq"] = table.tree(self._rabbitmq.pid)
         cpu["load"] = table.own(os.getpid()) + sum(table.own(pid) for pid in self._load_backends)
         return Reading(cpu, wal_bytes, commands)
 

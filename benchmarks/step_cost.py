@@ -37,7 +37,7 @@ from benchmarks.forms import (
     Form,
     Longhaul,
 )
-from benchmarks.rig import READY_TIMEOUT, Rig
+from benchmarks.rig import BROKERS, READY_TIMEOUT, Rig
 
 SCRIPT = "benchmarks.script:steps"
 STEPS = 50
@@ -183,7 +183,7 @@ def backends_of(rig: Rig, form: Form) -> Callable[[int], bool]:
 # --- the report ----------------------------------------------------------------------------------------------------
 
 
-def figures(results: dict[str, Results], at_once: int) -> dict[str, Any]:
+def figures(results: dict[str, Results], at_once: int, broker: str = "redis") -> dict[str, Any]:
     """Return what `--json` prints. A ratio is the median of the repetitions' ratios, each of neighbours in time."""
     by_form: dict[str, Any] = {}
     for name, result in results.items():
@@ -208,7 +208,11 @@ def figures(results: dict[str, Results], at_once: int) -> dict[str, Any]:
             }
         if FORMS[name].stores and "valkey" in FORMS[name].roles:  # others only hear from it when to begin
             by_form[name] |= {
-                "publishes_per_step": middle(sample.commands["lpush"] / sample.steps for sample in result.many),
+                "publishes_per_step": (
+                    middle(sample.commands["lpush"] / sample.steps for sample in result.many)
+                    if broker == "redis"
+                    else None  # RabbitMQ is not asked
+                ),
                 "bells_per_step": middle(sample.commands["publish"] / sample.steps for sample in result.many),
                 "valkey_commands_per_step": middle(sample.commands.total() / sample.steps for sample in result.many),
             }
@@ -220,6 +224,7 @@ def figures(results: dict[str, Results], at_once: int) -> dict[str, Any]:
     ours = by_form.get("longhaul", {})
     return {
         "benchmark": "step_cost",
+        "broker": broker,
         "steps_per_s": ours.get("steps_per_s"),
         "cpu_ms_per_step": ours.get("cpu_ms_per_step"),
         **{
@@ -259,9 +264,11 @@ def _ratio(results: dict[str, Results], other: str, value: Any, single: bool = F
 
 
 def tables(found: dict[str, Any]) -> list[Table]:
-    speed = Table(title=f"{STEPS} tool steps, {found['runs_at_once']} runs at once; medians, n = {found['n']}")
+    many = f"{found['runs_at_once']} runs at once over {found['broker']}"
+    speed = Table(title=f"{STEPS} tool steps, {many}; medians, n = {found['n']}")
     speed.add_column("")
-    for heading in ("steps/s", "CPU ms/step", "workers", "Postgres", "Valkey", "1 run: steps/s", "CPU ms/step"):
+    servers = ("Postgres", "Valkey", "RabbitMQ") if found["broker"] == "rabbitmq" else ("Postgres", "Valkey")
+    for heading in ("steps/s", "CPU ms/step", "workers", *servers, "1 run: steps/s", "CPU ms/step"):
         speed.add_column(heading, justify="right")
     for heading in ("not counted: model", "load"):
         speed.add_column(heading, justify="right", style="dim")
@@ -271,15 +278,14 @@ def tables(found: dict[str, Any]) -> list[Table]:
         costs.add_column(heading, justify="right")
     for name, values in found["forms"].items():
         roles = values["cpu_ms_by_role"]
-        workers = {role: value for role, value in roles.items() if role not in (*OUTSIDE, "postgres", "valkey")}
+        workers = {role: value for role, value in roles.items() if role not in (*OUTSIDE, *map(str.lower, servers))}
         fewer = "" if values["runs_at_once"] == found["runs_at_once"] else f" ({values['runs_at_once']} at once)"
         speed.add_row(
             FORMS[name].title + fewer,
             f"{values['steps_per_s']:.0f}",
             f"{values['cpu_ms_per_step']:.2f}",
             ", ".join(f"{role.removeprefix('celery ')} {value:.2f}" for role, value in workers.items()),
-            _number(roles.get("postgres")),
-            _number(roles.get("valkey")),
+            *(_number(roles.get(server.lower())) for server in servers),
             f"{values['single_steps_per_s']:.0f}",
             f"{values['single_cpu_ms_per_step']:.2f}",
             f"{roles['model']:.2f}",
@@ -328,6 +334,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     begun = time.monotonic()
     parser = argparse.ArgumentParser(prog="python -m benchmarks.step_cost", description=__doc__)
     parser.add_argument("--only", help=f"measure only some forms, with commas: {','.join(FORMS)}")
+    parser.add_argument("--broker", choices=BROKERS, default="redis", help="of Longhaul and Celery; default redis")
     parser.add_argument("--statements", action="store_true", help="show what Postgres is asked, statement by statement")
     for name, processes, what in (
         ("celery", AT_ONCE, "children of the raw Celery's steps worker (its model calls at once)"),
@@ -341,7 +348,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         wanted = given.only.split(",") if given.only else list(FORMS)
         if set(wanted) - set(FORMS):
             parser.error(f"--only takes some of {', '.join(FORMS)}")
-        with Rig(SCRIPT) as rig:
+        with Rig(SCRIPT, given.broker) as rig:
             made: dict[str, Callable[[], Form]] = {
                 Longhaul.name: lambda: Longhaul(rig),
                 CeleryChain.name: lambda: CeleryChain(rig, given.celery_processes),
@@ -355,7 +362,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             results, plan = collect(rig, forms, QUICK if given.quick else FULL, console, begun)
         if given.statements:
             statements.extend(statement_table(form.title, results[form.name]) for form in forms if form.stores)
-        return figures(results, plan.at_once)
+        return figures(results, plan.at_once, given.broker)
 
     return command.run(
         parser,

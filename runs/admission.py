@@ -205,6 +205,8 @@ def _insert(
     run.save(force_insert=True)
     Message.objects.bulk_create(drafts, batch_size=transcript.BATCH)
     lifecycle.begin_log(run.pk, moment, log)
+    if not new_thread:
+        transaction.on_commit(lambda: bells.ring([bells.thread_channel(thread.pk)]))
     if occupied:
         return
     run_id, agent = run.pk, run.agent
@@ -347,20 +349,27 @@ def occupied(thread_id: UUID, lock: bool) -> bool:
             return False
 
 
-def take_from_absent(run_id: UUID) -> None:
-    """Reclaim a run that came back from the broker, when its holder's lock is free: the broker's word was the first look."""
+def take_from_absent(run_id: UUID) -> int | None:
+    """Reclaim a run that came back from the broker, when its holder's lock is free: the broker's word was the first look.
+
+    Returns the dispatch_seq by which the receiver claims it: it has a message in its hands, so none is sent. None: there was
+    nothing to take, or the run ended by it.
+    """
     found = redelivery.absent_holder(
         "SELECT epoch, holder, longhaul_worker_locked(holder) FROM longhaul_runs_run WHERE id = %s AND status = 'running'",
         run_id,
     )
     if found is None:
-        return
+        return None
     epoch, holder = found
     answer = lifecycle.reclaim(run_id, epoch, holder)
-    if answer is not None:
-        told = {"action": "run.reclaimed", "run": run_id, "epoch": epoch, "life": holder}
-        logger.warning("Run %s came back from the broker, reclaimed from a worker that is gone", run_id, extra=told)
-        announce(answer)
+    if answer is None:
+        return None
+    told = {"action": "run.reclaimed", "run": run_id, "epoch": epoch, "life": holder}
+    logger.warning("Run %s came back from the broker, reclaimed from a worker that is gone", run_id, extra=told)
+    dispatch_seq: int | None = answer.get("dispatch_seq")
+    announce({**answer, "dispatch_seq": None})
+    return dispatch_seq
 
 
 def publish(run_id: UUID, dispatch_seq: int, agent: str = "") -> None:

@@ -26,7 +26,7 @@ def advance_run(self: Any, run_id: str, dispatch_seq: int) -> None:
         )
         return
     if (self.request.delivery_info or {}).get("redelivered"):
-        admission.take_from_absent(UUID(run_id))
+        dispatch_seq = admission.take_from_absent(UUID(run_id)) or dispatch_seq
     engine.advance(UUID(run_id), dispatch_seq, process, task_id=self.request.id or "")
 
 

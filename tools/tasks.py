@@ -32,7 +32,10 @@ def execute_call(self: Any, call_id: str, attempt: int) -> None:
     if (self.request.delivery_info or {}).get("redelivered"):
         answer = lifecycle.take_from_absent(UUID(call_id))
         if answer is not None:
+            # It has a message in its hands, so none is sent.
+            again = answer.pop("publish_call", None)
             run_log.current().announce(answer)
+            attempt = again[1] if again else attempt
     execution.execute(
         UUID(call_id), attempt, presence=present, task_id=self.request.id or "", alone=present.parent is not None
     )

@@ -30,7 +30,7 @@ from runs.conf import settings
 from runs.sweep import Sweep, SweepThread, Watcher
 from tests.protocol.rows import SECOND, Call, Claim, Database, World, a_call, wait_until
 from threads.ids import new_id
-from tools import messages, presence
+from tools import execution, messages, presence
 from tools import tasks as tool_tasks
 from tools.presence import Presence
 
@@ -627,6 +627,15 @@ def receiver(monkeypatch: pytest.MonkeyPatch) -> Iterator[Presence]:
     present.end()
 
 
+@pytest.fixture
+def taken_up(monkeypatch: pytest.MonkeyPatch) -> list[tuple[UUID, int]]:
+    """What the receiver goes on to claim: run and dispatch_seq, or call and attempt."""
+    said: list[tuple[UUID, int]] = []
+    monkeypatch.setattr(engine, "advance", lambda run, dispatch, process, **_: said.append((run, dispatch)))
+    monkeypatch.setattr(execution, "execute", lambda call, attempt, **_: said.append((call, attempt)))
+    return said
+
+
 def deliver(task: Any, *args: Any, again: bool) -> None:
     task.push_request(id="t", delivery_info={"redelivered": again})
     try:
@@ -636,7 +645,7 @@ def deliver(task: Any, *args: Any, again: bool) -> None:
 
 
 def test_a_redelivered_message_takes_its_run_from_a_holder_that_is_gone(
-    world: World, sent: Sent, process: Process, receiver: Presence
+    world: World, sent: Sent, process: Process, receiver: Presence, taken_up: list[tuple[UUID, int]]
 ) -> None:
     claim = process.speaks()
     deliver(tasks.advance_run, str(claim.run), 1, again=True)
@@ -646,11 +655,12 @@ def test_a_redelivered_message_takes_its_run_from_a_holder_that_is_gone(
     assert world.run(claim.run)["holder"] == process.id  # the broker's word is missing
     deliver(tasks.advance_run, str(claim.run), 1, again=True)
     assert reclaimed(world, claim)
-    assert sent.runs == [(claim.run, 2)]
+    assert taken_up == [(claim.run, 1), (claim.run, 1), (claim.run, 2)]
+    assert sent.runs == []  # the receiver goes on at once: no message travels
 
 
 def test_a_message_that_is_back_before_postgres_has_freed_the_lock_takes_its_run_all_the_same(
-    world: World, sent: Sent, process: Process, receiver: Presence
+    world: World, process: Process, receiver: Presence, taken_up: list[tuple[UUID, int]]
 ) -> None:
     claim = process.speaks()
 
@@ -663,7 +673,7 @@ def test_a_message_that_is_back_before_postgres_has_freed_the_lock_takes_its_run
     deliver(tasks.advance_run, str(claim.run), 1, again=True)
     dying.join()
     assert reclaimed(world, claim)
-    assert sent.runs == [(claim.run, 2)]
+    assert taken_up == [(claim.run, 2)]
 
 
 @pytest.mark.parametrize(
@@ -672,7 +682,13 @@ def test_a_message_that_is_back_before_postgres_has_freed_the_lock_takes_its_run
     ids=str,
 )
 def test_a_redelivered_message_takes_its_call_if_that_may_run_again(
-    world: World, sent: Sent, process: Process, receiver: Presence, options: dict[str, bool], taken: bool
+    world: World,
+    sent: Sent,
+    process: Process,
+    receiver: Presence,
+    taken_up: list[tuple[UUID, int]],
+    options: dict[str, bool],
+    taken: bool,
 ) -> None:
     call = process.calls(max_attempts=2, **options)
     deliver(tool_tasks.execute_call, str(call.id), 1, again=True)
@@ -682,7 +698,8 @@ def test_a_redelivered_message_takes_its_call_if_that_may_run_again(
     assert world.tool_call(call.id)["holder"] == process.id
     deliver(tool_tasks.execute_call, str(call.id), 1, again=True)
     assert world.tool_call(call.id)["status"] == ("retrying" if taken else "running")
-    assert [(id, attempt) for id, attempt, *_ in sent.calls] == ([(call.id, 2)] if taken else [])
+    assert taken_up[2:] == [(call.id, 2 if taken else 1)]
+    assert sent.calls == []
 
 
 # --- one at a time, and through outages
@@ -696,6 +713,33 @@ def test_one_process_sweeps_and_when_it_goes_another_does() -> None:
         first.drop()
         wait_until(second.elected)
         assert not first.elected()
+    finally:
+        first.drop()
+        second.drop()
+
+
+def test_without_sessions_one_process_sweeps_by_turns_that_hold_no_table(
+    world: World, watch: Watch, settings: Any
+) -> None:
+    settings.LONGHAUL = {"SESSION_LOCKS": False}
+    first, second = Watcher(), Watcher()
+
+    def swept() -> bool:
+        return bool(world.db.one(sweep.SOMEBODY_SWEEPS, sweep.SWEEP_LOCK, sweep.SWEPT_WITHIN))
+
+    try:
+        for _ in range(3):
+            assert (first.elected(), second.elected(), swept()) == (True, False, True)
+            first.dead()
+            watch.ahead += 6  # its turn is over, and the next one is its own
+        world.db.execute("BEGIN")
+        world.db.execute("LOCK TABLE longhaul_tools_worker IN ACCESS EXCLUSIVE MODE NOWAIT")
+        world.db.execute("ROLLBACK")
+        first.drop()
+        wait_until(second.elected)
+        assert (first.elected(), second.elected(), swept()) == (False, True, True)
+        second.drop()
+        wait_until(lambda: not swept())
     finally:
         first.drop()
         second.drop()

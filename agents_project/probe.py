@@ -56,6 +56,7 @@ def answers(name: str) -> str:
 def beats(kind: str) -> str:
     """Look whether a worker of this kind on this host is present. Raises Unhealthy."""
     import psycopg
+    import psycopg.errors
 
     url = os.environ.get("DATABASE_URL")
     if not url:
@@ -70,6 +71,8 @@ def beats(kind: str) -> str:
             application_name="longhaul probe",
         ) as session:
             [silent] = session.execute(_BEATS, (socket.gethostname(), kind)).fetchone() or [None]
+    except (psycopg.errors.UndefinedTable, psycopg.errors.UndefinedFunction):
+        raise Unhealthy("the database has no tables of Longhaul's: run migrate") from None
     except psycopg.Error as error:
         raise Unhealthy(f"Postgres does not answer ({type(error).__name__})") from None
     if silent is None:

@@ -88,7 +88,9 @@ def test_each_variable_is_read_by_somebody(stack: dict[str, Any]) -> None:
         path.read_text() for folder in ("agents_project", "runs") for path in (PROJECT / folder).rglob("*.py")
     )
     code += (PROJECT / "Procfile").read_text()
-    code += "".join(f'"{name}"' for name in ("FLOWER_BASIC_AUTH", "FLOWER_ADDRESS"))  # Flower's own way of options
+    code += "".join(
+        f'"{name}"' for name in ("FLOWER_BASIC_AUTH", "FLOWER_ADDRESS", "FLOWER_MAX_TASKS")
+    )  # Flower's own way of options
 
     given = {name for service in stack["services"].values() for name in environment(service)}
     for name in given - OF_SERVERS:

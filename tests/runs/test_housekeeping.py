@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
+from unittest import mock
+from urllib.parse import urlsplit, urlunsplit
 from uuid import UUID
 
 import pytest
 from celery import current_app
 from django.core.management import call_command
+from django.db import connection, transaction
 from django.db.models import F
+from django.db.models.signals import pre_delete
 from django.test import override_settings
 
+from agents_project import embedded
 from runs import Agent, events, housekeeping
 from runs.housekeeping import Removed, keep_house
 from runs.models import Event, Run
@@ -22,9 +31,11 @@ from runs.pytest_longhaul import ScriptedModel, assert_invariants, call, run_to_
 from runs.replay import replay
 from runs.tasks import keep_house as task
 from runs.verification import verify
+from tests.protocol.rows import World, wait_until
 from tests.runs.invariant_cases import look_up
-from tests.runs.scenes import Cast
+from tests.runs.scenes import Cast, Together
 from threads.clock import now
+from threads.exceptions import ThreadGone
 from threads.models import IdempotencyKey, Message, Thread
 from tools.models import ToolAttempt, ToolCall, Worker
 
@@ -301,3 +312,266 @@ def test_the_oldest_logs_go_first_and_a_pass_ends_when_its_time_is_over(
         housekeeping.Pass().run()
 
     assert [run.event_set.count() == 1 for run in runs] == [False, True, True]
+
+
+# --- threads --------------------------------------------------------------------------------------------------------
+
+
+def test_a_thread_goes_so_long_after_its_last_word_with_all_that_hangs_on_it(
+    clerk: Agent, scripted_model: ScriptedModel
+) -> None:
+    old, young = (asked(clerk, scripted_model, ended=days * DAY) for days in (31, 29))
+    forked = clerk.start("And now?", thread=young.thread)
+    Run.objects.filter(pk=forked.pk).update(parent=old)
+    signalled: list[Any] = []
+
+    def note(instance: Any, **_: Any) -> None:
+        signalled.append(instance.pk)
+
+    pre_delete.connect(note, sender=Thread)
+    try:
+        with kept_for(THREAD=30):
+            assert housekeeping.due() == Removed(threads=1)
+            assert keep_house() == Removed(threads=1)
+            assert keep_house() == housekeeping.due() == Removed()
+    finally:
+        pre_delete.disconnect(note, sender=Thread)
+
+    assert signalled == [old.thread_id]
+    assert set(Thread.objects.all()) == {young.thread}
+    assert not any(rows.exists() for rows in what_else_is_kept(old))
+    assert not Event.objects.filter(run_id=old.pk).exists()
+    assert Event.objects.filter(run_id=young.pk).count() == young.last_seq
+    forked.refresh_from_db()
+    assert (forked.status, forked.parent) == ("queued", None)
+    assert_invariants()
+
+
+def test_what_has_said_something_lately_or_lives_is_kept_whatever_its_age(
+    clerk: Agent, scripted_model: ScriptedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spoken, live, run_lately, empty = (asked(clerk, scripted_model, ended=40 * DAY) for _ in range(4))
+    spoken.thread.save(role="user", content="Are you there?")
+    waiting = clerk.start("Wait.", thread=live.thread)
+    aged(waiting, 40 * DAY)
+    asked(clerk, scripted_model, ended=DAY, thread=run_lately.thread)
+    Thread.objects.filter(pk=run_lately.thread_id).update(created_at=now() - 40 * DAY)
+    Message.objects.filter(thread=run_lately.thread).update(created_at=now() - 40 * DAY)
+    empty.thread.delete()
+    bare = Thread.objects.create()
+    Thread.objects.filter(pk=bare.pk).update(created_at=now() - 40 * DAY)
+
+    with kept_for(THREAD=30):
+        # also where the first look saw something else
+        every = [thread.pk for thread in Thread.objects.all()]
+        assert housekeeping.due() == Removed(threads=1)
+        monkeypatch.setattr(housekeeping, "due_threads", lambda before: iter(every))
+        assert keep_house() == Removed(threads=1)
+
+    assert set(Thread.objects.all()) == {spoken.thread, live.thread, run_lately.thread}
+    waiting.refresh_from_db()
+    assert waiting.status == "queued"
+
+
+def test_the_walk_goes_by_batches_to_where_threads_are_young(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(housekeeping, "LOOKED_AT", 2)
+    threads = [Thread.objects.create() for _ in range(9)]
+    for thread in threads[:5]:
+        Thread.objects.filter(pk=thread.pk).update(created_at=now() - 40 * DAY)
+    threads[1].save(role="user", content="Still here.")
+
+    with kept_for(THREAD=30):
+        assert keep_house().threads == 4
+
+    assert list(Thread.objects.order_by("pk")) == [threads[1], *threads[5:]]
+
+
+@pytest.mark.django_db(transaction=True)
+def test_a_run_that_starts_at_that_moment_keeps_its_thread_and_is_not_waited_for(
+    clerk: Agent, scripted_model: ScriptedModel
+) -> None:
+    run = asked(clerk, scripted_model, ended=40 * DAY)
+    with kept_for(THREAD=30, EVENT=30):
+        with transaction.atomic(), mock.patch("runs.tasks.publish"):
+            started = clerk.start("And now?", thread=run.thread)
+            # not committed yet: the housekeeping sees an old thread that nobody uses, and cannot have it
+            [removed] = Together(keep_house).join()
+        assert removed == Removed(logs=1, events=run.last_seq - 1)  # a log has nothing to do with it
+        assert keep_house() == Removed()
+
+    started.refresh_from_db()
+    assert started.status == "queued"
+    assert_invariants()
+
+
+@pytest.mark.django_db(transaction=True)
+@pytest.mark.parametrize("meanwhile", ["start", "save", "fork"])
+def test_who_comes_after_the_housekeeping_has_it_waits_and_is_told_that_it_is_gone(
+    clerk: Agent, scripted_model: ScriptedModel, meanwhile: str
+) -> None:
+    run = asked(clerk, scripted_model, ended=40 * DAY)
+    work = {
+        "start": lambda: clerk.start("And now?", thread=run.thread),
+        "save": lambda: run.thread.save(role="user", content="Wait."),
+        "fork": lambda: run.fork(after_step=1),
+    }[meanwhile]
+    with kept_for(THREAD=30):
+        with transaction.atomic():
+            assert housekeeping._delete(run.thread_id, now() - 30 * DAY)
+            coming = Together(work)
+            wait_until(lambda: _somebody_waits() or coming.results[0] is not None)
+            assert coming.results == [None]
+        [came] = coming.join()
+
+    assert isinstance(came, ThreadGone | Run.DoesNotExist), came
+    assert not Run.objects.exists()
+    assert not Message.objects.exists()
+
+
+def _somebody_waits() -> bool:
+    with connection.cursor() as cursor:
+        cursor.execute("SELECT EXISTS (SELECT 1 FROM pg_locks WHERE NOT granted)")
+        return bool(cursor.fetchone()[0])
+
+
+@pytest.mark.django_db(transaction=True)
+def test_what_somebody_holds_is_left_to_the_next_pass(
+    clerk: Agent, scripted_model: ScriptedModel, world: World
+) -> None:
+    held, free = (asked(clerk, scripted_model, ended=days * DAY) for days in (40, 35))
+    with world.db.connection.transaction():
+        world.db.connection.execute("SELECT 1 FROM longhaul_runs_run WHERE id = %s FOR UPDATE", (held.pk,))
+        with kept_for(EVENT=30):
+            assert keep_house().logs == 1
+    free.refresh_from_db()
+    assert free.events_removed_through == free.last_seq - 1
+    with kept_for(EVENT=30):
+        assert keep_house().logs == 1
+
+
+@pytest.mark.django_db(transaction=True)
+def test_a_thread_with_a_long_log_is_taken_apart_in_short_transactions(
+    clerk: Agent, scripted_model: ScriptedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = long_log(asked(clerk, scripted_model, ended=40 * DAY), 250_000)
+    second = long_log(asked(clerk, scripted_model, ended=35 * DAY, thread=first.thread), 50_000)
+    seen: list[tuple[int, int]] = []
+
+    def look(_: Removed) -> None:
+        seen.append(
+            (
+                Thread.objects.count(),
+                sum(run.last_seq - run.events_removed_through for run in Run.objects.all()),
+            )
+        )
+
+    with kept_for(THREAD=30):
+        monkeypatch.setattr(housekeeping.Pass, "_count", counting(housekeeping.Pass._count, look))
+        housekeeping.Pass().run()
+
+    assert list(dict.fromkeys(seen)) == [(1, 300_000), (1, 200_000), (1, 100_000), (0, 0)]
+    assert not Event.objects.filter(run_id__in=[first.pk, second.pk]).exists()
+
+
+def counting(count: Any, look: Any) -> Any:
+    """Return Pass._count that looks at what is committed by then."""
+
+    def counted(self: housekeeping.Pass, **more: int) -> None:
+        count(self, **more)
+        look(self.removed)
+
+    return counted
+
+
+# --- by hand --------------------------------------------------------------------------------------------------------
+
+
+def test_by_hand_it_goes_on_until_nothing_is_due(
+    clerk: Agent, scripted_model: ScriptedModel, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(housekeeping, "BATCH", 2)
+    monkeypatch.setattr(housekeeping, "BATCHES", 2)
+    for number in range(9):
+        key(str(number), 2 * DAY)
+    run = asked(clerk, scripted_model, ended=40 * DAY)
+    with kept_for(EVENT=30, THREAD=50):
+        call_command("keep_house", "--dry-run")
+        events = run.last_seq - 1
+        assert capsys.readouterr().out == f"Due to be removed: 9 idempotency keys, 1 logs of runs, {events} events.\n"
+        assert IdempotencyKey.objects.count() == 9
+        call_command("keep_house", "--json")
+        assert json.loads(capsys.readouterr().out) == {
+            "idempotency_keys": 9, "workers": 0, "logs": 1, "events": events, "threads": 0, "more": False,
+        }  # fmt: skip
+        call_command("keep_house")
+        assert capsys.readouterr().out == "Nothing is due.\n"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)  # a command is started and killed some ten times
+@pytest.mark.django_db(transaction=True)
+def test_killed_in_the_middle_it_leaves_nothing_half_done(
+    clerk: Agent, scripted_model: ScriptedModel, servers: embedded.Servers
+) -> None:
+    runs = [asked(clerk, scripted_model, ended=40 * DAY) for _ in range(20)]
+    fill(runs[5], 350_000)
+    settings_of = (
+        "from agents_project.settings import *\nLONGHAUL = {'EVENT_RETENTION_DAYS': 30, 'THREAD_RETENTION_DAYS': 35}\n"
+    )
+    command = (
+        "import sys, types; module = types.ModuleType('house_settings'); "
+        f"exec({settings_of!r}, module.__dict__); sys.modules['house_settings'] = module; "
+        "from django.core.management import execute_from_command_line as run; run(['manage.py', 'keep_house'])"
+    )
+    environment = {
+        **os.environ, "DJANGO_SETTINGS_MODULE": "house_settings", "DATABASE_URL": url_of_the_test_database(servers),
+    }  # fmt: skip
+    kills = 0
+    while True:
+        house = subprocess.Popen(
+            [sys.executable, "-c", command], cwd=embedded.PROJECT, env=environment, stdout=subprocess.PIPE, text=True
+        )
+        before = left()
+        until = time.monotonic() + 60
+        while house.poll() is None and left() == before and time.monotonic() < until:
+            time.sleep(0.002)
+        if kills < 5 and house.poll() is None:
+            house.kill()
+            kills += 1
+        said, _ = house.communicate(timeout=120)
+        assert_invariants()
+        if house.returncode == 0:
+            break
+    assert kills >= 3
+    assert said.startswith("Removed") or said == "Nothing is due.\n"
+    assert not Thread.objects.exists()
+    assert not Event.objects.exists()
+
+
+def fill(run: Run, length: int) -> None:
+    """Give an ended run so many rows of events."""
+    with connection.cursor() as cursor:
+        cursor.execute(
+            "UPDATE longhaul_runs_event SET seq = %s WHERE run_id = %s AND seq = %s", (length, run.pk, run.last_seq)
+        )
+        cursor.execute(
+            "INSERT INTO longhaul_runs_event (run_id, seq, type, at, payload)"
+            " SELECT %s, n, 'data', (SELECT min(at) FROM longhaul_runs_event WHERE run_id = %s), '{}'"
+            " FROM generate_series(%s, %s) n",
+            (run.pk, run.pk, run.last_seq, length - 1),
+        )
+        cursor.execute("UPDATE longhaul_runs_run SET last_seq = %s WHERE id = %s", (length, run.pk))
+
+
+def left() -> tuple[int, int]:
+    with connection.cursor() as cursor:
+        cursor.execute(
+            "SELECT (SELECT coalesce(sum(events_removed_through), 0) FROM longhaul_runs_run),"
+            " (SELECT count(*) FROM longhaul_threads_thread)"
+        )
+        found: tuple[int, int] = cursor.fetchone()
+        return found
+
+
+def url_of_the_test_database(servers: embedded.Servers) -> str:
+    return urlunsplit(urlsplit(servers.database_url)._replace(path=f"/{connection.settings_dict['NAME']}"))

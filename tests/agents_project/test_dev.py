@@ -219,6 +219,7 @@ class Dev:
     def __init__(self, purpose: str) -> None:
         foreign = {"DATABASE_URL", "REDIS_URL", "CELERY_BROKER_URL", "OPENAI_API_KEY", "OPENAI_BASE_URL"}
         foreign |= {"LONGHAUL_DEMO_MODEL", "LONGHAUL_CELERY_EVENTS", "FLOWER_BASIC_AUTH", "PORT", "FLOWER_PORT"}
+        foreign |= {"UVICORN_HOST", "FLOWER_ADDRESS"}
         self.purpose = purpose
         self.environment = {name: value for name, value in os.environ.items() if name not in foreign}
         self.environment["LONGHAUL_PURPOSE"] = purpose

@@ -60,6 +60,7 @@ def test_the_project_as_it_is_has_nothing_to_say() -> None:
         ({"FLUSH_MILLISECONDS": True}, "E002", ["FLUSH_MILLISECONDS", "a number of milliseconds"]),
         ({"MAX_STEPS": 1.5}, "E002", ["MAX_STEPS", "a whole number"]),
         ({"PRESENCE_TTL_SECONDS": 2}, "E002", ["PRESENCE_TTL_SECONDS", "at least 6"]),
+        ({"SESSION_LOCKS": 1}, "E002", ["SESSION_LOCKS", "True, False or None"]),
         ({"TOOLS_QUEUE": ""}, "E002", ["TOOLS_QUEUE", "empty"]),
         ({"PRICES": {"gpt": {"in": 1}}}, "E006", ["'gpt'", "million tokens"]),
         ({"PRICES": {"gpt": {"input": -1}}}, "E006", ["'gpt'"]),
@@ -307,6 +308,36 @@ def test_agents_workers_without_a_control_worker() -> None:
     wait_until(lambda: "W006" in found(databases=["default"]))
     Worker.objects.filter(pk=agent.pk).update(gone_at=Now())
     assert found(databases=["default"]) == {}
+
+
+@pytest.mark.django_db(transaction=True)
+def test_a_pooler_without_sessions(settings: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def said(**longhaul: Any) -> dict[str, str]:
+        settings.LONGHAUL = longhaul
+        return found(databases=["default"])
+
+    here = connections["default"].settings_dict
+    for alias in ("direct", "elsewhere"):
+        monkeypatch.setitem(connections.settings, alias, dict(here))
+    assert said() == said(SESSION_LOCKS=True) == {}
+    assert "SESSION_LOCKS is False" in said(SESSION_LOCKS=False)["W008"]
+    assert "'nowhere', which DATABASES does not have" in said(DIRECT_DATABASE="nowhere")["E004"]
+    # What Django lets no test see: tests/workers/test_pooler.py runs the command.
+    pooled = {"default"}
+    monkeypatch.setattr(checks, "_keeps_sessions", lambda alias: alias not in pooled)
+    monkeypatch.setattr(checks, "_place", lambda alias: alias == "elsewhere")
+    monkeypatch.setitem(here, "DISABLE_SERVER_SIDE_CURSORS", True)
+    for word in ("A pooler", "12 s", '"DIRECT_DATABASE": "direct"', '"SESSION_LOCKS": True'):
+        assert word in said()["W008"]
+    assert found() == {}, "it looks into the database only when it is asked to"
+    assert said(DIRECT_DATABASE="direct") == said(SESSION_LOCKS=True) == {}
+    assert "'elsewhere', is another database" in said(DIRECT_DATABASE="elsewhere")["E011"]
+    monkeypatch.setitem(here, "DISABLE_SERVER_SIDE_CURSORS", False)
+    assert "DISABLE_SERVER_SIDE_CURSORS" in said(DIRECT_DATABASE="direct")["W008"]
+    assert said(SESSION_LOCKS=True) == {}
+    monkeypatch.setitem(here, "DISABLE_SERVER_SIDE_CURSORS", True)
+    pooled.add("direct")
+    assert "('direct')" in said(DIRECT_DATABASE="direct")["W008"]
 
 
 @pytest.mark.django_db(transaction=True)

@@ -14,12 +14,13 @@ from uuid import UUID
 
 import psycopg
 import pytest
-from django.db import OperationalError
+from django.db import OperationalError, connection, connections
 
-from runs import sweep
+from runs import admission, sweep
 from runs.sweep import Watcher
 from runs.worker import RUNS
 from tests.protocol.rows import SECOND, Claim, Database, World, a_call, wait_until
+from tests.workers.pgbouncer import PORT, PROGRAM, PgBouncer
 from threads.ids import new_id
 from tools import execution, lifecycle, presence
 from tools.models import Worker
@@ -409,23 +410,24 @@ def test_the_thread_keeps_the_process_present_through_an_outage(
 
 
 @pytest.fixture
-def watched(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Watcher, Callable[[float], None]]]:
-    """A watcher, and a way to let it watch for so many seconds, with a look each second."""
+def watched(monkeypatch: pytest.MonkeyPatch) -> Iterator[Watched]:
+    """A watcher, and a way to let it watch for so many seconds, with a look each second; or none, `blindly`."""
     ahead = [0.0]
     clock = SimpleNamespace(monotonic=lambda: time.monotonic() + ahead[0], sleep=lambda seconds: None)
     monkeypatch.setattr(sweep, "time", clock)
     watcher = Watcher()
 
-    def watch(seconds: float) -> None:
-        for _ in range(int(seconds)):
-            ahead[0] += 1
-            watcher.dead()
+    def watch(seconds: int, *, blindly: bool = False) -> None:
+        for _ in range(1 if blindly else seconds):
+            ahead[0] += seconds if blindly else 1
+            if not blindly:
+                watcher.dead()
 
     yield watcher, watch
     watcher.drop()
 
 
-Watched = tuple[Watcher, Callable[[float], None]]
+Watched = tuple[Watcher, Callable[..., None]]
 
 
 def test_lock_held_and_beating_is_alive_for_ever(
@@ -468,6 +470,22 @@ def test_silence_counts_only_while_it_was_watched(
     assert watcher.dead() == {present.id: True}
     watcher.drop()
     assert watcher.dead() == {}
+
+
+def test_an_answer_that_comes_late_counts_no_silence(
+    world: World, arrive: Callable[..., Presence], watched: Watched
+) -> None:
+    """A pooler that waited for Postgres, or a server that was frozen, answers after minutes as if nothing had been."""
+    watcher, watch = watched
+    present = arrive()
+    watch(5)
+    world.ahead(600 * SECOND)
+    watch(600, blindly=True)
+    assert watcher.dead() == {}
+    watch(5)
+    assert watcher.dead() == {}
+    watch(2)
+    assert watcher.dead() == {present.id: True}
 
 
 def test_lock_lost_and_beating_is_dead_but_no_beat_is_missed(
@@ -536,3 +554,130 @@ def test_a_lock_of_another_database_with_the_same_key_keeps_nobody_alive(
         world.db.one(query, session(present).info.backend_pid)
         wait_until(lambda: present.id in watcher.dead())
         assert not world.db.one("SELECT longhaul_worker_locked(%s)", present.id)
+
+
+# --- behind a pooler that keeps no sessions
+
+
+@pytest.fixture
+def no_sessions(settings: Any) -> Callable[[bool], None]:
+    """From here on connections are no sessions, or are again."""
+
+    def switch(on: bool = True) -> None:
+        settings.LONGHAUL = {"SESSION_LOCKS": not on}
+
+    switch()
+    return switch
+
+
+@pytest.mark.needs_pgbouncer
+@pytest.mark.skipif(PROGRAM is None, reason="pgbouncer is not installed")
+def test_a_pooler_shows_itself_and_there_is_a_way_past_it(
+    world: World, arrive: Callable[..., Presence], monkeypatch: pytest.MonkeyPatch, settings: Any
+) -> None:
+    parameters = connection.get_connection_params()
+    pgbouncer = PgBouncer(parameters, size=2)
+    settings.LONGHAUL = {"DIRECT_DATABASE": "pooled"}
+    try:
+        pgbouncer.start()
+        pooled = connection.settings_dict | {"HOST": str(pgbouncer.folder), "PORT": str(PORT)}
+        monkeypatch.setitem(connections.settings, "pooled", pooled)
+        assert presence.has_session(connection.connection)
+        made = [presence.connect("a test") for _ in range(3)]
+        assert [each.sessions for each in made] == [False, False, False]
+        present = arrive()
+        for _ in range(20):  # more than psycopg runs a statement before it prepares it
+            present.tick()
+        assert row(present).lock_key is None
+        assert session(present).execute("SHOW lock_timeout").fetchone() == ("0",)
+        settings.LONGHAUL = {"DIRECT_DATABASE": "pooled", "SESSION_LOCKS": True}  # as of a pooler of whole sessions
+        made.append(presence.connect("a test"))
+        assert made[-1].sessions
+        settings.LONGHAUL = {}
+        made.append(presence.connect("a test"))
+        assert made[-1].sessions
+        for each in made:
+            each.close()
+        present.end()
+    finally:
+        pgbouncer.end()
+        if "pooled" in connections:
+            connections["pooled"].close()
+            del connections["pooled"]
+
+
+def test_a_life_without_a_session_has_no_lock_and_beats(
+    world: World, arrive: Callable[..., Presence], no_sessions: Callable[..., None]
+) -> None:
+    present = arrive()
+    assert (row(present).lock_key, present.life.lock_key) == (None, None)
+    query = "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND pid = %s"
+    assert world.db.one(query, session(present).info.backend_pid) == 0
+    assert world.db.one("SELECT longhaul_worker_present(%s, longhaul_now())", present.id)
+    before = present.life
+    bury(before.id, world)
+    present.tick()
+    present.tick()
+    assert present.id != before.id
+    assert row(present).lock_key is None
+
+
+def test_that_there_is_no_lock_is_not_that_it_is_free(
+    world: World, arrive: Callable[..., Presence], no_sessions: Callable[..., None]
+) -> None:
+    """Neither to the watcher, whose own connection is a session, nor to who got its message a second time."""
+    present = arrive()
+    assert world.db.one("SELECT longhaul_worker_locked(%s)", present.id) is None
+    run, call = claimed(world, present), called(world, present, idempotent=True)
+    admission.take_from_absent(run.run)
+    assert lifecycle.take_from_absent(call) is None
+    assert (world.run(run.run)["holder"], world.tool_call(call)["holder"]) == (present.id, present.id)
+    assert world.db.one("SELECT longhaul_worker_locked(%s)", new_id()) is False
+
+
+def test_a_life_without_a_lock_is_dead_by_time_alone(
+    world: World, arrive: Callable[..., Presence], no_sessions: Callable[..., None], watched: Watched
+) -> None:
+    watcher, watch = watched
+    present = arrive()
+    no_sessions(False)
+    world.ahead(600 * SECOND)
+    watch(12)
+    assert watcher.dead() == {}
+    watch(1)
+    assert watcher.dead() == {present.id: True}
+    for _ in range(2):
+        present.tick()
+    assert watcher.dead() == {}
+
+
+def test_a_life_that_came_back_by_the_pooler_between_two_looks_is_not_dead(
+    world: World, arrive: Callable[..., Presence], settings: Any, watched: Watched, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its lock was seen held, and then free; now it has none."""
+    watcher, _ = watched
+    present = arrive()
+    watcher.dead()
+    cut(present, world)
+    with pytest.raises(psycopg.Error):
+        present.tick()
+    settings.LONGHAUL = {"SESSION_LOCKS": False}
+    clock = SimpleNamespace(monotonic=time.monotonic, sleep=lambda seconds: present.tick())
+    monkeypatch.setattr(sweep, "time", clock)
+    assert watcher.dead() == {}
+    assert row(present).lock_key is None
+
+
+def test_a_watcher_without_a_session_knows_time_alone(
+    world: World, arrive: Callable[..., Presence], settings: Any, watched: Watched
+) -> None:
+    """Postgres may have lost all locks behind the pooler's back."""
+    watcher, watch = watched
+    present = arrive()
+    settings.LONGHAUL = {"SESSION_LOCKS": False}
+    watcher.dead()
+    cut(present, world)
+    assert watcher.dead() == {}
+    world.ahead(13 * SECOND)
+    watch(13)
+    assert watcher.dead() == {present.id: True}

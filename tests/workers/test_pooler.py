@@ -8,6 +8,8 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from urllib.parse import urlsplit, urlunsplit
@@ -186,17 +188,26 @@ def test_an_outage_of_the_pooler_costs_no_run_and_kills_nobody(workers: Kit, pgb
 
 
 def test_a_worker_that_was_stopped_is_taken_for_dead_and_writes_nothing_when_it_wakes(workers: Kit) -> None:
+    """An atomic tool of such a worker has a transaction open, and so a connection of the pooler: that one is ended."""
+    workers.up(tools=2)
+    atomic = worker_test.start("call atomic 8")
+    call = working(atomic)
     run = streaming(worker_test.start("tell me"))
     assert run.holder is not None
-    life, stopped = run.holder, workers.of(run.holder)
+    assert call.holder is not None
+    life, stopped, tools = run.holder, workers.of(run.holder), workers.of(call.holder)
     name = Worker.objects.get(pk=life).name
-    workers.kill(stopped, signal.SIGSTOP)
+    for process in (stopped, tools):
+        workers.kill(process, signal.SIGSTOP)
     try:
         ended(run)
         last = run.last_seq
         assert (run.status, run.output) == ("completed", SENTENCE)
+        assert ended(atomic).output == "It is done."
+        assert list(Ledger.objects.values_list("number", flat=True)) == [2]
     finally:
-        workers.kill(stopped, signal.SIGCONT)
+        for process in (stopped, tools):
+            workers.kill(process, signal.SIGCONT)
     log = workers.folder / f"{name.partition('@')[0]}.log"
     eventually(lambda: f"Run {run.pk} epoch 1 was lost" in log.read_text(), why="the woken leg sees that it was lost")
     eventually(lambda: Worker.objects.filter(name=name, gone_at=None).exclude(pk=life).exists(), why="a new life")
@@ -230,7 +241,16 @@ def test_a_run_over_http_is_streamed_to_its_end(workers: Kit, pgbouncer: PgBounc
         ready = httpx2.get(f"{web.url}/readyz").json()
         assert ready["ready"], ready
         assert "Traceback" not in web.said()
-    assert Run.objects.filter(status="completed").count() == 12
+
+
+def test_the_check_says_what_it_costs_and_the_hint_is_right(workers: Kit) -> None:
+    def said(**more: str) -> str:
+        command = [sys.executable, "manage.py", "check", "--database", "default"]
+        environment = {**workers.environment, **more}
+        return subprocess.run(command, env=environment, capture_output=True, text=True, check=False).stderr
+
+    assert "longhaul.W008) A pooler stands between Longhaul and its Postgres ('default')" in said()
+    assert "longhaul." not in said(DIRECT_DATABASE_URL=direct_url())
 
 
 def test_with_a_way_past_the_pooler_a_death_is_seen_at_once_and_the_pooled_are_left_alone(workers: Kit) -> None:

@@ -25,6 +25,20 @@ def have_servers(**_: Any) -> None:
     embedded.ensure()
 
 
+@celeryd_init.connect
+def show_no_password(**_: Any) -> None:
+    """Answer `celery inspect conf`, and so Flower's page of a worker, without passwords.
+
+    Celery masks the one in `broker_url`, but not under the name that the namespace gives it here, CELERY_BROKER_URL.
+    """
+    from celery.worker.control import Panel
+
+    from threads.redaction import redact_within
+
+    shown = Panel.data["conf"]
+    Panel.data["conf"] = lambda state, **asked: redact_within(shown(state, **asked))
+
+
 @setup_logging.connect
 def leave_logging_alone(loglevel: int | None = None, **_: Any) -> None:
     """Keep to LOGGING: Celery's own handlers write in a form of their own. `-l` may make a process say more than LOG_LEVEL."""

@@ -108,6 +108,15 @@ def redact(text: str) -> str:
         return MASK
 
 
+def redact_within(value: Any) -> Any:
+    """Return a JSON value with each text in it redacted."""
+    if isinstance(value, str):
+        return redact(value)
+    if isinstance(value, Mapping):
+        return {key: redact_within(inner) for key, inner in value.items()}
+    return [redact_within(inner) for inner in value] if isinstance(value, list | tuple) else value
+
+
 def is_secret_name(name: str) -> bool:
     """Return whether a name, of a setting or of a field, says that its value is a secret."""
     return bool(_SECRET_NAME.search(name)) and not _PUBLIC_NAME.search(name)

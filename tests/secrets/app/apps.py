@@ -1,0 +1,6 @@
+from django.apps import AppConfig
+
+
+class SecretsTestConfig(AppConfig):
+    name = "tests.secrets.app"
+    label = "longhaul_secrets_test"

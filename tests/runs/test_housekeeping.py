@@ -21,10 +21,10 @@ from django.core.management import call_command
 from django.db import connection, transaction
 from django.db.models import F
 from django.db.models.signals import pre_delete
-from django.test import override_settings
+from django.test import Client, override_settings
 
 from agents_project import embedded
-from runs import Agent, events, housekeeping
+from runs import Agent, conf, events, housekeeping
 from runs.housekeeping import Removed, keep_house
 from runs.models import Event, Run
 from runs.pytest_longhaul import ScriptedModel, assert_invariants, call, run_to_end
@@ -107,6 +107,30 @@ def test_beat_asks_for_it_by_the_hour_on_a_queue_that_is_consumed() -> None:
     task()
 
 
+@pytest.mark.parametrize("name", ["EVENT_RETENTION_DAYS", "THREAD_RETENTION_DAYS", "WORKER_RETENTION_DAYS"])
+def test_days_are_days_and_none_is_for_ever(name: str) -> None:
+    key = conf.KEYS[name]
+
+    assert [key.problem(days) for days in (None, 1, 1.5, 3650)] == [None] * 4
+    assert key.problem(0.5) == "must be at least 1; it is 0.5"
+    assert key.problem(3651) == "must be at most 3650; it is 3651"
+    assert key.problem("30") == "must be a number of days or None; it is '30'"
+    for given, kept in ((30, 30 * DAY), (None, None)):
+        with override_settings(LONGHAUL={name: given}):
+            assert getattr(conf.settings(), conf.attribute(name)) == kept
+
+
+def test_workers_may_be_kept_for_ever() -> None:
+    worker(1, 3000 * DAY)
+    with kept_for(WORKER=None):
+        assert keep_house() == housekeeping.due() == Removed()
+    with kept_for(WORKER=3001):
+        assert keep_house() == Removed()
+    with kept_for(WORKER=2999):
+        assert housekeeping.due() == Removed(workers=1)
+        assert keep_house() == Removed(workers=1)
+
+
 # --- event logs -----------------------------------------------------------------------------------------------------
 
 
@@ -135,7 +159,7 @@ def aged(run: Run, ended: timedelta) -> Run:
     return run
 
 
-def kept_for(**days: float) -> override_settings:
+def kept_for(**days: float | None) -> override_settings:
     return override_settings(LONGHAUL={f"{name}_RETENTION_DAYS": value for name, value in days.items()})
 
 
@@ -225,6 +249,13 @@ def test_the_log_of_such_a_run_is_not_held_against_its_rows(removed: Run, capsys
 
     Event.objects.filter(run=removed).update(payload={"stop_reason": "max_steps", "output": "Something else."})
     assert {each.what for each in verify(removed).differences} >= {"stop_reason", "output"}
+
+
+def test_its_page_in_the_admin_says_so(removed: Run, admin_client: Client) -> None:
+    page = admin_client.get(f"/admin/longhaul_runs/run/{removed.pk}/change/").content.decode()
+
+    assert f"Events 1 to {removed.last_seq - 1} were removed (EVENT_RETENTION_DAYS)." in page
+    assert "?events_to=" not in page
 
 
 def test_such_a_run_is_shown_and_played_with_a_line_that_says_so(
@@ -405,7 +436,9 @@ def test_a_run_that_starts_at_that_moment_keeps_its_thread_and_is_not_waited_for
 
 
 @pytest.mark.django_db(transaction=True)
-@pytest.mark.parametrize("meanwhile", ["start", "save", "fork"])
+@pytest.mark.parametrize(
+    "meanwhile", ["start", pytest.param("save", marks=pytest.mark.slow), pytest.param("fork", marks=pytest.mark.slow)]
+)
 def test_who_comes_after_the_housekeeping_has_it_waits_and_is_told_that_it_is_gone(
     clerk: Agent, scripted_model: ScriptedModel, meanwhile: str
 ) -> None:

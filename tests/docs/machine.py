@@ -138,7 +138,11 @@ class Machine:
         return self.rows(query, *given)[0][0]
 
     def present(self, kind: str) -> int:
-        query = "SELECT count(*) FROM longhaul_tools_worker WHERE kind = %s AND gone_at IS NULL AND parent_id IS NULL"
+        # One that a dump remembers beats no more.
+        query = (
+            "SELECT count(*) FROM longhaul_tools_worker WHERE kind = %s AND gone_at IS NULL AND parent_id IS NULL"
+            " AND beat_at > longhaul_now() - interval '6 s'"
+        )
         return int(self.one(query, kind))
 
     def settled(self) -> int:

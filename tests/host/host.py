@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -24,6 +25,7 @@ from tests.docs.page import Block, shows, words
 from tests.workers.conftest import eventually
 
 TEMPLATE = Path(__file__).parent / "template"
+INSIDE = Path(__file__).parent / "inside.py"
 
 
 def write(folder: Path) -> None:
@@ -44,6 +46,8 @@ class Host:
     transcript: Path
     database_url: str
     started: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
+    inside: subprocess.Popen[str] | None = None
+    commands: dict[str, str] = field(default_factory=dict)  # by name, as they were started
     before: str = ""  # how its Celery was set before Longhaul came
 
     def run(self, command: str, *, code: int | None = 0, **more: str) -> str:
@@ -63,19 +67,44 @@ class Host:
         assert code is None or done.returncode == code, f"$ {command}\n{done.stdout}"
         return done.stdout
 
-    def python(self, source: str, **more: str) -> str:
-        """Run a few lines in the project's shell; return what they print."""
-        done = subprocess.run(
-            ["python", "-c", f"import django; django.setup()\n{source}"],
-            cwd=self.folder,
-            env={**self.shell, "DJANGO_SETTINGS_MODULE": "shop.settings", **more},
-            capture_output=True,
-            text=True,
-            timeout=100,
-            check=False,
-        )
-        assert done.returncode == 0, f"{source}\n{done.stdout}{done.stderr}"
-        return done.stdout
+    def python(self, source: str) -> str:
+        """Run a few lines in the project, all in one process of it; return what they print."""
+        if self.inside is None:
+            with (self.folder / "inside.log").open("ab") as errors:
+                self.inside = subprocess.Popen(
+                    ["python", str(INSIDE)],
+                    cwd=self.folder,
+                    env={**self.shell, "DJANGO_SETTINGS_MODULE": "shop.settings", "PYTHONPATH": str(self.folder)},
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=errors,
+                    text=True,
+                )
+        assert self.inside.stdin is not None
+        assert self.inside.stdout is not None
+        self.inside.stdin.write(json.dumps(source) + "\n")
+        self.inside.stdin.flush()
+        line = self.inside.stdout.readline()
+        assert line, self.log("inside")
+        answer = json.loads(line)
+        assert "error" not in answer, f"{source}\n{answer['printed']}{answer['error']}"
+        printed: str = answer["printed"]
+        return printed
+
+    def told(self, source: str) -> Any:
+        """Run lines in the project; return the JSON of the last line that they print."""
+        return json.loads(self.python(f"import json\n{source}").splitlines()[-1])
+
+    def leave(self) -> None:
+        """End the process that `python` talks to; the next call starts one, with the files as they are then."""
+        if self.inside is None:
+            return
+        assert self.inside.stdin is not None
+        assert self.inside.stdout is not None
+        self.inside.stdin.close()
+        self.inside.wait(timeout=30)
+        self.inside.stdout.close()
+        self.inside = None
 
     def follow(self, block: Block) -> None:
         """Do what the reader of a page does: write the file, or run the commands and see what is shown."""
@@ -108,6 +137,7 @@ class Host:
         with self.transcript.open("a") as told:
             told.write(f"$ {command} &\n\n")
         self.started[name] = process
+        self.commands[name] = command
         return process
 
     def log(self, name: str) -> str:
@@ -206,6 +236,7 @@ def shop(
         try:
             yield host
         finally:
+            host.leave()
             host.end()
             for database in databases:
                 connection.execute(f"DROP DATABASE IF EXISTS {database} WITH (FORCE)")

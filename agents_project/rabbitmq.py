@@ -109,6 +109,8 @@ class RabbitMQ:
             "RABBITMQ_GENERATED_CONFIG_DIR": self.folder / "config",
             "RABBITMQ_PID_FILE": self.folder / "pid",
             "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS": _ERLANG,
+            # Let the script become the node, which else were its child, and would outlive it.
+            "RUNNING_UNDER_SYSTEMD": "true",
         }
         kept = {
             name: value for name, value in os.environ.items() if not name.startswith(("RABBITMQ_", "ERL_", "ERLANG_"))

@@ -24,7 +24,7 @@ from tools import queues
 
 logger = logging.getLogger("longhaul.tools")
 
-PATIENCE = 10.0  # seconds, for each answer of the broker
+PATIENCE = 5.0  # seconds, for each answer of the broker; it takes milliseconds
 CONNECT_PATIENCE = 4.0  # as Celery's own, which it turns off under gevent
 
 # By app: the process that made the pool, and the pool. A forked child must not write into its parent's sockets.

@@ -32,6 +32,10 @@ def execute_call(self: Any, call_id: str, attempt: int) -> None:
     if (self.request.delivery_info or {}).get("redelivered"):
         answer = lifecycle.take_from_absent(UUID(call_id))
         if answer is not None:
+            told = {"action": "call.reclaimed", "run": answer.get("run"), "tool_call": call_id, "attempt": attempt}
+            logger.warning(
+                "Call %s came back from the broker, reclaimed from a worker that is gone", call_id, extra=told
+            )
             # It has a message in its hands, so none is sent.
             again = answer.pop("publish_call", None)
             run_log.current().announce(answer)

@@ -215,11 +215,11 @@ def test_secrets_are_in_no_log_row_message_page_or_answer(transactional_db: None
     # The search finds what is there: what may be in rows is in them, each in its place.
     for allowed, column in ALLOWED:
         assert scene.cores[allowed] in scene.found[f"row {column}"], (allowed, column)
+    assert not (leaks := scene.leaks()), "\n".join(leaks)
     assert "[masked]" in scene.found["row longhaul_tools_toolcall.error"]
     # Messages are encoded twice on their way.
     assert "longhaul.advance_run" in scene.found["valkey MONITOR"]
     assert '[["longhaul' in scene.found["valkey MONITOR"] or '{"callbacks"' in scene.found["valkey MONITOR"]
-    assert not (leaks := scene.leaks()), "\n".join(leaks)
 
     # And every line of every log is a JSON object, but for the one that Celery writes past all logging when it is told to end.
     strange = [

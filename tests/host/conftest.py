@@ -110,7 +110,8 @@ CONFIGURATION = """
 from shop.celery import app
 app.loader.import_default_modules()
 for name in sorted(app.conf):
-    if "url" not in name and not name.startswith("__"): print(name, app.conf[name])
+    if "url" not in name and name != "broker_transport_options" and not name.startswith("__"):
+        print(name, app.conf[name])
 for name, task in sorted(app.tasks.items()):
     if not name.startswith("longhaul."):
         print(name, type(task.backend), {attribute: getattr(task, attribute) for attribute, _ in task.from_config})

@@ -11,7 +11,7 @@ import redis
 from tests.host.conftest import CONFIGURATION
 from tests.host.host import Host, until
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 SHIP = "from orders.tasks import ship; print(json.dumps(ship.delay(1042).get(timeout=30)))"
 once = pytest.mark.parametrize("adopted", ["5.2"], indirect=True)  # what does not depend on Django's version

@@ -37,6 +37,11 @@ def run_channel(run_id: UUID | str) -> str:
     return f"{_READERS}{run_id}"
 
 
+def thread_channel(thread_id: UUID | str) -> str:
+    """Return where it rings when a thread gets a run."""
+    return f"longhaul.thread.{thread_id}"
+
+
 def leg_channel(run_id: UUID | str) -> str:
     return f"longhaul.leg.{run_id}"
 

@@ -8,7 +8,7 @@
     E006  a price that cannot be read                  W006  agents workers, and nobody who sweeps (`--database default`)
     E007  ACCESS names no policy                        W007  USE_TZ is off
     E008  an agents.py that cannot be imported          W008  a pooler without sessions (`--database default`)
-    E009  an agent without a model
+    E009  an agent without a model                     W009  streams that keep a thread for each reader
     E010  Celery does not take Longhaul's messages
     E011  DIRECT_DATABASE is another database (`--database default`)
 
@@ -18,8 +18,10 @@ Each has a hint that says what to change.
 from __future__ import annotations
 
 import difflib
+import importlib.util
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 from celery import current_app
@@ -27,6 +29,7 @@ from django.apps import AppConfig, apps
 from django.conf import settings as django_settings
 from django.core.checks import CheckMessage, Error, Tags, Warning, register
 from django.db import DatabaseError, connections, router
+from django.urls import NoReverseMatch, reverse
 from django.utils.module_loading import import_string
 
 from runs.conf import KEYS, settings
@@ -326,6 +329,33 @@ def check_databases(app_configs: Configs, **_: Any) -> list[CheckMessage]:
             )
         )
     return found
+
+
+@register(SECTION)
+def check_streams(app_configs: Configs, **_: Any) -> list[CheckMessage]:
+    """Where the API is and an asgi.py, that one has `with_streams`. It is read, not run: who knows what it starts."""
+    try:
+        reverse("longhaul:runs")
+    except (NoReverseMatch, ImportError):
+        return []
+    named = getattr(django_settings, "ASGI_APPLICATION", None) or ""
+    module = str(named).rpartition(".")[0] or f"{django_settings.ROOT_URLCONF.rpartition('.')[0]}.asgi"
+    try:
+        found = importlib.util.find_spec(module)
+        source = Path(found.origin).read_text() if found is not None and found.origin else None
+    except (ImportError, OSError, ValueError):
+        source = None
+    if source is None or "with_streams" in source:
+        return []  # a project that speaks WSGI alone streams nothing
+    return [
+        Warning(
+            f"{module} leaves streams to Django's own handler, which keeps a thread for each that is open, and asks the"
+            " database for each reader by itself: a hundred readers are a hundred threads.",
+            hint="from runs import with_streams; application = with_streams(get_asgi_application()). Where that is done"
+            " elsewhere, or only WSGI is served, SILENCED_SYSTEM_CHECKS = ['longhaul.W009'].",
+            id="longhaul.W009",
+        )
+    ]
 
 
 @register(SECTION)

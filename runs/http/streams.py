@@ -6,15 +6,18 @@ it, and keeps a thread for each that is open, asleep. Its ORM is used in that on
 
 from __future__ import annotations
 
+import asyncio
 import logging
+import re
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import aclosing
-from functools import cache
+from functools import cache, partial
 from typing import Annotated, Any, Literal
 from uuid import UUID
 
 from django.core.handlers.asgi import ASGIRequest
+from django.db.models import Q
 from django.http import Http404, HttpResponse, HttpResponseBase, StreamingHttpResponse
 from django.urls import reverse
 from pydantic import Field
@@ -22,6 +25,7 @@ from rest_framework.request import Request
 from rest_framework.response import Response
 
 from runs import events
+from runs.access import visible
 from runs.events import RunEvent
 from runs.http import answers
 from runs.http.body import WHOLE, Body, Given, provided
@@ -31,9 +35,10 @@ from runs.http.query import Query
 from runs.http.schema import STREAM
 from runs.http.view import AsyncView, operation, sees
 from runs.models import TERMINAL, Run, Status
-from runs.streams.app import handover_of
+from runs.streams.app import OPENING, PING, handover_of
 from runs.streams.visitors import Visitor
 from threads.database import apart
+from threads.models import Thread
 
 logger = logging.getLogger("longhaul.streams")
 
@@ -46,6 +51,7 @@ HEADERS = {
     "Content-Encoding": "identity",  # else Django's GZipMiddleware keeps what it compresses until it has enough
 }
 
+CURSOR = r"^[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}:[0-9]{1,18}$"
 After = Annotated[int, Field(ge=0, le=2**63 - 1, description="the last seq that you have seen"), WHOLE]
 Batch = Annotated[int, Field(ge=1, le=1000, description="events that are read at once"), WHOLE]
 Pings = Annotated[bool, Field(description="send pings as events of type ping, not as comments")]
@@ -53,6 +59,14 @@ Pings = Annotated[bool, Field(description="send pings as events of type ping, no
 
 class StreamQuery(Query):
     starting_after: After = 0
+    batch_size: Batch = 1000
+    include_pings: Pings = False
+
+
+class ThreadStreamQuery(Query):
+    after: Annotated[
+        str | None, Field(description="RUN:SEQ, the id of the last frame that you have seen", pattern=CURSOR)
+    ] = None
     batch_size: Batch = 1000
     include_pings: Pings = False
 
@@ -77,7 +91,7 @@ class StreamOfRun(AsyncView):
 
         A `Last-Event-ID` header wins over `starting_after`, so a browser's EventSource resumes by itself.
         """
-        return self._stream(request, run, query, Body.read(request._request).form(StreamBody))
+        return self._answer(request, run, query, Body.read(request._request).form(StreamBody))
 
     @operation(
         sees(Run), name="stream_run_by_post", query=StreamQuery, body=StreamBody, answers={200: ((STREAM, str),)},
@@ -85,9 +99,9 @@ class StreamOfRun(AsyncView):
     )  # fmt: skip
     async def post(self, request: Request, run: Run, query: StreamQuery, body: StreamBody) -> HttpResponseBase:
         """Follow a run, with the parameters in the body."""
-        return self._stream(request, run, query, body)
+        return self._answer(request, run, query, body)
 
-    def _stream(self, request: Request, run: Run, query: StreamQuery, body: StreamBody) -> HttpResponseBase:
+    def _answer(self, request: Request, run: Run, query: StreamQuery, body: StreamBody) -> HttpResponseBase:
         if not can_stream(request):
             raise needs_asgi(reverse("longhaul:run-wait", args=[run.pk]))
         told = body.model_copy(update=provided(query))
@@ -101,6 +115,42 @@ class StreamOfRun(AsyncView):
             name = "Last-Event-ID" if seen else "starting_after"
             raise BadField(name, f"The run's last event so far is {run.last_seq}.")
         return stream_of(request, run, after=after, batch=told.batch_size, pings=told.include_pings)
+
+
+class StreamOfThread(AsyncView):
+    @operation(
+        sees(Thread), name="stream_thread", query=ThreadStreamQuery, answers={200: ((STREAM, str),)}, raises=(501,)
+    )
+    async def get(self, request: Request, thread: Thread, query: ThreadStreamQuery) -> HttpResponseBase:
+        """Follow a thread: the events of its runs, one run after another, and of those to come.
+
+        A frame's id is `RUN:SEQ`; as `after`, or as the `Last-Event-ID` header, which wins, it is where the stream goes on. The
+        cursor of the thread's messages is one too. Without any the stream begins with the thread's first run. It has no end.
+        """
+        if not can_stream(request):
+            raise Refused(
+                "This server speaks WSGI, which cannot stream: use /events or /wait of a run.", "needs_asgi", 501
+            )
+        name, cursor = "after", query.after or ""
+        if seen := request.headers.get("Last-Event-ID", ""):
+            name, cursor = "Last-Event-ID", seen
+            if not re.fullmatch(CURSOR, seen):
+                raise BadField(name, "This is not the id of a frame of this stream: RUN:SEQ.")
+        run, after = await apart(_place)(request, thread, name, cursor)
+        return stream_of_thread(request, thread, run, after=after, batch=query.batch_size, pings=query.include_pings)
+
+
+def _place(request: Request, thread: Thread, name: str, cursor: str) -> tuple[Run | None, int]:
+    """Return the run and the seq that a cursor names. Raises BadField."""
+    if not cursor:
+        return None, 0
+    id, _, seq = cursor.partition(":")
+    run = visible(Run, request.user).filter(pk=id, thread=thread).first()
+    if run is None:
+        raise BadField(name, "The thread has no such run.")
+    if int(seq) > run.last_seq:
+        raise BadField(name, f"The run's last event so far is {run.last_seq}.")
+    return run, int(seq)
 
 
 def can_stream(request: Request) -> bool:
@@ -119,17 +169,36 @@ def stream_of(
 ) -> HttpResponseBase:  # fmt: skip
     """Answer with the run's events after the cursor, as server-sent events."""
     named = {"Location": reverse("longhaul:run", args=[run.pk]), "X-Run-Id": str(run.pk)}
-    said: dict[str, Any] = {"content_type": STREAM, "headers": {**HEADERS, **named, **(headers or {})}}
+    plan = {"run": run.pk, "after": after, "known": run.last_seq}
+    frames = partial(_frames, request, run.pk, after, batch, pings)
+    return _stream(request, {**named, **(headers or {})}, frames, batch=batch, pings=pings, **plan)
+
+
+def stream_of_thread(
+    request: Request, thread: Thread, run: Run | None, *, after: int = 0, batch: int = 1000, pings: bool = False
+) -> HttpResponseBase:
+    """Answer with the events of the thread's runs after the cursor, and of those to come."""
+    plan: dict[str, Any] = {"thread": thread.pk}
+    if run is not None:
+        plan |= {"run": run.pk, "after": after, "known": run.last_seq}
+    frames = partial(_frames_of_thread, request, thread.pk, None if run is None else run.pk, after, batch, pings)
+    headers = {"Location": reverse("longhaul:thread", args=[thread.pk])}
+    return _stream(request, headers, frames, batch=batch, pings=pings, **plan)
+
+
+def _stream(
+    request: Request, headers: Mapping[str, str], frames: Callable[[], AsyncIterator[bytes]], **plan: Any
+) -> HttpResponseBase:
+    said: dict[str, Any] = {"content_type": STREAM, "headers": {**HEADERS, **headers}}
     if request.method == "HEAD":  # its answer has no body, and must not wait for the run's end to say so
         return HttpResponse(**said)
     handover = handover_of(request._request)
     if handover is None:
         _tell_what_it_costs()
-        return StreamingHttpResponse(_frames(request, run.pk, after, batch, pings), **said)
+        return StreamingHttpResponse(frames(), **said)
     from runs.streams.broadcast import Plan
 
-    plan = Plan(visitor=Visitor.of(request), run=run.pk, after=after, batch=batch, pings=pings, known=run.last_seq)
-    said["headers"] |= handover.take(plan)
+    said["headers"] |= handover.take(Plan(visitor=Visitor.of(request), **plan))
     return HttpResponse(**said)
 
 
@@ -141,10 +210,12 @@ def _tell_what_it_costs() -> None:
     )
 
 
-async def _frames(request: Request, run_id: UUID, after: int, batch: int, pings: bool) -> AsyncIterator[bytes]:
+async def _frames(
+    request: Request, run_id: UUID, after: int, batch: int, pings: bool, prefix: str = ""
+) -> AsyncIterator[bytes]:
     sent = checked = time.monotonic()
-    # What is sent before the first event lets a client, and a proxy, know that the stream stands.
-    yield b": longhaul\n\n"
+    if not prefix:
+        yield OPENING
     async with aclosing(events.abatches(run_id, after, batch)) as batches:
         async for found in batches:
             if time.monotonic() - checked >= CHECK_SECONDS:
@@ -152,12 +223,52 @@ async def _frames(request: Request, run_id: UUID, after: int, batch: int, pings:
                     return  # who comes back is told why
                 checked = time.monotonic()
             if found:
-                yield b"".join(map(frame, found))
+                yield b"".join(frame(event, prefix) for event in found)
             elif time.monotonic() - sent < PING_SECONDS:
                 continue
             else:
-                yield b"event: ping\ndata: {}\n\n" if pings else b": ping\n\n"
+                yield PING[pings]
             sent = time.monotonic()
+
+
+async def _frames_of_thread(
+    request: Request, thread_id: UUID, run_id: UUID | None, after: int, batch: int, pings: bool
+) -> AsyncIterator[bytes]:
+    sent = time.monotonic()
+    yield OPENING
+    before = None
+    while True:
+        if run_id is not None:
+            async with aclosing(_frames(request, run_id, after, batch, pings, f"{run_id}:")) as told:  # type: ignore[type-var]
+                async for piece in told:
+                    yield piece
+            sent = time.monotonic()
+            before, run_id, after = run_id, None, 0
+        found = await apart(_next_run)(request, thread_id, before)
+        if found is None:
+            return
+        if isinstance(found, UUID):
+            run_id = found
+            continue
+        if time.monotonic() - sent >= PING_SECONDS:
+            yield PING[pings]
+            sent = time.monotonic()
+        await asyncio.sleep(events.LOOK_SECONDS)
+
+
+def _next_run(request: Request, thread_id: UUID, before: UUID | None) -> UUID | Literal["none yet"] | None:
+    """Return the thread's run after this one, as they were made; None when the thread is not theirs to see any more."""
+    visitor = Visitor.of(request)
+    if not visitor.sees({Thread: [thread_id]}):
+        return None
+    runs = Run.objects.filter(thread=thread_id).order_by("created_at", "pk")
+    if before is not None:
+        made = Run.objects.filter(pk=before).values_list("created_at", flat=True).first()
+        later = Q(created_at__gt=made) | Q(created_at=made, pk__gt=before) if made is not None else Q(pk__gt=before)
+        runs = runs.filter(later)
+    ids = list(runs.values_list("pk", flat=True))
+    seen = visitor.sees({Run: ids})
+    return next((id for id in ids if id in seen), "none yet")
 
 
 def still_sees(request: Request, run_id: UUID) -> bool:
@@ -165,11 +276,12 @@ def still_sees(request: Request, run_id: UUID) -> bool:
     return run_id in Visitor.of(request).sees({Run: [run_id]})
 
 
-def frame(event: RunEvent) -> bytes:
+def frame(event: RunEvent, prefix: str = "") -> bytes:
     """One event as a server-sent one; its JSON has no line breaks. A gap is no place to come back to, and has no id."""
     if event.type == events.RESUME_GAP:
         return b"event: %b\ndata: %b\n\n" % (event.type.encode(), dumps(event.as_dict()))
-    return b"id: %d\nevent: %b\ndata: %b\n\n" % (event.seq, event.type.encode(), dumps(event.as_dict()))
+    id = f"{prefix}{event.seq}".encode()
+    return b"id: %b\nevent: %b\ndata: %b\n\n" % (id, event.type.encode(), dumps(event.as_dict()))
 
 
 class WaitForRun(AsyncView):

@@ -33,6 +33,7 @@ urlpatterns = [
     path("api/threads/<row_id:id>", threads.OneThread.as_view(), name="thread"),
     path("api/threads/<row_id:id>/messages", threads.Messages.as_view(), name="messages"),
     path("api/threads/<row_id:id>/runs", runs.RunsOfThread.as_view(), name="thread-runs"),
+    path("api/threads/<row_id:id>/stream", streams.StreamOfThread.as_view(), name="thread-stream"),
     path("api/messages/<row_id:id>", threads.OneMessage.as_view(), name="message"),
     path("api/runs", runs.Runs.as_view(), name="runs"),
     path("api/runs/<row_id:id>", runs.OneRun.as_view(), name="run"),

@@ -22,6 +22,10 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 Application = Callable[[Any, Any, Any], Awaitable[None]]
 
+# What is sent before the first event lets a client, and a proxy, know that the stream stands. A browser whose stream ended comes
+# back after a second.
+OPENING = b": longhaul\nretry: 1000\n\n"
+PING = {False: b": ping\n\n", True: b"event: ping\ndata: {}\n\n"}
 IN_SCOPE = "longhaul.streams"
 HEADER = "X-Longhaul-Stream"
 _HEADER = HEADER.lower().encode()
@@ -96,7 +100,7 @@ def _without(message: Message, names: Container[bytes]) -> list[tuple[bytes, byt
 
 
 async def _stream(plan: Plan, start: Message, receive: Receive, send: Send) -> None:
-    from runs.streams.broadcast import OPENING, here
+    from runs.streams.broadcast import here
 
     headers = [*_without(start, _OF_THE_BODY), (b"Content-Encoding", b"identity")]
     broadcast = here()
@@ -104,7 +108,6 @@ async def _stream(plan: Plan, start: Message, receive: Receive, send: Send) -> N
     listening = asyncio.create_task(_listen(receive, broadcast, reader))
     try:
         await send({**start, "headers": headers})
-        # What is sent before the first event lets a client, and a proxy, know that the stream stands.
         await send({"type": "http.response.body", "body": OPENING, "more_body": True})
         while piece := await reader.next():
             await send({"type": "http.response.body", "body": piece, "more_body": True})

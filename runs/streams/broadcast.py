@@ -28,6 +28,7 @@ from django.db.models import Model
 from runs import bells
 from runs.models import Run
 from runs.streams import departure
+from runs.streams.app import PING
 from runs.streams.log import MOST_A_TAIL, Fresh, Log, Page
 from runs.streams.visitors import Visitor
 from threads.database import apart
@@ -35,7 +36,6 @@ from threads.models import Thread
 
 logger = logging.getLogger("longhaul.streams")
 
-OPENING = b": longhaul\nretry: 1000\n\n"  # a browser whose stream ended comes back after a second
 PING_SECONDS = 15.0
 CHECK_SECONDS = 30.0  # how long a stream goes on for who may no longer see what it shows
 LOOK_SECONDS = 1.0  # how often a tail is read though no bell rang
@@ -84,7 +84,7 @@ class Reader:
         self.before: UUID | None = None  # of a thread: the run that was last, between two
         self.at = plan.after  # the last seq that was queued
         self.batch = plan.batch
-        self.ping = b"event: ping\ndata: {}\n\n" if plan.pings else b": ping\n\n"
+        self.ping = PING[plan.pings]
         self.wanted = max(plan.known - plan.after, 0) + SHORT // 4  # events that its next page will have, about
         self.asked = False  # for a page, or the next run
         self.joined = False
@@ -158,6 +158,7 @@ class Reader:
 class Tail:
     """The end of a run's log, as far as it was read for those who follow it live."""
 
+    bell: _Bell
     readers: int = 0  # of the run, joined or still with its history
     joined: set[Reader] = field(default_factory=set)
     at: int = -1  # up to here all who joined have it; -1: nobody has
@@ -165,7 +166,6 @@ class Tail:
     quiet: float = 0.0  # since when nothing came, or it was seen that the run is there still
     kept: deque[Fresh] = field(default_factory=deque)
     kept_bytes: int = 0
-    bell: _Bell | None = None
 
     def keep(self, fresh: list[Fresh]) -> None:
         for each in fresh:
@@ -188,16 +188,23 @@ class Tail:
 
 
 class _Bell:
-    """What the bell of a run sets, from the ear's thread."""
+    """What the bell of a run or thread sets, from the ear's thread."""
 
-    __slots__ = ("broadcast", "run")
+    __slots__ = ("broadcast", "id")
 
-    def __init__(self, broadcast: Broadcast, run: UUID) -> None:
+    def __init__(self, broadcast: Broadcast, id: UUID) -> None:
         self.broadcast = broadcast
-        self.run = run
+        self.id = id
 
     def set(self) -> None:
-        self.broadcast.rang(self.run)
+        self.broadcast.rang(self.id)
+
+    def hang(self, channel: str) -> None:
+        """Listen to the channel from now on. What it rang for before is looked for after."""
+        _ear().submit(bells.ear().add, channel, self).add_done_callback(lambda _: self.set())
+
+    def take_down(self, channel: str) -> None:
+        _ear().submit(bells.ear().remove, channel, self)
 
 
 class Broadcast:
@@ -213,7 +220,9 @@ class Broadcast:
         self._short: deque[Reader] = deque()  # who want a page
         self._long: deque[Reader] = deque()
         self._wanted = asyncio.Event()
-        self._between: set[Reader] = set()  # of threads, whose run has ended
+        self._between: dict[UUID, set[Reader]] = {}  # of threads, those whose run has ended
+        self._thread_bells: dict[UUID, _Bell] = {}
+        self._go_now = asyncio.Event()
         self._rung: deque[UUID] = deque()
         self._told = False  # that something rang
         self._work: asyncio.Task[None] | None = None
@@ -238,7 +247,7 @@ class Broadcast:
         """End a stream, and free all that it held."""
         reader.cut = True
         self.readers.discard(reader)
-        self._between.discard(reader)
+        self._no_longer_between(reader)
         if reader.run is not None:
             self._end(reader, reader.run)
         if not self.readers:
@@ -247,11 +256,8 @@ class Broadcast:
     def _begin(self, run: UUID) -> None:
         tail = self.tails.get(run)
         if tail is None:
-            tail = self.tails[run] = Tail(bell=_Bell(self, run))
-            # What it rang for before it was heard is read after: then the run is due in any case.
-            assert tail.bell is not None
-            added = _ear().submit(bells.ear().add, bells.run_channel(run), tail.bell)
-            added.add_done_callback(lambda _: self.rang(run))
+            tail = self.tails[run] = Tail(_Bell(self, run))
+            tail.bell.hang(bells.run_channel(run))
         tail.readers += 1
 
     def _end(self, reader: Reader, run: UUID) -> None:
@@ -264,17 +270,31 @@ class Broadcast:
         if not tail.readers:
             del self.tails[run]
             self._due.discard(run)
-            assert tail.bell is not None
-            _ear().submit(bells.ear().remove, bells.run_channel(run), tail.bell)
+            tail.bell.take_down(bells.run_channel(run))
 
     def want(self, reader: Reader) -> None:
         """Get the reader its next page, or, in a thread, its next run."""
         reader.asked = True
-        if reader.run is None:
-            self._between.add(reader)
-        else:
+        if reader.run is not None:
             (self._short if reader.wanted <= SHORT else self._long).append(reader)
-        self._wanted.set()
+            self._wanted.set()
+            return
+        assert reader.thread is not None
+        waiting = self._between.setdefault(reader.thread, set())
+        waiting.add(reader)
+        if reader.thread not in self._thread_bells:
+            bell = self._thread_bells[reader.thread] = _Bell(self, reader.thread)
+            bell.hang(bells.thread_channel(reader.thread))
+        self._go_now.set()
+
+    def _no_longer_between(self, reader: Reader) -> None:
+        waiting = self._between.get(reader.thread) if reader.thread is not None else None
+        if reader.thread is None or waiting is None:
+            return
+        waiting.discard(reader)
+        if not waiting:
+            del self._between[reader.thread]
+            self._thread_bells.pop(reader.thread).take_down(bells.thread_channel(reader.thread))
 
     def _join(self, reader: Reader) -> bool:
         """Let a reader follow live, if nothing is missing between what it has and its run's tail."""
@@ -319,9 +339,9 @@ class Broadcast:
 
     # --- bells ------------------------------------------------------------------------------------------------------
 
-    def rang(self, run: UUID) -> None:
-        """Note that a run has something new. Called from any thread."""
-        self._rung.append(run)
+    def rang(self, id: UUID) -> None:
+        """Note that a run has something new, or a thread a run. Called from any thread."""
+        self._rung.append(id)
         if not self._told:
             self._told = True
             try:
@@ -332,9 +352,11 @@ class Broadcast:
     def _hear(self) -> None:
         self._told = False  # before the first is taken: what rings from now on tells again
         while self._rung:
-            run = self._rung.popleft()
-            if run in self.tails:
-                self._make_due(run)
+            id = self._rung.popleft()
+            if id in self.tails:
+                self._make_due(id)
+            elif id in self._between:
+                self._go_now.set()
 
     def _make_due(self, run: UUID) -> None:
         self._due.add(run)
@@ -476,12 +498,20 @@ class Broadcast:
                     reader.push(reader.ping)
 
     async def _go_on(self, log: Log) -> None:
-        """Close the streams of runs that were deleted; lead those of threads on to the next run."""
+        """Lead the streams of threads on to the next run; close those of runs that were deleted."""
+        looked = 0.0
         while True:
-            await asyncio.sleep(LOOK_SECONDS)
             try:
-                await self._close_deleted(log)
+                async with asyncio.timeout(LOOK_SECONDS):
+                    await self._go_now.wait()
+            except TimeoutError:
+                pass
+            self._go_now.clear()
+            try:
                 await self._lead_on(log)
+                if time.monotonic() - looked >= LOOK_SECONDS:
+                    looked = time.monotonic()
+                    await self._close_deleted(log)
             except _AWAY as error:
                 await self._pause(error)
 
@@ -501,32 +531,34 @@ class Broadcast:
                 reader.wake.set()
 
     async def _lead_on(self, log: Log) -> None:
-        waiting = [reader for reader in self._between if not reader.cut]
-        if not waiting:
-            return
+        """Begin the next run of each thread's reader who waits for it, or pass it over if it is not theirs to see."""
+        waiting = [reader for readers in self._between.values() for reader in readers]
         found = await log.next_runs([(reader.thread, reader.before) for reader in waiting if reader.thread])
+        groups: dict[Any, list[tuple[Reader, UUID]]] = {}
         for reader, (there, run) in zip(waiting, found, strict=True):
             if not there:
-                self._between.discard(reader)
+                self._no_longer_between(reader)
                 reader.finish()
-            elif run is not None and not reader.cut:
-                await self._lead_to(reader, run)
+            elif run is not None:
+                groups.setdefault(reader.visitor.same, []).append((reader, run))
+        for led in groups.values():
+            seen = await self._seen(led[0][0].visitor, {Run: {run for _, run in led}})
+            if seen is None:
+                continue
+            for reader, run in led:
+                if not reader.cut:
+                    self._lead_to(reader, run, run in seen)
 
-    async def _lead_to(self, reader: Reader, run: UUID) -> None:
-        """Begin the next run of a thread's reader, or pass it over if it is not theirs to see."""
-        try:
-            seen = await apart(reader.visitor.sees)({Run: {run}})
-        except (DatabaseError, InterfaceError):
-            return
-        if reader.cut:
-            return
+    def _lead_to(self, reader: Reader, run: UUID, seen: bool) -> None:
         reader.before = run
-        if seen:
-            self._between.discard(reader)
-            reader.run, reader.at, reader.asked = run, 0, False
-            reader.wanted = SHORT // 4
-            self._begin(run)
-            reader.wake.set()
+        if not seen:
+            self._go_now.set()
+            return
+        self._no_longer_between(reader)
+        reader.run, reader.at, reader.asked = run, 0, False
+        reader.wanted = SHORT // 4
+        self._begin(run)
+        reader.wake.set()
 
     async def _admit(self) -> None:
         """Ask again whether readers may see what they are shown."""
@@ -545,18 +577,24 @@ class Broadcast:
             Run: {reader.run for reader in readers if reader.run is not None},
             Thread: {reader.thread for reader in readers if reader.thread is not None},
         }
-        try:
-            seen = await apart(readers[0].visitor.sees)({model: ids for model, ids in shown.items() if ids})
-        except (DatabaseError, InterfaceError):
-            return  # nothing is shown either while it cannot be asked
-        except Exception:
-            logger.exception("A policy that raises shows nothing")
-            seen = set()
+        seen = await self._seen(readers[0].visitor, {model: ids for model, ids in shown.items() if ids})
+        if seen is None:
+            return
         now = time.monotonic()
         for reader in readers:
             reader.checked = now
             if not {id for id in (reader.run, reader.thread) if id is not None} <= seen:
                 reader.finish(unsent=False)  # who comes back is told why
+
+    async def _seen(self, visitor: Visitor, rows: dict[type[Model], set[UUID]]) -> set[UUID] | None:
+        """Return what of this the visitor may see; None while the database cannot be asked, when nothing is shown either."""
+        try:
+            return await apart(visitor.sees)(rows)
+        except (DatabaseError, InterfaceError):
+            return None
+        except Exception:
+            logger.exception("A policy that raises shows nothing")
+            return set()
 
     async def _pause(self, error: BaseException) -> None:
         logger.warning("Streams wait for Postgres: %s", str(error).partition("\n")[0] or type(error).__name__)

@@ -130,6 +130,8 @@ class Log:
 
     async def next_runs(self, of: Sequence[tuple[UUID, UUID | None]]) -> list[tuple[bool, UUID | None]]:
         """Return for each (thread, run before) whether the thread is there, and its next run."""
+        if not of:
+            return []
         rows = await self._ask(_NEXT, [thread for thread, _ in of], [run for _, run in of])
         return [(there, run) for _, there, run in rows]
 

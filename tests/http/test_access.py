@@ -46,6 +46,7 @@ RULES: dict[str, dict[str, Rule]] = {
     "thread": {"GET": sees(Thread), "PATCH": may("change", Thread), "DELETE": may("delete", Thread)},
     "messages": {"GET": sees(Thread), "POST": may("save", Thread)},
     "thread-runs": {"POST": may("start", Thread)},
+    "thread-stream": {"GET": sees(Thread)},
     "message": {"DELETE": may("delete_message", Message)},
     "runs": {"GET": SIGNED_IN, "POST": may("start")},
     "run": {"GET": sees(Run)},
@@ -97,7 +98,7 @@ BODIES: dict[str, Any] = {
 }
 QUERIES = {"run-wait": "?timeout_seconds=0"}
 # The test client speaks WSGI, which cannot stream: who is let in hears that.
-ELSE = {"run-stream": 501}
+ELSE = {"run-stream": 501, "thread-stream": 501}
 
 
 def view_of(pattern: URLPattern) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -338,6 +339,32 @@ def test_a_pooler_without_sessions(settings: Any, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setitem(here, "DISABLE_SERVER_SIDE_CURSORS", True)
     pooled.add("direct")
     assert "('direct')" in said(DIRECT_DATABASE="direct")["W008"]
+
+
+def test_streams_that_keep_a_thread_for_each_reader(
+    settings: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is told from the text of asgi.py, which is not run."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+    home = tmp_path / "hosts_project"
+    home.mkdir()
+    (home / "__init__.py").touch()
+    (home / "urls.py").write_text("from agents_project.urls import urlpatterns as urlpatterns")
+    del settings.ASGI_APPLICATION  # startproject makes the file, and no setting
+    settings.ROOT_URLCONF = "hosts_project.urls"
+    assert found() == {}, "it is served by WSGI alone"
+    (home / "asgi.py").write_text("application = get_asgi_application()\nraise SystemExit")
+    for word in ("hosts_project.asgi", "a thread for each", "with_streams(get_asgi_application())"):
+        assert word in found()["W009"]
+    settings.ASGI_APPLICATION = "hosts_project.asgi.application"
+    assert list(found()) == ["W009"]
+    (home / "asgi.py").write_text("application = with_streams(get_asgi_application())")
+    assert found() == {}
+    (home / "asgi.py").write_text("application = get_asgi_application()")
+    (home / "urls.py").write_text("urlpatterns = []")
+    settings.ROOT_URLCONF = "hosts_project.nothing_of_longhauls"
+    (home / "nothing_of_longhauls.py").write_text("urlpatterns = []")
+    assert found() == {}
 
 
 @pytest.mark.django_db(transaction=True)

@@ -401,5 +401,5 @@ async def test_an_end_of_the_process_ends_all_streams(application: Application, 
     assert [each async for each in told] == []
     assert answer.ended
     late = await ask(application, "GET", stream(live), api.key)
-    assert await late.whole() == broadcast.OPENING
+    assert await late.whole() == app.OPENING
     broadcast.here().leaving = False

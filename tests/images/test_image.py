@@ -101,7 +101,7 @@ def files(root: Path) -> set[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)  # it installs all packages, from PyPI where uv's cache has none of them
+@pytest.mark.timeout(600)  # it installs all packages, from PyPI where uv's cache has none of them
 def test_the_image_has_the_project_and_no_more_than_it_runs_with(image: Stage) -> None:
     app, packages = image.root / "app", next((image.root / "venv" / "lib").iterdir()) / "site-packages"
 
@@ -145,11 +145,14 @@ def filled() -> dict[str, str]:
     return {**compose.env_file(compose.EXAMPLE), **required, **model, "FLOWER_BASIC_AUTH": "desk:lamp"}
 
 
-def until(condition: Callable[[], Any], what: str, seconds: float = 60) -> Any:
+def until(
+    condition: Callable[[], Any], what: str | Callable[[], str], seconds: float = 120, *, pause: float = 0.05
+) -> Any:
+    """Return the first true answer; `what` says what is the matter when none comes."""
     deadline = time.monotonic() + seconds
     while not (answer := condition()):
-        assert time.monotonic() < deadline, what
-        time.sleep(0.05)
+        assert time.monotonic() < deadline, what if isinstance(what, str) else what()
+        time.sleep(pause)
     return answer
 
 
@@ -178,9 +181,9 @@ class Stack:
         return self.pod.ask(host or name, service["healthcheck"]["test"][1:], service["environment"])
 
     def await_health(self, name: str, host: str = "") -> None:
-        until(
-            lambda: self.health(name, host)[0] == 0, f"{host or name}: {self.pod.log(host or name).read_text()[-2000:]}"
-        )
+        log = self.pod.log(host or name)
+        # A check costs CPU that the services start with.
+        until(lambda: self.health(name, host)[0] == 0, lambda: f"{host or name}: {log.read_text()[-2000:]}", pause=0.5)
 
     def await_illness(self, name: str, host: str) -> str:
         """Return what the check says once it fails."""
@@ -249,12 +252,19 @@ def start_servers(stack: Stack) -> Path:
         check=True, capture_output=True, user=65534, group=65534, extra_groups=[], cwd="/",
     )  # fmt: skip
     stack.start_server(
-        "postgres", postgres / "postgres", "-D", str(stack.servers / "data"), "-k", str(stack.servers / "data")
+        "postgres",
+        postgres / "postgres",
+        "-D",
+        str(stack.servers / "data"),
+        "-k",
+        str(stack.servers / "data"),
+        "-c",
+        "dynamic_shared_memory_type=mmap",  # in its folder: nothing stays in /dev/shm when it is killed
     )
     stack.start_server("valkey", valkey / "valkey-server", "--dir", str(stack.servers / "valkey"))
     check = stack.services["postgres"]["healthcheck"]["test"][1:]
     ready = [*stack.pod.enter, str(postgres / check[0]), *check[1:]]
-    until(lambda: subprocess.run(ready, capture_output=True).returncode == 0, stack.pod.log("postgres").read_text())
+    until(lambda: subprocess.run(ready, capture_output=True).returncode == 0, stack.pod.log("postgres").read_text)
     subprocess.run(
         [*stack.pod.enter, str(postgres / "createdb"), "-h", "127.0.0.1", "-U", settings["POSTGRES_USER"], settings["POSTGRES_DB"]],
         check=True, env={"PGPASSWORD": settings["POSTGRES_PASSWORD"], "PATH": os.environ["PATH"]},
@@ -270,7 +280,7 @@ CELERY_BEAT_SCHEDULE["longhaul-housekeeping"]["schedule"] = 1.0
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)  # eleven Pythons start on a shared machine
+@pytest.mark.timeout(600)  # eleven Pythons start on a shared machine
 def test_each_service_runs_from_the_image_is_well_fails_its_check_when_it_is_not_and_ends_in_time(stack: Stack) -> None:
     start_servers(stack)
     stack.one_off("migrate")

@@ -45,9 +45,10 @@ SECOND_LOOK_SECONDS = 0.03
 # A look adds no more than this to what a life was silent: what answered late may have kept the beats back as well.
 STEP_SECONDS = 1.0
 # Without sessions the sweep is elected for so long at a time: a pooler can be paused only between two transactions.
-TURN_SECONDS = 5.0
-# And Postgres ends a turn whose process says nothing more, on a machine that vanished, or was stopped.
-TURN_SILENCE = timedelta(seconds=30)
+TURN_SECONDS = 2.0
+# And Postgres ends a turn whose process says nothing more: its machine vanished, or it was stopped, or it waits for a pooler
+# that waits for the end of its turn.
+TURN_SILENCE = timedelta(seconds=5)
 OVERDUE_GRACE = timedelta(
     seconds=5
 )  # for what passed its time while nobody watched, and for a tool that ends at its limit
@@ -156,21 +157,26 @@ class Watcher:
         """
         if self._sweeping and time.monotonic() < self._turn_ends:
             return True
+        swept, self._sweeping = self._sweeping, False
         if self._election is None:
             self._election = presence.connect("longhaul election")
         session = self._election
-        if self._sweeping:
-            session.execute("COMMIT")
-        session.execute("BEGIN")
-        row = session.execute("SELECT pg_try_advisory_xact_lock(%s)", (SWEEP_LOCK,)).fetchone()
-        self._sweeping = bool(row and row[0])
-        if self._sweeping:
+        try:
+            if swept:
+                session.execute("COMMIT")
+            session.execute("BEGIN")
+            row = session.execute("SELECT pg_try_advisory_xact_lock(%s)", (SWEEP_LOCK,)).fetchone()
+            if not (row and row[0]):
+                session.execute("ROLLBACK")
+                return False
             limit = f"{int(TURN_SILENCE.total_seconds())}s"
             session.execute("SELECT set_config('idle_in_transaction_session_timeout', %s, true)", (limit,))
-        else:
-            session.execute("ROLLBACK")
-        self._turn_ends = time.monotonic() + TURN_SECONDS
-        return self._sweeping
+        except psycopg.Error:
+            session.close()  # the turn was lost, and no more than that: what was watched is kept
+            self._election = None
+            return False
+        self._sweeping, self._turn_ends = True, time.monotonic() + TURN_SECONDS
+        return True
 
     @property
     def watched_seconds(self) -> float:

@@ -731,10 +731,17 @@ def test_without_sessions_one_process_sweeps_by_turns_that_hold_no_table(
         for _ in range(3):
             assert (first.elected(), second.elected(), swept()) == (True, False, True)
             first.dead()
-            watch.ahead += 6  # its turn is over, and the next one is its own
+            watch.ahead += 3  # its turn is over, and the next one is its own
         world.db.execute("BEGIN")
         world.db.execute("LOCK TABLE longhaul_tools_worker IN ACCESS EXCLUSIVE MODE NOWAIT")
         world.db.execute("ROLLBACK")
+        session, lost = first.session(), first._election
+        assert lost is not None
+        world.db.one("SELECT pg_terminate_backend(%s)", lost.info.backend_pid)
+        watch.ahead += 3
+        assert not first.elected()
+        wait_until(first.elected)
+        assert first.session() is session  # with what it has watched
         first.drop()
         wait_until(second.elected)
         assert (first.elected(), second.elected(), swept()) == (False, True, True)

@@ -31,6 +31,7 @@ listen_addr =
 listen_port = {port}
 unix_socket_dir = {folder}
 auth_type = any
+admin_users = {admin}
 pool_mode = transaction
 default_pool_size = {size}
 max_client_conn = 500
@@ -48,13 +49,15 @@ class PgBouncer:
         self._user = _not_root(str(server.get("host") or ""))
         names = {"host": "host", "port": "port", "user": "user", "password": "password"}
         said = [f"{name}='{server[key]}'" for key, name in names.items() if server.get(key)]
-        text = CONFIGURATION.format(server=" ".join(said), port=PORT, folder=self.folder, size=size)
+        self._superuser = str(server.get("user") or "postgres")
+        text = CONFIGURATION.format(
+            server=" ".join(said), port=PORT, folder=self.folder, size=size, admin=self._superuser
+        )
         (self.folder / "pgbouncer.ini").write_text(text)
         if self._user is not None:
             for path in (self.folder, self.folder / "pgbouncer.ini"):
                 os.chown(path, self._user.pw_uid, self._user.pw_gid)
         self._process: subprocess.Popen[bytes] | None = None
-        self._superuser = str(server.get("user") or "postgres")
 
     def url(self, database: str) -> str:
         return f"postgresql://{quote(self._superuser)}@/{quote(database)}?host={quote(str(self.folder), safe='')}&port={PORT}"
@@ -82,6 +85,12 @@ class PgBouncer:
                 assert self._process.poll() is None, self.said()
                 assert time.monotonic() < until, self.said()
                 time.sleep(0.05)  # between two tries
+
+    def admin(self, command: str) -> None:
+        """Say this on its console (PAUSE, RESUME), and wait for the answer."""
+        with psycopg.connect(self.url("pgbouncer"), autocommit=True) as console:
+            answer = console.pgconn.exec_(command.encode())  # the console knows simple queries only
+            assert answer.status == psycopg.pq.ExecStatus.COMMAND_OK, answer.error_message
 
     def signal(self, number: int) -> None:
         assert self._process is not None

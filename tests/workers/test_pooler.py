@@ -132,7 +132,9 @@ def test_the_calls_of_killed_tools_workers_go_on_as_they_declare(workers: Kit) -
     assert (once.status, starts(once)) == ("unknown", 1)
 
 
-def test_when_the_sweeping_control_worker_dies_another_goes_on_and_one_at_a_time(workers: Kit) -> None:
+def test_when_the_sweeping_control_worker_dies_another_goes_on_and_one_at_a_time(
+    workers: Kit, pgbouncer: PgBouncer
+) -> None:
     workers.up(control=2)
     query = """
         SELECT count(*) FROM pg_locks l JOIN pg_stat_activity a USING (pid)
@@ -142,6 +144,11 @@ def test_when_the_sweeping_control_worker_dies_another_goes_on_and_one_at_a_time
         return int(database.rows_of(query)[0][0])
 
     eventually(lambda: locks() == 1, why="one sweeps")
+    began = time.monotonic()
+    pgbouncer.admin("PAUSE")  # waits for the end of every transaction, and of the sweeper's turn too
+    assert time.monotonic() - began < 10  # s; such a turn is ended after 5
+    pgbouncer.admin("RESUME")
+    eventually(lambda: locks() == 1, why="one sweeps again")
     first, *_ = workers.names("control")
     workers.kill(workers.processes[first])
     run = streaming(worker_test.start("tell me"))

@@ -178,17 +178,17 @@ if DB_POOL:
 CELERY_BROKER_URL = os.environ.get("CELERY_BROKER_URL") or broker_from_redis(REDIS_URL)
 # Without a socket timeout a publish to a hung Redis blocks for ever. A gevent worker acknowledges many messages at once,
 # each on a connection; one that gets none keeps its place in the worker until the worker ends.
-CELERY_BROKER_TRANSPORT_OPTIONS = (
-    {
+CELERY_BROKER_TRANSPORT_OPTIONS: dict[str, Any] = {}
+if CELERY_BROKER_URL.startswith(("redis", "unix", "valkey", "sentinel")):
+    CELERY_BROKER_TRANSPORT_OPTIONS = {
         "socket_timeout": 10,
         "socket_connect_timeout": 10,
         "socket_keepalive": True,
         "visibility_timeout": 3600,
         "max_connections": 1000,
     }
-    if CELERY_BROKER_URL.startswith(("redis", "unix", "valkey", "sentinel"))
-    else {"confirm_publish": True}
-)
+else:  # RabbitMQ, which has no use for these; Longhaul's messages are confirmed whatever stands here
+    CELERY_BROKER_HEARTBEAT = 30  # seconds; a worker whose machine is gone keeps its messages for up to twice as long
 CELERY_BROKER_CONNECTION_RETRY_ON_STARTUP = True
 CELERY_RESULT_BACKEND = None  # the results are rows; any backend, even an ignored one, costs a third of a task
 CELERY_TASK_IGNORE_RESULT = True

@@ -1,6 +1,6 @@
 """System checks of Longhaul: what a deployment would otherwise learn from a run that sticks.
 
-    E001  a key of LONGHAUL that does not exist        W001  a leg may outlast the broker's patience
+    E001  a key of LONGHAUL that does not exist        W001  a leg or a call may outlast the broker's patience
     E002  a value of a wrong kind                      W002  Longhaul's rows in another database than `default`
     E003  LONGHAUL is not a dict                       W003  settings of Celery that reach Longhaul's tasks
     E004  values that contradict one another           W004  a broker connection that may hang, or lose what it is given
@@ -34,10 +34,10 @@ from django.utils.module_loading import import_string
 
 from runs.conf import KEYS, settings
 from tools.envelope import ATTRIBUTES, Envelope
+from tools.queues import AMQP
 
 SECTION = "longhaul"
 REDIS = ("redis", "rediss", "sentinel", "valkey", "valkeys")
-AMQP = ("amqp", "amqps", "pyamqp", "librabbitmq")
 ACKNOWLEDGED_AT_ONCE = 100  # the least that is worth running a gevent worker for
 VISIBILITY_TIMEOUT = timedelta(hours=1)  # of kombu's Redis transport, when nothing is said
 CONSUMER_TIMEOUT = timedelta(minutes=30)  # of RabbitMQ, when nothing is said
@@ -163,6 +163,18 @@ def check_broker(app_configs: Configs, **_: Any) -> list[CheckMessage]:
                 id="longhaul.W001",
             )
         )
+    call, tool = _longest_call()
+    if limit is not None and call > limit / 2:
+        found.append(
+            Warning(
+                f"A call of the tool {tool!r} may take {_seconds(call)} s (its timeout_seconds), and the broker delivers its"
+                f" message again after {_seconds(limit)} s ({key}).",
+                hint=f"Raise {key} to at least {_seconds(call * 2)}, or let the tool be deferred: give the work to somebody"
+                " else, and the result comes from there. The call itself is not disturbed, and does not run twice; on"
+                " RabbitMQ its worker loses its connection and all that it had been given comes back.",
+                id="longhaul.W001",
+            )
+        )
     if transport in REDIS and not options.get("socket_timeout"):
         found.append(
             Warning(
@@ -179,15 +191,6 @@ def check_broker(app_configs: Configs, **_: Any) -> list[CheckMessage]:
                 hint="A gevent worker acknowledges many messages at once, each on a connection of its own; a message that"
                 " gets none keeps its place in the worker until the worker ends: set CELERY_BROKER_TRANSPORT_OPTIONS ="
                 ' {"max_connections": 1000, ...}. They are opened when they are needed.',
-                id="longhaul.W004",
-            )
-        )
-    if transport in AMQP and not options.get("confirm_publish"):
-        found.append(
-            Warning(
-                "RabbitMQ is not asked to confirm what it is given.",
-                hint="A message that is lost on its way costs a republish interval (1 to 15 s): set"
-                ' CELERY_BROKER_TRANSPORT_OPTIONS = {"confirm_publish": True}.',
                 id="longhaul.W004",
             )
         )
@@ -274,6 +277,16 @@ def _longest_leg() -> tuple[timedelta, str]:
         if own > budget:
             budget, whose = own, f"leg_budget_seconds of agent {agent.name!r}"
     return budget + settings().model_timeout, f"{whose} + MODEL_TIMEOUT_SECONDS"
+
+
+def _longest_call() -> tuple[timedelta, str]:
+    """Return how long a call may keep its message, and of which tool. The message of a deferred one goes at once."""
+    from runs.agents import registry
+    from tools.tasks import GRACE_SECONDS
+
+    tools = [tool for agent in registry.all().values() for tool in agent.tools if not tool.deferred]
+    longest = max(((tool.timeout, tool.name) for tool in tools), default=(timedelta(), ""))
+    return longest[0] + timedelta(seconds=GRACE_SECONDS), longest[1]
 
 
 def _transport(conf: Any) -> str:

@@ -144,6 +144,8 @@ def _send(
     watched = signals.before_task_publish.receivers or signals.after_task_publish.receivers
     by_celery: dict[str, Any] = {
         "queue": queue,
+        "exchange": "",  # said, for a route that the host has for all tasks may name another
+        "routing_key": queue,
         "task_id": task_id,
         "argsrepr": shown,
         "soft_time_limit": soft_time_limit,

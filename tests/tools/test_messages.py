@@ -16,6 +16,7 @@ import pytest
 import redis
 from celery import Celery, current_app, signals
 from celery._state import get_current_app
+from celery.app import routes
 from kombu import Producer
 from kombu.exceptions import OperationalError
 
@@ -107,6 +108,17 @@ def test_where_somebody_listens_celery_sends_it(queue: str, published: list[str]
     headers, body, _ = taken(queue)
     assert (headers["task"], body[0]) == ("longhaul.advance_run", ["a", 1])
     assert (headers["id"], headers["argsrepr"]) == (task_id, "agent=tester")
+
+
+def test_a_route_that_the_host_has_for_all_tasks_does_not_lead_it_astray(
+    queue: str, published: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    amqp: Any = current_app.amqp
+    every: Any = {"*": {"exchange": "shop", "routing_key": "shop.orders", "queue": "shop"}}
+    monkeypatch.setattr(amqp, "_rtable", routes.prepare([every]))
+    monkeypatch.setattr(amqp, "router", amqp.Router())
+    send(["a", 1], queue=queue)
+    assert messages.depth(current_app, queue) == 1
 
 
 @pytest.mark.parametrize("listens", [False, True])

@@ -332,6 +332,17 @@ def test_a_long_log_goes_in_batches_each_with_its_mark(
     assert (removed.logs, gone(run)) == (1, [250_000])
 
 
+def test_logs_share_a_transaction_as_far_as_they_are_short(clerk: Agent, scripted_model: ScriptedModel) -> None:
+    for length in (70_000, 20_000, 70_000):
+        long_log(asked(clerk, scripted_model, ended=31 * DAY), length)
+    seen: list[int] = []
+
+    with kept_for(EVENT=30):
+        housekeeping.Pass(told=lambda done: seen.append(done.logs)).run()
+
+    assert list(dict.fromkeys(seen)) == [0, 2, 3]
+
+
 def test_the_oldest_logs_go_first_and_a_pass_ends_when_its_time_is_over(
     clerk: Agent, scripted_model: ScriptedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -402,6 +413,23 @@ def test_what_has_said_something_lately_or_lives_is_kept_whatever_its_age(
     assert set(Thread.objects.all()) == {spoken.thread, live.thread, run_lately.thread}
     waiting.refresh_from_db()
     assert waiting.status == "queued"
+
+
+def test_a_run_that_starts_before_the_last_transaction_keeps_its_thread(
+    clerk: Agent, scripted_model: ScriptedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = asked(clerk, scripted_model, ended=40 * DAY)
+    started: list[Run] = []
+
+    def start(*_: Any) -> bool:
+        started.append(clerk.start("And now?", thread=run.thread))
+        return True
+
+    monkeypatch.setattr(housekeeping.Pass, "_shorten_thread", start)
+    with kept_for(THREAD=30):
+        assert keep_house() == Removed()
+    started[0].refresh_from_db()
+    assert started[0].status == "queued"
 
 
 def test_the_walk_goes_by_batches_to_where_threads_are_young(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,18 +11,16 @@ from pathlib import Path
 import pytest
 from celery import current_app
 from django.apps import apps
+from django.conf import global_settings
 from django.core.management import get_commands
 from django.db import connection
 from django.urls import URLPattern, URLResolver, get_resolver
 
 from runs import bells
+from tests.docs.page import code, table
 from tests.host.wheel import ROOT
 
 APPS = ("threads", "tools", "runs")
-COMMANDS = {
-    "cancel_run", "check_runs", "create_api_key", "explain_run", "follow_run", "list_runs", "replay_run", "run_agent",
-    "sweep_runs",
-}  # fmt: skip
 
 
 @cache
@@ -107,7 +105,11 @@ def test_tasks() -> None:
 
 
 def test_commands() -> None:
-    assert {name for name, app in get_commands().items() if app in APPS} == COMMANDS
+    """Their names are the contract of the page; Django lets an app that stands before ours take one over."""
+    documented = {code(row[0])[0].split()[0] for row in table("docs/operations.md", "Commands")}
+    ours = {name for name, app in get_commands().items() if app in APPS}
+    assert len(ours) > 8
+    assert ours <= documented
 
 
 def test_signals_loggers_threads_and_channels() -> None:
@@ -161,4 +163,8 @@ def test_settings_and_environment() -> None:
         for name in node.args[1:2]
         if isinstance(name, ast.Constant)
     }
-    assert asked == {"LONGHAUL", "REDIS_URL"}
+    assert {name for name in asked if not hasattr(global_settings, str(name))} == {
+        "LONGHAUL",
+        "REDIS_URL",
+        "ASGI_APPLICATION",
+    }

@@ -9,7 +9,7 @@
     E007  ACCESS names no policy                        W007  USE_TZ is off
     E008  an agents.py that cannot be imported          W008  a pooler without sessions (`--database default`)
     E009  an agent without a model                     W009  streams that keep a thread for each reader
-    E010  Celery does not take Longhaul's messages
+    E010  Celery does not take Longhaul's messages     W010  a broker over TLS that may be anybody
     E011  DIRECT_DATABASE is another database (`--database default`)
 
 Each has a hint that says what to change.
@@ -19,10 +19,12 @@ from __future__ import annotations
 
 import difflib
 import importlib.util
+import ssl
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qsl, urlsplit
 
 from celery import current_app
 from django.apps import AppConfig, apps
@@ -194,6 +196,15 @@ def check_broker(app_configs: Configs, **_: Any) -> list[CheckMessage]:
                 id="longhaul.W004",
             )
         )
+    if transport == "rediss" and not _verified(conf):
+        found.append(
+            Warning(
+                "Celery speaks TLS to Redis, and believes whoever answers.",
+                hint="kombu asks for no certificate where the URL says nothing of one: add"
+                " ?ssl_cert_reqs=required to the broker's URL, and &ssl_ca_certs=/path for a certificate of a house's own.",
+                id="longhaul.W010",
+            )
+        )
     if conf.task_acks_late:
         found.append(
             Warning(
@@ -290,9 +301,25 @@ def _longest_call() -> tuple[timedelta, str]:
 
 
 def _transport(conf: Any) -> str:
+    return _broker(conf).partition("://")[0].partition("+")[0]
+
+
+def _broker(conf: Any) -> str:
     url = conf.broker_write_url or conf.broker_url or ""
-    url = url[0] if isinstance(url, list | tuple) else url
-    return str(url).partition("://")[0].partition("+")[0]
+    return str(url[0] if isinstance(url, list | tuple) else url)
+
+
+def _verified(conf: Any) -> bool:
+    """Return whether the certificate of a Redis over TLS is looked at.
+
+    What is said of TLS, in the URL or in broker_use_ssl, goes to redis-py, which looks unless it is told not to. Where
+    nothing is said, kombu tells it not to.
+    """
+    said = {name: value for name, value in parse_qsl(urlsplit(_broker(conf)).query) if name.startswith("ssl_")}
+    if isinstance(conf.broker_use_ssl, Mapping):
+        said |= conf.broker_use_ssl
+    asked = said.get("ssl_cert_reqs", "required")
+    return bool(said) and asked not in ("none", "CERT_NONE", None, ssl.CERT_NONE)
 
 
 def _seconds(time: timedelta) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import ssl
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -184,11 +185,36 @@ AMQP = ["amqp", "amqps", "pyamqp", "librabbitmq"]
 
 @pytest.mark.parametrize("scheme", REDIS)
 def test_every_name_of_redis_is_known(scheme: str) -> None:
-    with celery(broker_url=f"{scheme}://here", broker_transport_options={}):
+    url = f"{scheme}://here?ssl_cert_reqs=required"
+    with celery(broker_url=url, broker_transport_options={}):
         said = found()
     assert list(said) == ["W004"]
-    with celery(broker_url=f"{scheme}://here", broker_transport_options={"socket_timeout": 9, "max_connections": 100}):
+    with celery(broker_url=url, broker_transport_options={"socket_timeout": 9, "max_connections": 100}):
         assert found() == {}
+
+
+@pytest.mark.parametrize(
+    ("query", "use_ssl", "looks"),
+    [
+        ("", None, False),
+        ("", True, False),  # kombu takes it for nothing said
+        ("?ssl_cert_reqs=none", None, False),
+        ("?ssl_cert_reqs=required", None, True),
+        ("?ssl_ca_certs=/ca.pem", None, True),
+        ("", {"ssl_cert_reqs": ssl.CERT_REQUIRED}, True),
+        ("", {"ssl_cert_reqs": ssl.CERT_NONE}, False),
+    ],
+)
+def test_a_redis_over_tls_whose_certificate_nobody_looks_at(query: str, use_ssl: Any, looks: bool) -> None:
+    with celery(broker_url=f"rediss://here:6379/0{query}", broker_use_ssl=use_ssl):
+        said = found()
+        handed = current_app.connection_for_write().ssl
+    assert list(said) == ([] if looks else ["W010"])
+    if not looks:
+        assert "ssl_cert_reqs=required" in said["W010"]
+    # And kombu hands on what the check takes it to
+    asked = handed.get("ssl_cert_reqs", "required") if isinstance(handed, dict) else None
+    assert (asked not in (None, ssl.CERT_NONE)) is looks
 
 
 def test_redis_waits_for_an_hour_when_nothing_is_said(settings: Any) -> None:

@@ -445,7 +445,10 @@ class Events(BaseModel):
 
 
 class Cursor(BaseModel):
-    """Where a list of messages stands: stream this run after this seq, and nothing is missed or shown twice."""
+    """Where a list of messages stands: stream this run after this seq, and nothing is missed or shown twice.
+
+    `run` is the thread's live run, or its last one; null before the first.
+    """
 
     run: UUID | None
     seq: int

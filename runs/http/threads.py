@@ -30,6 +30,7 @@ from threads.exceptions import BadInput, within
 from threads.models import Message, MessageStatus, Role, Thread
 
 OVERRIDES = ("model", "instructions", "tools", "limits", "context")
+NEARLY = 10  # of the last runs by their ids, one is the last
 
 
 class ThreadList(Paged):
@@ -55,7 +56,7 @@ class ThreadPage(Page[answers.Thread]):
 
 
 class MessagePage(Page[answers.Message]):
-    """One page of messages, and the place in the live run's log at which they were read."""
+    """One page of messages, and the place in the log of the live run, or of the last one, at which they were read."""
 
     cursor: answers.Cursor
 
@@ -151,16 +152,14 @@ class Messages(View):
     def get(self, request: Request, thread: Thread, query: MessageList) -> Response:
         """List the messages of a thread.
 
-        A pending message carries its text so far. Stream the run of `cursor` after its `seq`: nothing is missed, and no
-        text is shown twice.
+        A pending message carries its text so far. Stream the run of `cursor` after its `seq`, or the thread after `RUN:SEQ`:
+        nothing is missed, and no text is shown twice.
         """
         with snapshot():
-            live = Run.objects.filter(thread=thread, status__in=OCCUPYING).only("pk", "last_seq").first()
             rows = Message.objects.filter(thread=thread)
             if not query.status:
                 rows = rows.filter(shown=True)
-            cursor = {"run": None, "seq": 0} if live is None else {"run": str(live.pk), "seq": live.last_seq}
-            return page_of_messages(request, rows, query, cursor=cursor)
+            return page_of_messages(request, rows, query, cursor=_cursor(thread))
 
     @operation(
         may("save", Thread), name="save_messages", body=forms.NewMessages, creates=True,
@@ -184,6 +183,16 @@ class Messages(View):
             return Answer(201, {"results": answers.messages(stored[message.pk] for message in saved)})
 
         return answered(once(request, self.body, work))
+
+
+def _cursor(thread: Thread) -> dict[str, Any]:
+    """Return where the thread's stream stands: in its live run, or behind its last one."""
+    runs = Run.objects.filter(thread=thread).only("pk", "last_seq", "created_at")
+    run = runs.filter(status__in=OCCUPYING).first()
+    if run is None:
+        # By the database's clock; ids are of the clocks of many machines, and only nearly in order.
+        run = max(runs.order_by("-pk")[:NEARLY], key=lambda each: (each.created_at, each.pk), default=None)
+    return {"run": None, "seq": 0} if run is None else {"run": str(run.pk), "seq": run.last_seq}
 
 
 class OneMessage(View):

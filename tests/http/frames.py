@@ -41,7 +41,9 @@ def frame(text: str) -> Frame:
         fields[name] = value
     assert set(fields) <= {"id", "event", "data"}
     return Frame(
-        id=int(fields["id"]) if "id" in fields else None, event=fields["event"], data=orjson.loads(fields["data"])
+        id=int(fields["id"].rpartition(":")[2]) if "id" in fields else None,
+        event=fields["event"],
+        data=orjson.loads(fields["data"]),
     )
 
 

@@ -112,7 +112,7 @@ def test_a_message_saved_while_a_run_is_live_waits_for_its_place(
     placed = api.get(f"{path}/messages")
     assert sorted(texts(placed)) == sorted(["question", "by the way", "and", "answer"])
     assert {message["status"] for message in placed["results"]} == {"completed"}
-    assert placed["cursor"] == {"run": None, "seq": 0}
+    assert placed["cursor"] == {"run": run["id"], "seq": api.get(f"/api/runs/{run['id']}")["last_seq"]}
     assert_invariants()
 
 

@@ -58,7 +58,7 @@ def test_a_run_is_started_on_a_new_thread_and_read_to_its_end(
     assert (ended["status"], ended["output"], ended["steps"]) == ("completed", "It is on its way.", 1)
     said = api.get(f"/api/threads/{ended['thread']}/messages")
     assert [message["role"] for message in said["results"]] == ["user", "assistant"]
-    assert said["cursor"] == {"run": None, "seq": 0}
+    assert said["cursor"] == {"run": started["id"], "seq": ended["last_seq"]}
     log = api.get(f"/api/runs/{started['id']}/events")
     assert log["finished"]
     assert [event["seq"] for event in log["results"]] == list(range(1, log["last_seq"] + 1))

@@ -19,6 +19,7 @@ from tests.http.conftest import coroutines_connections_end as coroutines_connect
 from tests.http.conftest import helper as helper
 from tests.http.conftest import live as live
 from tests.http.web import web as web
+from tests.streams.inside import opened
 
 
 @pytest.fixture
@@ -26,6 +27,8 @@ async def application(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Applicat
     """The project's application. At the end nothing may be left of its streams."""
     monkeypatch.setattr(broadcast, "IDLE_SECONDS", 0.0)
     yield with_streams(get_asgi_application())
+    for answer in list(opened):
+        await answer.leave()
     await free()
 
 

@@ -28,6 +28,8 @@ class Answer:
         self._sent: asyncio.Queue[bytes | None] = asyncio.Queue()
         self._started = asyncio.Event()
         self.task = asyncio.create_task(self._run(application, scope))
+        opened.add(self)
+        self.task.add_done_callback(lambda _: opened.discard(self))
 
     async def _run(self, application: Application, scope: dict[str, Any]) -> None:
         try:
@@ -77,6 +79,9 @@ class Answer:
         """Hang up, and wait until the application has noticed."""
         self.left.set()
         await asyncio.wait_for(asyncio.shield(self.task), 20)
+
+
+opened: set[Answer] = set()
 
 
 async def ask(

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from agents_project import embedded
+from agents_project import embedded, rabbitmq
 from benchmarks.forms import FORMS
 from tests.benchmarks.conftest import Quick, started_by
 
@@ -76,3 +76,16 @@ def test_ctrl_c_in_the_middle_ends_everything_that_was_started(environment: dict
 
     assert benchmark.wait() == 130
     benchmark.stderr.close()
+
+
+@pytest.mark.needs_rabbitmq
+@pytest.mark.skipif(not rabbitmq.installed(), reason="rabbitmq-server is not installed")
+@pytest.mark.timeout(360)  # 2 minutes are promised on an idle machine
+def test_over_rabbitmq_the_chain_is_beside_longhaul_too(quick: Quick) -> None:
+    found = quick("step_cost", "--broker", "rabbitmq", "--only", "longhaul,celery")
+    assert found["broker"] == "rabbitmq"
+    assert found["cpu_ratio_vs_celery"] > 0
+    assert found["throughput_ratio_vs_celery"] > 0
+    for form in ("longhaul", "celery"):
+        assert found["forms"][form]["cpu_ms_by_role"]["rabbitmq"] > 0
+        assert found["forms"][form]["publishes_per_step"] is None

@@ -85,16 +85,23 @@ class WaitQuery(Query):
 
 
 class StreamOfRun(AsyncView):
-    @operation(sees(Run), name="stream_run", query=StreamQuery, answers={200: ((STREAM, str),)}, raises=(413, 415, 501))
+    @operation(
+        sees(Run),
+        name="stream_run",
+        query=StreamQuery,
+        answers={200: ((STREAM, str),), 204: None},
+        raises=(413, 415, 501),
+    )
     async def get(self, request: Request, run: Run, query: StreamQuery) -> HttpResponseBase:
         """Follow a run: its events after the cursor, then live ones, to its last.
 
-        A `Last-Event-ID` header wins over `starting_after`, so a browser's EventSource resumes by itself.
+        A `Last-Event-ID` header wins over `starting_after`, so a browser's EventSource resumes by itself. When it names the last
+        event of a run that has ended, the answer is 204, and an EventSource stops.
         """
         return self._answer(request, run, query, Body.read(request._request).form(StreamBody))
 
     @operation(
-        sees(Run), name="stream_run_by_post", query=StreamQuery, body=StreamBody, answers={200: ((STREAM, str),)},
+        sees(Run), name="stream_run_by_post", query=StreamQuery, body=StreamBody, answers={200: ((STREAM, str),), 204: None},
         raises=(501,),
     )  # fmt: skip
     async def post(self, request: Request, run: Run, query: StreamQuery, body: StreamBody) -> HttpResponseBase:
@@ -114,6 +121,8 @@ class StreamOfRun(AsyncView):
         if after > run.last_seq:
             name = "Last-Event-ID" if seen else "starting_after"
             raise BadField(name, f"The run's last event so far is {run.last_seq}.")
+        if seen and run.finished and after == run.last_seq:
+            return HttpResponse(status=204)
         return stream_of(request, run, after=after, batch=told.batch_size, pings=told.include_pings)
 
 

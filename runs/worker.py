@@ -20,7 +20,7 @@ from runs.flusher import Flusher
 from runs.prefetch import Prefetch
 from runs.sweep import SweepThread
 from threads import logs
-from tools import presence, queues
+from tools import presence
 from tools.presence import Holding, Presence
 
 logger = logging.getLogger("longhaul.worker")
@@ -51,8 +51,7 @@ def process() -> engine.Process | None:
 
 @signals.celeryd_init.connect
 def prepare(instance: Any, **_: Any) -> None:
-    """Before the worker picks its queues and builds its consumer: ours are declared as we do."""
-    queues.install(instance.app)
+    """Before the worker builds its consumer."""
     instance.app.steps["consumer"].add(Prefetch)
 
 

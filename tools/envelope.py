@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 from celery import Task
 from celery.backends.base import DisabledBackend
 
+from tools import queues
+
 if TYPE_CHECKING:
     Base = Task[Any, Any]
 else:
@@ -43,6 +45,7 @@ class Envelope(Base):
     @classmethod
     def on_bound(cls, app: Any) -> None:
         cls._backend = DisabledBackend(app=app)  # type: ignore[attr-defined]
+        queues.install(app)  # for all who send to them by name: beat, the host
 
 
 ATTRIBUTES = tuple(name for name in vars(Envelope) if not name.startswith("_") and name not in ("abstract", "on_bound"))

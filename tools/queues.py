@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from celery import signals
 from django.conf import settings
 from kombu import Exchange, Queue
 
@@ -77,8 +76,3 @@ def install(app: Any) -> None:
 def _declared(app: Any) -> set[str]:
     said = app.conf.task_queues or ()
     return {getattr(queue, "name", queue) for queue in said}
-
-
-@signals.beat_init.connect
-def install_in_beat(sender: Any, **_: Any) -> None:
-    install(sender.app)

@@ -14,6 +14,8 @@ import pytest
 from tests.host.wheel import ROOT, build, tracked
 
 PACKAGES = {"threads", "tools", "runs"}
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+INFO = f"django_longhaul-{PROJECT['project']['version']}.dist-info"
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
@@ -25,7 +27,11 @@ def wheel(built: Path) -> zipfile.ZipFile:
 
 def test_its_packages_are_three(wheel: zipfile.ZipFile) -> None:
     tops = {PurePosixPath(name).parts[0] for name in wheel.namelist()}
-    assert tops == {*PACKAGES, "django_longhaul-0.1.0.dist-info"}
+    assert tops == {*PACKAGES, INFO}
+
+
+def test_the_page_names_it(built: Path) -> None:
+    assert f"pip install dist/{built.name}\n" in (ROOT / "docs/adopt.md").read_text()
 
 
 def test_it_holds_each_file_of_theirs(wheel: zipfile.ZipFile) -> None:
@@ -48,9 +54,7 @@ def test_it_holds_no_test_no_demo_no_key(wheel: zipfile.ZipFile) -> None:
 
 
 def test_its_metadata_says_what_a_user_needs(wheel: zipfile.ZipFile) -> None:
-    info = "django_longhaul-0.1.0.dist-info"
-    told = Parser().parsestr(wheel.read(f"{info}/METADATA").decode())
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    told = Parser().parsestr(wheel.read(f"{INFO}/METADATA").decode())
     assert (told["Name"], told["Requires-Python"]) == ("django-longhaul", ">=3.11")
 
     def name(requirement: str) -> str:
@@ -59,12 +63,12 @@ def test_its_metadata_says_what_a_user_needs(wheel: zipfile.ZipFile) -> None:
         return found[0]
 
     needed = {name(each) for each in told.get_all("Requires-Dist", [])}
-    assert needed == {name(each) for each in project["project"]["dependencies"]}
+    assert needed == {name(each) for each in PROJECT["project"]["dependencies"]}
     development = {
-        name(each) for group in project["dependency-groups"].values() for each in group if isinstance(each, str)
+        name(each) for group in PROJECT["dependency-groups"].values() for each in group if isinstance(each, str)
     }
     assert not needed & development
-    assert wheel.read(f"{info}/entry_points.txt").decode().split() == [
+    assert wheel.read(f"{INFO}/entry_points.txt").decode().split() == [
         "[pytest11]",
         "pytest_longhaul",
         "=",

@@ -55,11 +55,13 @@ def installed() -> bool:
 class RabbitMQ:
     """Use as a context manager: entered it is up, left it is gone with its data.
 
-    `configuration` goes into its rabbitmq.conf: `{"consumer_timeout": "2000"}`.
+    `configuration` goes into its rabbitmq.conf: `{"consumer_timeout": "2000"}`; `advanced`, Erlang's terms, into its
+    advanced.config.
     """
 
-    def __init__(self, configuration: Mapping[str, str] | None = None) -> None:
+    def __init__(self, configuration: Mapping[str, str] | None = None, advanced: str = "[].") -> None:
         self._configuration = {**_CONFIGURATION, **(configuration or {})}
+        self._advanced = advanced
 
     def __enter__(self) -> RabbitMQ:
         if not installed():
@@ -70,6 +72,7 @@ class RabbitMQ:
         self._node = f"longhaul{secrets.token_hex(4)}@localhost"
         text = "".join(f"{key} = {value.format(port=self.port)}\n" for key, value in self._configuration.items())
         (self.folder / "rabbitmq.conf").write_text(text)
+        (self.folder / "advanced.config").write_text(f"{self._advanced}\n")
         (self.folder / "enabled_plugins").write_text("[].\n")
         (self.folder / "environment").write_text("")
         self._children = Children(self.folder / "children.json")

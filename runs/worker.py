@@ -65,6 +65,9 @@ def recognise(sender: str, instance: Any, **_: Any) -> None:
     if not _queues:
         return
     _take_no_more_than_runs(instance)
+    # RabbitMQ closes the channel of a worker that keeps a message for longer than its consumer_timeout. By default the
+    # worker would end for that, and take the slow call that it runs along, again and again.
+    instance.app.conf.broker_channel_error_retry = True
     logs.everywhere(worker=str(sender))
     presence.current = Presence(name=str(sender), kind=_kind(), holdings=_holdings())
     if _prefork:

@@ -14,6 +14,7 @@ from agents_project import rabbitmq
 from agents_project.demo.models import Ledger
 from agents_project.rabbitmq import RabbitMQ
 from runs import Run
+from runs.agents import registry
 from tests.workers import test_deaths as over_redis
 from tests.workers.app.agents import worker_test
 from tests.workers.conftest import Kit, eventually, kit_over
@@ -173,3 +174,31 @@ def test_deleted_queues_cost_no_run(workers: Kit) -> None:
     begun = worker_test.start("tell me")
     for each, output in ((run, SENTENCE), (calling, "It is done."), (begun, SENTENCE)):
         assert ended(each, 60).output == output
+
+
+@pytest.fixture
+def impatient(
+    django_db_setup: None, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Kit]:
+    """Workers on a node that takes every message back after a second."""
+    looks_often = "[{rabbit, [{channel_tick_interval, 500}]}]."  # once a minute, else
+    with (
+        RabbitMQ({"consumer_timeout": "1000"}, looks_often) as node,
+        kit_over(Node(node), tmp_path_factory.mktemp("impatient")) as kit,
+    ):
+        monkeypatch.setenv("CELERY_BROKER_URL", node.url)
+        yield kit
+
+
+def test_a_call_that_outlasts_rabbitmqs_patience_runs_once_and_to_its_end(
+    impatient: Kit, transactional_db: None
+) -> None:
+    """Its channel is closed under it, and its message goes to another worker, which finds its holder alive."""
+    registry.add(worker_test)
+    impatient.up(agents=1, tools=2, control=1)
+    calling = worker_test.start("call idempotent 6")
+    call = working(calling)
+    assert ended(calling, 60).output == "It is done."
+    assert starts(call) == 1
+    logs = [(impatient.folder / f"{name}.log").read_text() for name in impatient.names("tools")]
+    assert any("delivery acknowledgement on channel" in log for log in logs)

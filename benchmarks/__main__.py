@@ -8,7 +8,17 @@ import subprocess
 import sys
 from collections.abc import Sequence
 
-MODULES = ("step_cost", "resume", "rolling_restart", "flat_cost", "memory", "celery_events", "provider", "http")
+MODULES = (
+    "step_cost",
+    "resume",
+    "rolling_restart",
+    "flat_cost",
+    "memory",
+    "celery_events",
+    "provider",
+    "http",
+    "streams",
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -170,10 +170,12 @@ GROUPS: Mapping[str, Mapping[str, Key]] = {
     },
     "Housekeeping": {
         "EVENT_RETENTION_DAYS": _kept(
-            None, "how long the event log of a run is kept after its end; its terminal event stays, and so does the rest"
+            None,
+            "how long the event log of a run is kept after its end; its terminal event stays, and so does the rest",
         ),
         "THREAD_RETENTION_DAYS": _kept(
-            None, "how long a thread without a live run is kept after its last run and message, with all that hangs on it"
+            None,
+            "how long a thread without a live run is kept after its last run and message, with all that hangs on it",
         ),
         "WORKER_RETENTION_DAYS": _kept(7, "how long the row of a worker is kept after its end, to tell what ran where"),
     },

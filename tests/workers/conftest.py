@@ -161,6 +161,21 @@ class Kit:
             process.wait()
 
 
+kits: list[Kit] = []  # those that are up
+
+
+def _await_no_connection(application: str) -> None:
+    """The workers were connected to the test database, which goes now: wait until the server has noticed their end."""
+    with psycopg.connect(os.environ["DATABASE_URL"], autocommit=True) as admin:
+        # (Presence, and an atomic tool, name their connections themselves.)
+        query = (
+            "SELECT count(*) FROM pg_stat_activity WHERE datname = %s"
+            " AND (application_name = %s OR application_name LIKE 'longhaul%%')"
+        )
+        theirs = (connection.settings_dict["NAME"], application)
+        eventually(lambda: admin.execute(query, theirs).fetchone() == (0,), why="the workers' connections end")
+
+
 @contextmanager
 def kit_over(broker: Broker, folder: Path) -> Iterator[Kit]:
     """A model server, and workers on this broker, which end with the block."""
@@ -177,21 +192,16 @@ def kit_over(broker: Broker, folder: Path) -> Iterator[Kit]:
             **broker.environment,
         }
         kit = Kit(environment, folder, model, broker)
+        kits.append(kit)
         try:
             yield kit
         finally:
+            kits.remove(kit)
             for process in kit.processes.values():
                 if process.poll() is None:
                     kit.kill(process)
-            # They were connected to the test database, which goes now: wait until the server has noticed.
-            with psycopg.connect(os.environ["DATABASE_URL"], autocommit=True) as admin:
-                # (Presence, and an atomic tool, name their connections themselves.)
-                query = (
-                    "SELECT count(*) FROM pg_stat_activity WHERE datname = %s"
-                    " AND (application_name = %s OR application_name LIKE 'longhaul%%')"
-                )
-                theirs = (connection.settings_dict["NAME"], environment["PGAPPNAME"])
-                eventually(lambda: admin.execute(query, theirs).fetchone() == (0,), why="the workers' connections end")
+            if not kits:  # the last one waits for all
+                _await_no_connection(environment["PGAPPNAME"])
             connection.close()
 
 

@@ -131,7 +131,7 @@ def test_a_killed_broker_that_comes_back_has_kept_its_messages(workers: Kit) -> 
     for name in (*workers.names("agents"), *workers.names("control")):  # nobody takes one, or sends it again
         workers.kill(workers.processes[name])
     queued = [worker_test.start("tell me") for _ in range(5)]
-    assert workers.broker.messages("longhaul.agents") == 5
+    eventually(lambda: workers.broker.messages("longhaul.agents") == 5, why="the queue has them")
     kill_and_start(node)
     eventually(lambda: workers.broker.messages("longhaul.agents") == 5, why="the queue's leader has its messages")
     workers.up(agents=2)

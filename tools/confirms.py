@@ -18,6 +18,7 @@ from weakref import WeakKeyDictionary
 from amqp.exceptions import AMQPError, ChannelError, MessageNacked, PreconditionFailed
 from celery.local import Proxy
 from kombu import pools
+from kombu.exceptions import LimitExceeded
 from kombu.exceptions import OperationalError as BrokerError
 
 from tools import queues
@@ -43,7 +44,7 @@ def publish(app: Any, queue: str, send: Callable[..., None]) -> None:
         declare = [] if queue in _declared_otherwise else [queues.named(app, queue)]
         old = False
         try:
-            with _pool(app).acquire(block=True) as producer:
+            with _taken(_pool(app)) as producer:
                 old = producer.connection.connected
                 with bounded(producer.connection):
                     send(producer, declare=declare, mandatory=True)
@@ -72,7 +73,7 @@ def _was_dead(error: BaseException | None) -> bool:
 @contextlib.contextmanager
 def connection(app: Any) -> Iterator[Any]:
     """A connection to ask the broker something, in bounded time. Raises BrokerError."""
-    with _pool(app).connections.acquire(block=True) as acquired, bounded(acquired):
+    with _taken(_pool(app).connections) as acquired, bounded(acquired):
         yield acquired
 
 
@@ -91,6 +92,14 @@ def bounded(connection: Any) -> Iterator[None]:
         raise
 
 
+def _taken(pool: Any) -> Any:
+    """Take one of a pool. Behind those who wait for a broker that hangs nobody queues for longer than they do."""
+    try:
+        return pool.acquire(block=True, timeout=PATIENCE)
+    except LimitExceeded as error:
+        raise BrokerError("all connections for publishing are taken, and none came back in time") from error
+
+
 def _pool(app: Any) -> Any:
     if isinstance(app, Proxy):  # `current_app`, which stands for one app now and for another one then
         app = app._get_current_object()
@@ -100,6 +109,9 @@ def _pool(app: Any) -> Any:
         made = app.connection_for_write(
             connect_timeout=CONNECT_PATIENCE, transport_options={"confirm_publish": True, "on_blocked": _refuse}
         )
+        for group in (pools.producers, pools.connections) if pid else ():
+            with contextlib.suppress(KeyError):  # kombu forgets the parent's only after a fork of multiprocessing's
+                del group[made]
         pool = pools.producers[made]
         _pools[app] = (os.getpid(), pool)
     return pool

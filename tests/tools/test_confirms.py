@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -140,6 +141,33 @@ def test_a_broker_that_hangs_is_waited_for_a_bounded_time(
     finally:
         os.kill(node.pid, signal.SIGCONT)
     wait_until(lambda: not _is_refused(), 20)
+
+
+def test_nobody_queues_for_long_behind_those_who_wait_for_a_broker_that_hangs(
+    app: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(confirms, "PATIENCE", 0.2)
+    pool = confirms._pool(app)
+    waiting_for_it = [pool.acquire() for _ in range(pool.limit)]
+    assert "taken" in refused(within=2)
+    for producer in waiting_for_it:
+        producer.release()
+    send()
+
+
+def test_a_forked_process_publishes_on_connections_of_its_own(app: Any) -> None:
+    """Not of multiprocessing's making: a web server that loads the project before it forks."""
+    send()
+    pool = confirms._pool(app)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # Python's, of a fork beside threads
+        child = os.fork()
+    if child == 0:
+        os._exit(int(confirms._pool(app) is pool or _is_refused()))
+    assert os.waitpid(child, 0)[1] == 0
+    assert confirms._pool(app) is pool
+    send()
+    waiting(app, 3)
 
 
 def test_a_broker_that_is_gone_is_given_up_at_once(app: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,7 +21,7 @@ from datetime import datetime, timedelta
 from typing import Any
 from uuid import UUID
 
-from django.db import connection, transaction
+from django.db import IntegrityError, connection, transaction
 from django.db.models import Model, Q
 
 from runs.conf import settings
@@ -260,10 +260,16 @@ def _idle(thread_id: UUID, before: datetime) -> bool:
 
 
 def _delete(thread_id: UUID, before: datetime) -> bool:
-    with transaction.atomic():
-        if not _idle(thread_id, before):
-            return False
-        Thread.objects.get(pk=thread_id).delete()
+    try:
+        with transaction.atomic():
+            if not _idle(thread_id, before):
+                return False
+            Thread.objects.get(pk=thread_id).delete()
+    except IntegrityError as error:  # Django's ProtectedError is one
+        # A row of the host's names it, and is to stay: the threads after this one would wait for it at every pass.
+        told = {"action": "thread.kept", "error": type(error).__name__}
+        logger.warning("Thread %s is kept, for a row of the project's names it", thread_id, extra=told)
+        return False
     return True
 
 

@@ -19,7 +19,7 @@ import pytest
 from celery import current_app
 from django.core.management import call_command
 from django.db import connection, transaction
-from django.db.models import F
+from django.db.models import F, ProtectedError
 from django.db.models.signals import pre_delete
 from django.test import Client, override_settings
 
@@ -386,6 +386,29 @@ def test_a_thread_goes_so_long_after_its_last_word_with_all_that_hangs_on_it(
     assert Event.objects.filter(run_id=young.pk).count() == young.last_seq
     forked.refresh_from_db()
     assert (forked.status, forked.parent) == ("queued", None)
+    assert_invariants()
+
+
+def test_a_thread_that_a_row_of_the_host_protects_stays_and_stops_no_other(
+    clerk: Agent, scripted_model: ScriptedModel, caplog: pytest.LogCaptureFixture
+) -> None:
+    held, free = (asked(clerk, scripted_model, ended=days * DAY) for days in (50, 40))
+
+    def protect(instance: Any, **_: Any) -> None:
+        if instance.pk == held.thread_id:
+            raise ProtectedError("An order names it.", {instance})
+
+    pre_delete.connect(protect, sender=Thread)
+    try:
+        with kept_for(THREAD=30):
+            assert keep_house() == Removed(threads=1)
+    finally:
+        pre_delete.disconnect(protect, sender=Thread)
+
+    assert list(Thread.objects.all()) == [held.thread]
+    assert Message.objects.filter(run_id=held.pk).exists()
+    assert [record.message for record in caplog.records if str(held.thread_id) in record.message]
+    assert free.thread_id != held.thread_id
     assert_invariants()
 
 

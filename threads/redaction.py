@@ -13,6 +13,7 @@ import re
 from collections.abc import Iterator, Mapping
 from functools import cache
 from html import escape
+from json import dumps
 from typing import Any
 from urllib.parse import quote, unquote
 
@@ -129,6 +130,8 @@ def _values() -> re.Pattern[str] | None:
     forms: set[str] = set()
     for value in known:
         forms |= {value, quote(value, safe=""), escape(value), value.encode("unicode_escape").decode()}
+        for said in (repr(value)[1:-1], dumps(value)[1:-1], dumps(value, ensure_ascii=False)[1:-1]):
+            forms |= {said, said.replace("'", "\\'")}  # the second: within a text that has both kinds of quotes
     sure = [re.escape(form) for form in forms if len(form) >= SURE]
     bounded = [re.escape(form) for form in forms if SHORTEST <= len(form) < SURE]
     # The longest first: of two that begin alike the longer one is meant.

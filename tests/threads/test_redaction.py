@@ -94,6 +94,13 @@ def test_what_the_settings_and_the_environment_hold_as_a_secret_is_masked_wherev
     assert settings.SECRET_KEY not in redact(f"the key is {settings.SECRET_KEY}")
 
 
+@pytest.mark.parametrize("secret", ["with'one-quote", 'with"the-other', "with'bo\"th", "back\\slash'ed", 'wörd"quoted'])
+def test_a_secret_with_quotes_is_masked_in_python_and_in_json(settings: Settings, secret: str) -> None:
+    settings.VENDOR_SECRET = secret
+    for text in (secret, repr(secret), repr({"p": f'"{secret}"'}), json.dumps([secret]), f"x='{secret}'"):
+        assert secret[:4] not in redact(text).replace("\\", ""), text
+
+
 def test_a_short_password_is_masked_as_a_word_of_its_own_and_leaves_other_words(settings: Settings) -> None:
     settings.DATABASE_COPY = "postgresql://postgres:postgres@db/x"
     assert redact("postgres; postgresql://db") == "[masked]; postgresql://db"

@@ -47,6 +47,7 @@ from threads.ids import new_id
 from threads.models import Message, Role
 from threads.redaction import redact
 from tools.exceptions import ToolError, UnknownTool
+from tools.execution import described_error
 from tools.presence import Presence
 
 logger = logging.getLogger("longhaul.engine")
@@ -556,7 +557,7 @@ class Leg:
                 raise UnknownTool(name, self.definition.tools)
             tool.validate(text)
         except ToolError as error:
-            return {"code": error.code, "message": redact(str(error))}
+            return described_error(error)
         except Exception as error:  # a validator of the user's
             return {
                 "code": "invalid_arguments",

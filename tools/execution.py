@@ -24,7 +24,7 @@ from threads import database, logs
 from threads.redaction import redact
 from tools import lifecycle, run_log
 from tools.context import ToolContext
-from tools.exceptions import InvalidArguments, InvalidResult, ToolError, ToolFailed
+from tools.exceptions import InvalidArguments, InvalidResult, Problem, ToolError, ToolFailed
 from tools.models import Outcome, ToolCall
 from tools.presence import Presence
 from tools.registry import Tool
@@ -87,12 +87,12 @@ def _run(claimed: Claimed) -> None:
         tool = run_log.current().tool(claimed.answer)
         arguments = tool.validate(claimed.answer["arguments"])
     except ToolError as error:
-        _settle(claimed, Outcome.FAILED, error=_described(error))
+        _settle(claimed, Outcome.FAILED, error=described_error(error))
         return
     except Exception as error:  # a validator of the user's own
         logger.warning("The arguments of call %s could not be checked", claimed.call_id, exc_info=error)
         refused = InvalidArguments(claimed.name, [{"path": "", "message": f"not checked: {type(error).__name__}"}])
-        _settle(claimed, Outcome.FAILED, error=_described(refused))
+        _settle(claimed, Outcome.FAILED, error=described_error(refused))
         return
     if tool.atomic:
         _execute_atomic(claimed, tool, arguments)
@@ -195,7 +195,7 @@ def _after_error(claimed: Claimed, tool: Tool, error: BaseException) -> None:
     if isinstance(error, ToolError):
         if isinstance(error, InvalidResult):  # only here stands what a serializer of the user's raised
             logger.warning("The result of call %s cannot be JSON", claimed.call_id, exc_info=error)
-        return _settle(claimed, Outcome.FAILED, error=_described(error))
+        return _settle(claimed, Outcome.FAILED, error=described_error(error))
     logger.warning(
         "Tool %s, call %s, attempt %s failed", claimed.name, claimed.call_id, claimed.attempt, exc_info=error
     )
@@ -211,7 +211,15 @@ def _after_error(claimed: Claimed, tool: Tool, error: BaseException) -> None:
     )
 
 
-def _described(error: ToolError) -> dict[str, str]:
+def described_error(error: ToolError) -> dict[str, str]:
+    """Return what a call keeps of an error, without secrets.
+
+    The name of an argument is no part of what is looked through: of `password: Field required` a secret would be seen in
+    the second word, and the model would not learn what to mend.
+    """
+    if isinstance(error, InvalidArguments):
+        problems = [Problem(path=each["path"], message=redact(each["message"])) for each in error.problems]
+        return {"code": error.code, "message": storable_text(str(InvalidArguments(error.tool, problems)))}
     return {"code": error.code, "message": redact(storable_text(str(error)))}
 
 
@@ -243,7 +251,7 @@ def _until_answered(claimed: Claimed, transition: Callable[[], Any], what: str, 
             # The result itself cannot be stored (a NUL in a string, a number too large): say so instead.
             logger.warning("Call %s: its result cannot be stored", claimed.call_id, exc_info=error)
             refused = ToolFailed("The tool ran, but its result cannot be stored.")
-            return _settle(claimed, Outcome.FAILED, error=_described(refused))
+            return _settle(claimed, Outcome.FAILED, error=described_error(refused))
         else:
             break
     if answer is None:

@@ -24,6 +24,7 @@ from typing_extensions import TypedDict
 
 from tools.context import ToolContext
 from tools.exceptions import InvalidArguments, ToolSchemaError
+from tools.execution import described_error
 from tools.schema import compile_arguments, jsonable, read_docstring
 
 if TYPE_CHECKING:
@@ -457,6 +458,17 @@ def test_the_text_for_the_model_holds_every_problem() -> None:
     assert str(caught.value).splitlines() == [
         "The arguments of order are not valid; nothing was done.",
         '- number: input should be a valid integer, unable to parse string as an integer; got "many"',
+    ]
+
+
+def test_the_name_of_an_argument_hides_nothing_of_what_is_wrong_with_it() -> None:
+    def open_account(password: str, api_key: int) -> None: ...
+
+    with pytest.raises(InvalidArguments) as caught:
+        validate(open_account, {"api_key": "sk-0123456789abcdef"})
+    assert described_error(caught.value)["message"].splitlines()[1:] == [
+        "- password: is required",
+        '- api_key: input should be a valid integer, unable to parse string as an integer; got "[masked]"',
     ]
 
 

@@ -18,7 +18,6 @@ from typing import Any
 from urllib.parse import quote, unquote
 
 from django.conf import settings
-from django.core.exceptions import ImproperlyConfigured
 from django.core.signals import setting_changed
 from django.utils.safestring import SafeString, mark_safe
 from django.views.debug import ExceptionReporter
@@ -89,7 +88,7 @@ def redact(text: str) -> str:
     try:
         if len(text) > _TEXT_LIMIT:
             text = text[:_TEXT_LIMIT] + "..."
-        found = _values()
+        found = _values(settings.configured)
         if found is not None:
             text = found.sub(MASK, text)
         if "\n" in text:
@@ -124,9 +123,13 @@ def is_secret_name(name: str) -> bool:
 
 
 @cache
-def _values() -> re.Pattern[str] | None:
-    """Return what finds the secrets that are known by value; None when there are none."""
-    known = {*_told, *_of_environment(), *_of_settings()}
+def _values(configured: bool) -> re.Pattern[str] | None:
+    """Return what finds the secrets that are known by value; None when there are none.
+
+    A server's own lines come before it has loaded Django's settings, and settings may log while they are read: theirs are
+    asked for when they are there, and never before.
+    """
+    known = {*_told, *_of_environment(), *(_of_settings() if configured else ())}
     forms: set[str] = set()
     for value in known:
         forms |= {value, quote(value, safe=""), escape(value), value.encode("unicode_escape").decode()}
@@ -147,11 +150,7 @@ def _of_environment() -> Iterator[str]:
 
 
 def _of_settings() -> Iterator[str]:
-    try:
-        names = [name for name in dir(settings) if name.isupper()]
-    except ImproperlyConfigured:  # a formatter outside of Django
-        return
-    for name in names:
+    for name in filter(str.isupper, dir(settings)):
         try:
             value = getattr(settings, name)
         except Exception:  # noqa: S112 (a setting that cannot be read holds no secret that could be written)

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 
 import pytest
+from django.conf import LazySettings
 from django.core.exceptions import ImproperlyConfigured
 from django.test import Client, RequestFactory
 from pytest_django.fixtures import Settings
@@ -123,8 +124,18 @@ def test_a_program_may_tell_of_a_secret() -> None:
     assert redact("short") == "short"
 
 
+def test_lines_before_the_settings_are_read_hide_none_of_them_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server's own lines, and those of its children that have inherited what it knew."""
+    lazy = LazySettings()
+    monkeypatch.setattr(redaction, "settings", lazy)
+    assert redact("Listening at plain-words-of-a-key") == "Listening at plain-words-of-a-key"
+    assert not lazy.configured, "it was a log line that read the settings"
+    lazy.configure(PAYMENT_API_KEY="plain-words-of-a-key")
+    assert redact("plain-words-of-a-key") == "[masked]"
+
+
 def test_what_cannot_be_looked_through_is_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken() -> None:
+    def broken(_: bool) -> None:
         raise ImproperlyConfigured("no settings")
 
     with monkeypatch.context() as patched:

@@ -215,7 +215,7 @@ class Broadcast:
         self.readers: set[Reader] = set()
         self.tails: dict[UUID, Tail] = {}
         self.leaving = False
-        self._due: set[UUID] = set()
+        self._due: dict[UUID, None] = {}  # of the tails those that are to be read, who was first rung for first
         self._due_now = asyncio.Event()
         self._short: deque[Reader] = deque()  # who want a page
         self._long: deque[Reader] = deque()
@@ -269,7 +269,7 @@ class Broadcast:
             tail.forget()
         if not tail.readers:
             del self.tails[run]
-            self._due.discard(run)
+            self._due.pop(run, None)
             tail.bell.take_down(bells.run_channel(run))
 
     def want(self, reader: Reader) -> None:
@@ -359,8 +359,9 @@ class Broadcast:
                 self._go_now.set()
 
     def _make_due(self, run: UUID) -> None:
-        self._due.add(run)
-        self._due_now.set()
+        if run in self.tails:  # else its last reader was led on by its last event
+            self._due[run] = None
+            self._due_now.set()
 
     # --- work -------------------------------------------------------------------------------------------------------
 
@@ -398,7 +399,8 @@ class Broadcast:
                 self._due.clear()  # who has nobody live yet is read by who comes
                 self._due_now.clear()
             else:
-                self._due.difference_update(due)
+                for run in due:
+                    del self._due[run]
             if not due:
                 continue
             last = time.monotonic()

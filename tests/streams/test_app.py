@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 from uuid import UUID, uuid4
 
@@ -17,7 +17,7 @@ from runs.agents import Agent
 from runs.models import Event, Run
 from runs.pytest_longhaul import ScriptedModel, run_to_end
 from runs.run_log import DatabaseRunLog
-from runs.streams import app, broadcast
+from runs.streams import app, broadcast, log
 from runs.streams.app import Application
 from tests.http.conftest import Api
 from tests.http.frames import Frame
@@ -96,6 +96,38 @@ async def test_what_a_frame_says_is_what_events_says(application: Application, a
     log = await sync_to_async(api.get)(f"/api/runs/{live.pk}/events")
     assert [each.data for each in told] == log["results"]
     assert [list(each.data)[:4] for each in told] == [["seq", "type", "run", "at"]] * len(told)
+
+
+# --- rounds ---------------------------------------------------------------------------------------------------------
+
+
+async def test_all_runs_have_their_turn(
+    application: Application, api: Api, helper: Agent, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also when more ring than a round reads, and ring again before the next."""
+    runs = [await sync_to_async(helper.start)("Where?", owner=api.user) for _ in range(6)]
+    for run in runs:
+        await begun(application, api, run)
+    now = broadcast.here()
+    async with asyncio.timeout(20):
+        while not all(run.pk in now.tails and now.tails[run.pk].joined for run in runs):
+            await asyncio.sleep(0.01)  # between looks at a condition
+    rounds: list[set[UUID]] = []
+    read, enough = log.Log.live, asyncio.Event()
+
+    async def live(self: log.Log, after: Sequence[tuple[UUID, int]]) -> Any:
+        rounds.append({run for run, _ in after})
+        found = await read(self, after)
+        for run in runs:
+            now._make_due(run.pk)
+        if len(rounds) == 8:
+            enough.set()
+        return found
+
+    monkeypatch.setattr(broadcast, "MOST_TAILS", 2)
+    monkeypatch.setattr(log.Log, "live", live)
+    await asyncio.wait_for(enough.wait(), 20)
+    assert set().union(*rounds[1:8]) == {run.pk for run in runs}
 
 
 # --- who is let in --------------------------------------------------------------------------------------------------

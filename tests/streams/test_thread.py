@@ -17,6 +17,7 @@ from runs.agents import Agent
 from runs.models import Run
 from runs.pytest_longhaul import ScriptedModel, run_to_end
 from runs.streams import broadcast
+from runs.streams import log as log_of_streams
 from runs.streams.app import Application
 from tests.http.conftest import Api
 from tests.streams.inside import Answer, ask
@@ -184,3 +185,27 @@ async def test_a_thread_without_a_run_waits_for_its_first(either: Application, a
     run = await sync_to_async(helper.start)("one", thread=thread)
     await cancel(run)
     assert await told(answer, 1) == await log(thread)
+
+
+async def test_a_round_that_is_full_with_a_runs_last_event_reads_no_more_of_it(
+    application: Application, api: Api, helper: Agent, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its only reader has gone on, and no other stream of the process notices."""
+    thread = await sync_to_async(Thread.objects.create)(owner=api.user)
+    first = await sync_to_async(helper.start)("one", thread=thread)
+    answer = await ask(application, "GET", stream(thread), api.key)
+    following = each(answer)
+    now = broadcast.here()
+    async with asyncio.timeout(20):
+        while first.pk not in now.tails or not now.tails[first.pk].joined:
+            await asyncio.sleep(0.01)  # between looks at a condition
+    work = now._work
+    one_at_once = log_of_streams._LIVE.replace(f"LIMIT {broadcast.MOST_A_TAIL}", "LIMIT 1")
+    monkeypatch.setattr(log_of_streams, "_LIVE", one_at_once)
+    monkeypatch.setattr(broadcast, "MOST_A_TAIL", 1)
+    await cancel(first)
+    while (await anext(following))[1] != "run.cancelled":
+        pass
+    second = await sync_to_async(helper.start)("two", thread=thread)
+    assert (await asyncio.wait_for(anext(following), 20))[0] == f"{second.pk}:1"
+    assert now._work is work

@@ -38,9 +38,15 @@ class Unhealthy(Exception):
 def answers(name: str) -> str:
     """Ask the web server of this name for its page. Raises Unhealthy."""
     variable, usual, path = PAGES[name]
-    asked = http.client.HTTPConnection(
-        "127.0.0.1", int(os.environ.get(variable) or usual), timeout=WAIT.total_seconds()
-    )
+    port, patience = int(os.environ.get(variable) or usual), WAIT.total_seconds()
+    asked: http.client.HTTPConnection
+    if name == "web" and os.environ.get("LONGHAUL_HTTPS") == "1":  # it speaks TLS itself
+        import ssl
+
+        context = ssl._create_unverified_context()  # noqa: S323 (its certificate names another host than this one)
+        asked = http.client.HTTPSConnection("127.0.0.1", port, timeout=patience, context=context)
+    else:
+        asked = http.client.HTTPConnection("127.0.0.1", port, timeout=patience)
     try:
         asked.request("GET", path)
         status = asked.getresponse().status

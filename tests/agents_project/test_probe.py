@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
 import socket
+import ssl
 import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
 from typing import Any
 
 import psycopg
@@ -114,6 +117,39 @@ def test_web_is_well_while_it_answers(site: dict[str, int], capsys: pytest.Captu
     assert told(capsys, "web") == (0, "web answers")
     site["/healthz"] = 500
     assert told(capsys, "web") == (1, "web answers 500")
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="needs openssl")
+def test_web_that_speaks_tls_itself_is_asked_so(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
+    make = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days", "1"]
+    subprocess.run(
+        [*make, "-subj", "/CN=agents.example.com", "-keyout", key, "-out", certificate], check=True, capture_output=True
+    )
+    with HTTPServer(("127.0.0.1", 0), _Well) as server:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(certificate, key)
+        server.socket = context.wrap_socket(server.socket, server_side=True)
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        monkeypatch.setenv("PORT", str(server.server_port))
+        monkeypatch.setenv("LONGHAUL_HTTPS", "1")
+        try:
+            assert told(capsys, "web") == (0, "web answers")
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+class _Well(BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.end_headers()
+
+    def log_message(self, *_: object) -> None:
+        pass
 
 
 def test_web_that_is_away_is_not(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

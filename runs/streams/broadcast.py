@@ -14,6 +14,7 @@ import asyncio
 import logging
 import time
 from collections import deque
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cache
@@ -368,12 +369,11 @@ class Broadcast:
     async def _serve(self) -> None:
         """Work as long as there are readers, and a while longer."""
         live, history = Log("longhaul streams"), Log("longhaul history")
-        jobs = (self._follow(live), self._page(history), self._look(), self._go_on(history), self._admit())
+        jobs = (self._follow(live), self._page(history), self._go_on(history), self._admit())
         tasks = [self.loop.create_task(each) for each in jobs]
         try:
-            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-            for each in done:
-                each.result()
+            # Here and in no task: between its last look at who is there and what follows nobody can come.
+            await self._look(tasks)
         except Exception:
             # Not to be foreseen: readers come back, and find the work begun anew.
             logger.exception("The streams of this process are closed")
@@ -484,10 +484,16 @@ class Broadcast:
             self._join(reader)
         reader.wake.set()
 
-    async def _look(self) -> None:
-        """Once in a while: what nobody rang for, pings, and readers who stand still. Ends when nobody was there for long."""
+    async def _look(self, work: Sequence[asyncio.Task[None]]) -> None:
+        """Once in a while: what nobody rang for, pings, and readers who stand still. Ends when nobody was there for long.
+
+        The work beside it has no end. What it raises is raised here.
+        """
         while self.readers or time.monotonic() - self._empty_since < IDLE_SECONDS:
-            await asyncio.sleep(min(_TICK_SECONDS, LOOK_SECONDS))
+            tick = min(_TICK_SECONDS, LOOK_SECONDS)
+            done, _ = await asyncio.wait(work, timeout=tick, return_when=asyncio.FIRST_COMPLETED)
+            for each in done:
+                each.result()
             now = time.monotonic()
             for run, tail in self.tails.items():
                 if tail.joined and now - tail.looked >= LOOK_SECONDS:

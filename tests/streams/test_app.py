@@ -19,6 +19,7 @@ from runs.pytest_longhaul import ScriptedModel, run_to_end
 from runs.run_log import DatabaseRunLog
 from runs.streams import app, broadcast, log
 from runs.streams.app import Application
+from runs.streams.visitors import Visitor
 from tests.http.conftest import Api
 from tests.http.frames import Frame
 from tests.streams.inside import Answer, ask
@@ -128,6 +129,32 @@ async def test_all_runs_have_their_turn(
     monkeypatch.setattr(log.Log, "live", live)
     await asyncio.wait_for(enough.wait(), 20)
     assert set().union(*rounds[1:8]) == {run.pk for run in runs}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moves", range(6))
+async def test_who_comes_as_the_work_ends_for_want_of_readers_is_served(
+    application: Application, api: Api, live: Run, monkeypatch: pytest.MonkeyPatch, moves: int
+) -> None:
+    look, ended = broadcast.Broadcast._look, asyncio.Event()
+
+    async def looks(self: broadcast.Broadcast, *given: Any) -> None:
+        await look(self, *given)
+        ended.set()
+
+    monkeypatch.setattr(broadcast.Broadcast, "_look", looks)
+    now = broadcast.here()
+    who = Visitor(user=(type(api.user), api.user.pk), key=None, session=None)
+    plan = broadcast.Plan(visitor=who, run=live.pk)
+    now.leave(now.enter(plan))
+    await ended.wait()
+    for _ in range(moves):  # of the event loop, in which the work is ended
+        await asyncio.sleep(0)
+    reader = now.enter(plan)
+    try:
+        assert b"run.queued" in await asyncio.wait_for(reader.next(), 20)
+    finally:
+        now.leave(reader)
 
 
 # --- who is let in --------------------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from uuid import UUID
 from weakref import WeakKeyDictionary
 
 import psycopg
-from django.db import DatabaseError, InterfaceError
+from django.db import InterfaceError, OperationalError
 from django.db.models import Model
 
 from runs import bells
@@ -39,6 +39,7 @@ logger = logging.getLogger("longhaul.streams")
 
 PING_SECONDS = 15.0
 CHECK_SECONDS = 30.0  # how long a stream goes on for who may no longer see what it shows
+UNCHECKED_SECONDS = 120.0  # the same, while nobody can say who may see what
 LOOK_SECONDS = 1.0  # how often a tail is read though no bell rang
 GATHER_SECONDS = 0.01  # between two rounds, in which runs ring
 MOST_TAILS = 500  # of a round
@@ -586,19 +587,23 @@ class Broadcast:
             Thread: {reader.thread for reader in readers if reader.thread is not None},
         }
         seen = await self._seen(readers[0].visitor, {model: ids for model, ids in shown.items() if ids})
-        if seen is None:
-            return
         now = time.monotonic()
+        if seen is None:
+            # What the policy asks may be away alone, another database or a pool, while the log is read and shown.
+            for reader in readers:
+                if now - reader.checked >= UNCHECKED_SECONDS:
+                    reader.finish(unsent=False)
+            return
         for reader in readers:
             reader.checked = now
             if not {id for id in (reader.run, reader.thread) if id is not None} <= seen:
                 reader.finish(unsent=False)  # who comes back is told why
 
     async def _seen(self, visitor: Visitor, rows: dict[type[Model], set[UUID]]) -> set[UUID] | None:
-        """Return what of this the visitor may see; None while the database cannot be asked, when nothing is shown either."""
+        """Return what of this the visitor may see; None while the database cannot be asked."""
         try:
             return await apart(visitor.sees)(rows)
-        except (DatabaseError, InterfaceError):
+        except (InterfaceError, OperationalError):
             return None
         except Exception:
             logger.exception("A policy that raises shows nothing")

@@ -10,6 +10,7 @@ from uuid import UUID, uuid4
 import pytest
 from asgiref.sync import sync_to_async
 from django.core.asgi import get_asgi_application
+from django.db import OperationalError, ProgrammingError
 from django.http import HttpRequest, HttpResponse, HttpResponseBase
 
 from runs import bells, with_streams
@@ -428,11 +429,12 @@ async def test_a_run_that_is_deleted_ends_its_stream(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("lost", ["key", "permission", "policy"])
+@pytest.mark.parametrize("lost", ["key", "permission", "policy", "policy's table", "policy's database"])
 async def test_a_stream_ends_when_it_may_no_longer_be_seen(
     application: Application, api_of: Any, live: Run, monkeypatch: pytest.MonkeyPatch, lost: str
 ) -> None:
     monkeypatch.setattr(broadcast, "CHECK_SECONDS", 0.05)
+    monkeypatch.setattr(broadcast, "UNCHECKED_SECONDS", 0.3)
     staff = await sync_to_async(api_of)("staff", is_staff=True, is_superuser=True)
     answer, told = await begun(application, staff, live)
     await record(live, "seen")
@@ -443,8 +445,10 @@ async def test_a_stream_ends_when_it_may_no_longer_be_seen(
         await type(staff.user).objects.filter(pk=staff.user.pk).aupdate(is_superuser=False)
     else:
 
+        errors = {"policy": RuntimeError, "policy's table": ProgrammingError, "policy's database": OperationalError}
+
         def raises(*_: Any) -> Any:
-            raise RuntimeError("the team's service is away")
+            raise errors[lost]("the team's service is away")
 
         monkeypatch.setattr("threads.access.policy", raises)
     assert [each async for each in told] == []

@@ -200,7 +200,7 @@ async def test_a_round_that_is_full_with_a_runs_last_event_reads_no_more_of_it(
         while first.pk not in now.tails or not now.tails[first.pk].joined:
             await asyncio.sleep(0.01)  # between looks at a condition
     work = now._work
-    one_at_once = log_of_streams._LIVE.replace(f"LIMIT {broadcast.MOST_A_TAIL}", "LIMIT 1")
+    one_at_once = log_of_streams._LIVE.replace(f"LIMIT {log_of_streams.MOST_A_TAIL}", "LIMIT 1")
     monkeypatch.setattr(log_of_streams, "_LIVE", one_at_once)
     monkeypatch.setattr(broadcast, "MOST_A_TAIL", 1)
     await cancel(first)

@@ -385,9 +385,11 @@ class Broadcast:
                 self._work = None  # who comes from now on begins it anew
             for each in tasks:
                 each.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-            await live.close()
-            await history.close()
+            try:
+                await asyncio.gather(*tasks, return_exceptions=True)
+            finally:  # also when the loop itself ends meanwhile
+                await live.close()
+                await history.close()
 
     async def _follow(self, log: Log) -> None:
         """Read what is new of all runs that are due, round by round."""

@@ -46,7 +46,8 @@ PING_SECONDS = 15.0
 CHECK_SECONDS = 15.0  # how long a stream, or a wait, goes on for who may no longer see its run
 # A proxy that gathers or compresses what passes makes a stream stand still.
 HEADERS = {
-    "Cache-Control": "no-cache, no-transform",
+    # Private, too: Django 5.2 at first kept what is only not to be cached, and the view's answer has no body.
+    "Cache-Control": "private, no-cache, no-transform",
     "X-Accel-Buffering": "no",
     "Content-Encoding": "identity",  # else Django's GZipMiddleware keeps what it compresses until it has enough
 }

@@ -28,7 +28,8 @@ def listen(tell: Callable[[], None]) -> None:
         return
     for number in SIGNALS:
         before = signal.getsignal(number)
-        if before is None or isinstance(before, _Heard):  # set by C code, which could not be called
+        # None was set by C code, and could not be called. What is ignored ends nothing.
+        if before in (None, signal.SIG_IGN) or isinstance(before, _Heard):
             continue
         signal.signal(number, _Heard(before))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 from collections.abc import Callable, Sequence
 from typing import Any
 from uuid import UUID, uuid4
@@ -18,7 +19,7 @@ from runs.agents import Agent
 from runs.models import Event, Run
 from runs.pytest_longhaul import ScriptedModel, run_to_end
 from runs.run_log import DatabaseRunLog
-from runs.streams import app, broadcast, log
+from runs.streams import app, broadcast, departure, log
 from runs.streams.app import Application
 from runs.streams.visitors import Visitor
 from tests.http.conftest import Api
@@ -67,7 +68,7 @@ async def test_a_finished_run_is_told_whole_and_closed(application: Application,
     assert headers["x-run-id"] == str(ended.pk)
     assert headers["location"] == f"/api/runs/{ended.pk}"
     assert headers["x-accel-buffering"] == "no"
-    assert "no-transform" in headers["cache-control"]
+    assert headers["cache-control"] == "private, no-cache, no-transform"
     assert headers["content-encoding"] == "identity"
     assert "content-length" not in headers
     assert not [name for name in headers if "longhaul" in name]
@@ -444,7 +445,6 @@ async def test_a_stream_ends_when_it_may_no_longer_be_seen(
     elif lost == "permission":
         await type(staff.user).objects.filter(pk=staff.user.pk).aupdate(is_superuser=False)
     else:
-
         errors = {"policy": RuntimeError, "policy's table": ProgrammingError, "policy's database": OperationalError}
 
         def raises(*_: Any) -> Any:
@@ -466,3 +466,13 @@ async def test_an_end_of_the_process_ends_all_streams(application: Application, 
     late = await ask(application, "GET", stream(live), api.key)
     assert await late.whole() == app.OPENING
     broadcast.here().leaving = False
+
+
+@pytest.mark.parametrize("ignored", [False, True])
+def test_a_signal_that_the_host_ignores_ends_nothing(monkeypatch: pytest.MonkeyPatch, ignored: bool) -> None:
+    heard: list[str] = []
+    monkeypatch.setattr(departure, "_tell", None)
+    signal.signal(signal.SIGINT, signal.SIG_IGN if ignored else lambda *_: heard.append("host"))
+    departure.listen(lambda: heard.append("streams"))
+    signal.raise_signal(signal.SIGINT)
+    assert heard == ([] if ignored else ["streams", "host"])

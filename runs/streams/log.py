@@ -50,8 +50,13 @@ LEFT JOIN LATERAL (
         SELECT seq, first, frame, sum(octet_length(frame)) OVER (ORDER BY seq) - octet_length(frame) AS before
         FROM (
             SELECT e.seq, coalesce((e.payload->>'from_seq')::bigint, e.seq) AS first, {_FRAME.format(prefix="w.prefix")} AS frame
-            FROM (SELECT * FROM longhaul_runs_event
-                  WHERE run_id = w.run AND seq > w.after ORDER BY seq LIMIT w.most) AS e
+            FROM (
+                -- By what is stored, which is known unread: of a thousand large events a page is but a few.
+                SELECT *, sum(pg_column_size(payload)) OVER (ORDER BY seq) - pg_column_size(payload) AS stored
+                FROM (SELECT * FROM longhaul_runs_event
+                      WHERE run_id = w.run AND seq > w.after ORDER BY seq LIMIT w.most) AS most
+            ) AS e
+            WHERE stored < {MOST_BYTES}
         ) AS framed
     ) AS sized
     WHERE before < {MOST_BYTES}

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import secrets
 import signal
+import statistics
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 from uuid import UUID, uuid4
@@ -157,6 +160,36 @@ async def test_who_comes_as_the_work_ends_for_want_of_readers_is_served(
         assert b"run.queued" in await asyncio.wait_for(reader.next(), 20)
     finally:
         now.leave(reader)
+
+
+@pytest.mark.slow
+async def test_a_page_of_large_events_costs_what_it_has_and_not_what_comes_behind(
+    application: Application, api: Api, live: Run
+) -> None:
+    """Else a thousand of them take longer than a statement may, and the stream begins again and again."""
+    large = "".join(secrets.token_hex(1000) for _ in range(60))
+    await record(live, *[large] * 4)
+
+    async def took() -> float:
+        one = log.Log("tests")
+        times = []
+        try:
+            for _ in range(6):
+                began = time.monotonic()
+                (page,) = await one.pages([(live.pk, 2, 1000, "")])
+                times.append(time.monotonic() - began)
+                assert (page.last - 2, len(page.body) // len(large)) == (3, 3)
+        finally:
+            await one.close()
+        return statistics.median(times)
+
+    few = await took()
+    await record(live, *[large] * 120)
+    assert await took() < few * 5
+    await cancel(live)
+    told = await (await ask(application, "GET", stream(live), api.key)).events()
+    assert [each.id for each in told] == list(range(1, len(told) + 1))
+    assert [each.data["data"] for each in told if each.event == "data"] == [large] * 124
 
 
 # --- who is let in --------------------------------------------------------------------------------------------------

@@ -159,7 +159,7 @@ class Messages(View):
             rows = Message.objects.filter(thread=thread)
             if not query.status:
                 rows = rows.filter(shown=True)
-            return page_of_messages(request, rows, query, cursor=_cursor(thread))
+            return page_of_messages(request, rows, query, cursor=_cursor(request, thread))
 
     @operation(
         may("save", Thread), name="save_messages", body=forms.NewMessages, creates=True,
@@ -185,9 +185,9 @@ class Messages(View):
         return answered(once(request, self.body, work))
 
 
-def _cursor(thread: Thread) -> dict[str, Any]:
-    """Return where the thread's stream stands: in its live run, or behind its last one."""
-    runs = Run.objects.filter(thread=thread).only("pk", "last_seq", "created_at")
+def _cursor(request: Request, thread: Thread) -> dict[str, Any]:
+    """Return where the thread's stream stands: in its live run, or behind its last one, of those that are theirs to see."""
+    runs = visible(Run, request.user).filter(thread=thread).only("pk", "last_seq", "created_at")
     run = runs.filter(status__in=OCCUPYING).first()
     if run is None:
         # By the database's clock; ids are of the clocks of many machines, and only nearly in order.

@@ -168,6 +168,21 @@ async def test_a_run_that_is_not_theirs_to_see_is_passed_over(
     assert await told(await ask(either, "GET", stream(talk), api.key), 2) == expected
 
 
+async def test_the_cursor_of_the_messages_is_one_of_the_stream_also_behind_a_run_that_is_not_theirs(
+    application: Application, api: Api, helper: Agent, talk: Thread, settings: Any
+) -> None:
+    settings.LONGHAUL = {"ACCESS": f"{__name__}.Hides"}
+    seen = (await log(talk))[-1][0]
+    hidden = await sync_to_async(helper.start)("four", thread=talk)
+    await Run.objects.filter(pk=hidden.pk).aupdate(metadata={"hidden": True})
+    cursor = (await sync_to_async(api.get)(f"/api/threads/{talk.pk}/messages"))["cursor"]
+    assert f"{cursor['run']}:{cursor['seq']}" == seen
+    answer = await ask(application, "GET", f"{stream(talk)}?after={cursor['run']}:{cursor['seq']}", api.key)
+    assert answer.status == 200
+    await cancel(hidden)
+    await answer.leave()
+
+
 async def test_it_ends_with_its_thread(
     either: Application, api: Api, talk: Thread, monkeypatch: pytest.MonkeyPatch
 ) -> None:

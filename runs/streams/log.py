@@ -15,6 +15,7 @@ from uuid import UUID
 
 import psycopg
 from django.db import connection
+from psycopg import sql
 
 MOST_A_TAIL = 500  # events of one run that a round reads
 MOST_BYTES = 256 * 1024  # of a page, but for an event that is larger alone
@@ -164,9 +165,17 @@ class Log:
         for name in ("cursor_factory", "context", "autocommit"):
             given.pop(name, None)
         bounds = {"keepalives_idle": 5, "keepalives_interval": 2, "keepalives_count": 3, "tcp_user_timeout": 10_000}
-        return await psycopg.AsyncConnection.connect(
+        made = await psycopg.AsyncConnection.connect(
             **{"connect_timeout": 10, **bounds, **given, "application_name": self._name, "autocommit": True}
         )
+        # Django's own, and no parameter of a connection.
+        if role := connection.settings_dict["OPTIONS"].get("assume_role"):
+            try:
+                await made.execute(sql.SQL("SET ROLE {}").format(sql.Identifier(role)))
+            except BaseException:
+                await made.close()
+                raise
+        return made
 
     async def close(self) -> None:
         made, self._connection = self._connection, None

@@ -14,7 +14,7 @@ from uuid import UUID, uuid4
 import pytest
 from asgiref.sync import sync_to_async
 from django.core.asgi import get_asgi_application
-from django.db import OperationalError, ProgrammingError
+from django.db import OperationalError, ProgrammingError, connection
 from django.http import HttpRequest, HttpResponse, HttpResponseBase
 
 from runs import bells, with_streams
@@ -190,6 +190,13 @@ async def test_a_page_of_large_events_costs_what_it_has_and_not_what_comes_behin
     told = await (await ask(application, "GET", stream(live), api.key)).events()
     assert [each.id for each in told] == list(range(1, len(told) + 1))
     assert [each.data["data"] for each in told if each.event == "data"] == [large] * 124
+
+
+async def test_it_reads_in_the_role_that_django_assumes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(connection.settings_dict["OPTIONS"], "assume_role", "pg_read_all_data")
+    one = log.Log("tests")
+    assert await one._ask("SELECT current_user::text") == [("pg_read_all_data",)]
+    await one.close()
 
 
 # --- who is let in --------------------------------------------------------------------------------------------------

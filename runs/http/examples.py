@@ -112,9 +112,11 @@ REFUSALS: Mapping[int, tuple[str, str, Any]] = {
 }
 FRAMES = f"""\
 : longhaul
+retry: 1000
 
 id: 1
 event: run.queued
 data: {{"seq":1,"type":"run.queued","run":"{RUN_ID}","at":"2026-11-21T12:00:00.104512Z","reason":"start"}}
 
 """
+THREAD_FRAMES = FRAMES.replace("id: ", f"id: {RUN_ID}:")

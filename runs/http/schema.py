@@ -29,6 +29,7 @@ from pydantic.json_schema import GenerateJsonSchema
 from rest_framework.authentication import SessionAuthentication
 
 from runs.http import examples
+from threads.models import Thread
 
 if TYPE_CHECKING:
     from runs.http.view import Operation
@@ -91,6 +92,11 @@ every 15 s; with `include_pings` it is a frame `event: ping` with `data: {}`, wi
 where it was with the last `id` as `starting_after`, or as the `Last-Event-ID` header, which a browser's EventSource sends
 by itself. Cutting a stream cancels nothing. Where a retention setting has removed what follows your cursor, the first frame
 is a `resume_gap` without an id, whose `from` and `to` say what is missing; then comes what is there."""
+THREAD_FRAMES = """\
+Server-sent events, as those of one run, of the thread's runs one after another. The `id` of a frame is `RUN:SEQ`, and so is
+the cursor: `after`, or the `Last-Event-ID` header. The stream has no end of its own: when a run is over it waits for the
+next."""
+THREAD_CURSOR = "[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}:[0-9]{1,18}"
 HEADERS: Mapping[str, Described] = {
     "Location": {"description": "where what was made stands", "schema": {"type": "string", "format": "uri-reference"}},
     "X-Run-Id": {"description": "the run, before its first event", "schema": {"type": "string", "format": "uuid"}},
@@ -113,8 +119,12 @@ def request_headers(said: Operation) -> list[Described]:
     if STREAM in {kind for answer in said.answers.values() if isinstance(answer, tuple) for kind, _ in answer} and (
         said.rule.verb == "view"
     ):
-        seen = {"type": "string", "pattern": "^[0-9]{0,18}$"}
-        found.append(("Last-Event-ID", seen, "the last seq that you have seen; wins over `starting_after`"))
+        if follows_thread(said):
+            seen = {"type": "string", "pattern": f"^({THREAD_CURSOR})?$"}
+            found.append(("Last-Event-ID", seen, "the id of the last frame that you have seen; wins over `after`"))
+        else:
+            seen = {"type": "string", "pattern": "^[0-9]{0,18}$"}
+            found.append(("Last-Event-ID", seen, "the last seq that you have seen; wins over `starting_after`"))
     if 304 in said.answers:
         found.append(("If-None-Match", {"type": "string"}, "the ETag of the last answer: 304 when nothing has changed"))
     return [
@@ -155,15 +165,23 @@ def form_of(model: type[BaseModel], mode: Mode) -> tuple[Described, dict[str, De
     return made, named
 
 
-def frame_of(event: Described) -> Described:
+def follows_thread(said: Operation) -> bool:
+    """Return whether an operation that streams follows a thread, whose frames are those of one run after another."""
+    return said.rule.verb == "view" and said.rule.of is Thread
+
+
+def frame_of(event: Described, *, of_thread: bool) -> Described:
     """Describe one frame of a stream, as a client's parser gives it."""
+    id = {"pattern": "^[1-9][0-9]*$", "description": "the event's seq"}
+    if of_thread:
+        id = {"pattern": f"^{THREAD_CURSOR}$", "description": "RUN:SEQ, the event's run and its seq in that"}
     return {
-        "title": "Frame",
+        "title": "ThreadFrame" if of_thread else "Frame",
         "description": "One frame of an event stream. A ping has neither an id nor anything in its data; a resume_gap has no id.",
         "type": "object",
         "required": ["event", "data"],
         "properties": {
-            "id": {"type": "string", "pattern": "^[1-9][0-9]*$", "description": "the event's seq"},
+            "id": {"type": "string", **id},
             "event": {"type": "string", "description": "the event's type, or `ping`"},
             "data": {"type": "string", "contentMediaType": "application/json", "contentSchema": event},
         },
@@ -278,12 +296,14 @@ class Schema(AutoSchema):
         if kind == STREAM:
             from runs.http.events import Event
 
-            self._register("EventStream", {"type": "string", "description": FRAMES})
-            self._register("Frame", frame_of(self._form(Event, "serialization")))
+            of_thread = follows_thread(said)
+            stream, frame = ("ThreadEventStream", "ThreadFrame") if of_thread else ("EventStream", "Frame")
+            self._register(stream, {"type": "string", "description": THREAD_FRAMES if of_thread else FRAMES})
+            self._register(frame, frame_of(self._form(Event, "serialization"), of_thread=of_thread))
             return {
-                "schema": {"$ref": "#/components/schemas/EventStream"},
-                "x-itemSchema": {"$ref": "#/components/schemas/Frame"},  # OpenAPI 3.2 has itemSchema
-                "example": examples.FRAMES,
+                "schema": {"$ref": f"#/components/schemas/{stream}"},
+                "x-itemSchema": {"$ref": f"#/components/schemas/{frame}"},  # OpenAPI 3.2 has itemSchema
+                "example": examples.THREAD_FRAMES if of_thread else examples.FRAMES,
             }
         if isinstance(form, type) and issubclass(form, BaseModel):
             content: Described = {"schema": self._form(form, "serialization")}
@@ -300,7 +320,7 @@ class Schema(AutoSchema):
     def _headers(self, said: Operation, status: int) -> Described:
         names = [*BY_STATUS.get(status, ())] if status not in said.answers else []
         if status in said.answers and status < 300:
-            if status == 202 or STREAM in self._kinds(said, status):
+            if status == 202 or (STREAM in self._kinds(said, status) and not follows_thread(said)):
                 names += ["Location", "X-Run-Id"]
             elif status == 201 and said.name == "create_thread":
                 names.append("Location")

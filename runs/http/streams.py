@@ -32,7 +32,7 @@ from runs.http.body import WHOLE, Body, Given, provided
 from runs.http.errors import BadField, Refused
 from runs.http.json import dumps
 from runs.http.query import Query
-from runs.http.schema import STREAM
+from runs.http.schema import STREAM, THREAD_CURSOR
 from runs.http.view import AsyncView, operation, sees
 from runs.models import TERMINAL, Run, Status
 from runs.streams.app import OPENING, PING, handover_of
@@ -52,7 +52,6 @@ HEADERS = {
     "Content-Encoding": "identity",  # else Django's GZipMiddleware keeps what it compresses until it has enough
 }
 
-CURSOR = r"^[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}:[0-9]{1,18}$"
 After = Annotated[int, Field(ge=0, le=2**63 - 1, description="the last seq that you have seen"), WHOLE]
 Batch = Annotated[int, Field(ge=1, le=1000, description="events that are read at once"), WHOLE]
 Pings = Annotated[bool, Field(description="send pings as events of type ping, not as comments")]
@@ -66,7 +65,8 @@ class StreamQuery(Query):
 
 class ThreadStreamQuery(Query):
     after: Annotated[
-        str | None, Field(description="RUN:SEQ, the id of the last frame that you have seen", pattern=CURSOR)
+        str | None,
+        Field(description="RUN:SEQ, the id of the last frame that you have seen", pattern=f"^{THREAD_CURSOR}$"),
     ] = None
     batch_size: Batch = 1000
     include_pings: Pings = False
@@ -144,7 +144,7 @@ class StreamOfThread(AsyncView):
         name, cursor = "after", query.after or ""
         if seen := request.headers.get("Last-Event-ID", ""):
             name, cursor = "Last-Event-ID", seen
-            if not re.fullmatch(CURSOR, seen):
+            if not re.fullmatch(THREAD_CURSOR, seen):
                 raise BadField(name, "This is not the id of a frame of this stream: RUN:SEQ.")
         run, after = await apart(_place)(request, thread, name, cursor)
         return stream_of_thread(request, thread, run, after=after, batch=query.batch_size, pings=query.include_pings)

@@ -40,9 +40,10 @@ def before_call(context: schemathesis.HookContext, case: schemathesis.Case[Any],
             query.pop(name, None)  # places that only an answer names
     headers: Any = case.headers
     if headers is not None:
-        for name in ("Last-Event-ID", "Idempotency-Key"):
-            if name in headers:  # a key for each request: one that comes again with another body is a conflict
-                headers[name] = "0" if name == "Last-Event-ID" else f"key {next(COUNT)}"
+        if "Last-Event-ID" in headers:
+            headers["Last-Event-ID"] = "" if case.path.startswith("/api/threads/") else "0"
+        if "Idempotency-Key" in headers:  # one for each request: one that comes again with another body is a conflict
+            headers["Idempotency-Key"] = f"key {next(COUNT)}"
     _meant(case.body)
 
 

@@ -112,7 +112,7 @@ def test_the_quick_start(generated: Generated, scripted_model: ScriptedModel) ->
     assert "".join(spoken) == "It is on its way."
 
     stream = generated.call("runs", "stream_run", run.id, starting_after=log.last_seq - 1)
-    assert stream.parsed.startswith(": longhaul\n\n")
+    assert stream.parsed.startswith(": longhaul\nretry: 1000\n\n")
     assert f"id: {log.last_seq}\nevent: run.completed\n" in stream.parsed
 
     calls = generated.call("tool_calls", "list_run_tool_calls", run.id).parsed

@@ -205,7 +205,7 @@ def kit_over(broker: Broker, folder: Path) -> Iterator[Kit]:
             connection.close()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # other modules make runs that nobody may take
 def kit(django_db_setup: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kit]:
     with kit_over(Redis(), tmp_path_factory.mktemp("workers")) as kit:
         yield kit

@@ -649,5 +649,8 @@ def here() -> Broadcast:
     loop = asyncio.get_running_loop()
     found = _broadcasts.get(loop)
     if found is None:
+        # Each knows its loop, so neither goes by itself.
+        for closed in [each for each in _broadcasts if each.is_closed()]:
+            del _broadcasts[closed]
         found = _broadcasts[loop] = Broadcast()
     return found

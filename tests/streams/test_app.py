@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import secrets
 import signal
 import statistics
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 from uuid import UUID, uuid4
@@ -516,3 +518,14 @@ def test_a_signal_that_the_host_ignores_ends_nothing(monkeypatch: pytest.MonkeyP
     departure.listen(lambda: heard.append("streams"))
     signal.raise_signal(signal.SIGINT)
     assert heard == ([] if ignored else ["streams", "host"])
+
+
+def test_a_loop_that_was_closed_is_let_go() -> None:
+    async def here() -> weakref.ref[broadcast.Broadcast]:
+        return weakref.ref(broadcast.here())
+
+    first = asyncio.run(here())
+    second = asyncio.run(here())
+    gc.collect()
+    assert first() is None
+    assert second() is not None

@@ -74,7 +74,10 @@ class Readiness(View):
     def get(self, request: Request) -> Response:
         """Say whether runs move, and what is missing."""
         found = health.readiness()
-        return Response(found, 200 if found["ready"] else 503, headers={"Cache-Control": "no-store"})
+        answer = Response(found, 200 if found["ready"] else 503, headers={"Cache-Control": "no-store"})
+        # Django logs each 5xx as an error of this process, and a probe asks for it every few seconds: it has its answer.
+        answer._has_been_logged = True  # type: ignore[attr-defined]
+        return answer
 
 
 class SchemaDocument(View):

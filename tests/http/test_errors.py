@@ -208,3 +208,8 @@ def test_what_is_deleted_behind_the_gate_is_not_found(api: Api, monkeypatch: pyt
     assert told(api.call("patch", f"/api/threads/{thread['id']}", {"title": "a"}), 404) == [("not_found", None)]
     thread = api.post("/api/threads", {}, 201)
     assert api.call("post", f"/api/threads/{thread['id']}/messages", {"content": "a"}).status_code in (400, 404)
+
+
+def test_a_probe_that_hears_no_is_no_error_of_the_process(api: Api, caplog: pytest.LogCaptureFixture) -> None:
+    api.get("/readyz", status=503)  # no worker is present
+    assert not [record for record in caplog.records if record.name == "django.request"]

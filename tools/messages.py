@@ -9,9 +9,10 @@ somebody listens to the publishing of tasks (tracing does), or tasks are run eag
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, NamedTuple
 
 import orjson
 from amqp.exceptions import AMQPError, ChannelError
@@ -23,12 +24,17 @@ from tools import confirms, queues
 
 try:
     from redis.exceptions import RedisError
+    from redis.exceptions import TimeoutError as RedisTimeout
 except ImportError:  # the broker is another one
     _ALSO_AWAY: tuple[type[Exception], ...] = ()
+    _TIMED_OUT: tuple[type[Exception], ...] = (TimeoutError,)
 else:
     _ALSO_AWAY = (RedisError,)
+    _TIMED_OUT = (TimeoutError, RedisTimeout)
 
 _NO_QUEUE = 404  # of Redis, which keeps no empty list, this is the answer for an empty queue
+HANG_SECONDS = 1.0  # a refusal comes in milliseconds: what failed after so long has waited for an answer
+QUIET_SECONDS = 1.0  # how often a broker that does not answer is tried
 _EMBED = {"callbacks": None, "errbacks": None, "chain": None, "chord": None}
 
 
@@ -37,13 +43,15 @@ def depth(app: Any, queue: str) -> int | None:
     if _refused.get():
         return None
     try:
-        if queues.over_amqp(app):
-            # A queue that is not there costs the channel on which it was asked for.
-            with confirms.connection(app) as connection, connection.channel() as channel:
-                return _count(channel, queue)
-        with app.pool.acquire(block=True) as connection, _or_broker_error(connection):
-            _reach(connection)
-            return _count(connection.default_channel, queue)
+        with _not_after_others(app) as go_on:
+            if queues.over_amqp(app):
+                # A queue that is not there costs the channel on which it was asked for.
+                with confirms.connection(app) as connection, connection.channel() as channel:
+                    return _count(channel, queue)
+            with app.pool.acquire(block=True) as connection, _or_broker_error(connection):
+                go_on()
+                _reach(connection)
+                return _count(connection.default_channel, queue)
     except (BrokerError, OSError, AMQPError):
         return None
 
@@ -71,6 +79,56 @@ def until_refused() -> Iterator[None]:
 
 
 _refused: ContextVar[list[BaseException] | None] = ContextVar("refused", default=None)
+
+
+class _Hang(NamedTuple):
+    """A broker that let somebody of this process wait in vain; times are of the monotonic clock."""
+
+    url: str
+    seen: float
+    next_try: float
+
+
+# Shared by threads and greenlets, and only ever replaced whole. Two who probe at once do no harm.
+_hang: _Hang | None = None
+
+
+@contextlib.contextmanager
+def _not_after_others(app: Any) -> Iterator[Callable[[], None]]:
+    """Ask the broker in the block, or raise OperationalError at once where others have just waited for it in vain.
+
+    The block calls what it is given when it has its turn of the pool. A pool lends ten connections, and each of them costs
+    its socket timeout: without this, forty who send at once would stand behind one another for four times 10 s. While
+    the broker hangs one a second tries again.
+    """
+    global _hang
+    url = str(app.conf.broker_write_url or app.conf.broker_url)
+    began = asked = time.monotonic()
+    hang = _hang
+    if hang is not None and hang.url == url:
+        if began < hang.next_try:
+            raise BrokerError(_NOT_TRIED)
+        _hang = hang._replace(next_try=began + QUIET_SECONDS)
+
+    def go_on() -> None:
+        nonlocal asked
+        asked = time.monotonic()
+        hang = _hang
+        if hang is not None and hang.url == url and hang.seen >= began:
+            raise BrokerError(_NOT_TRIED)
+
+    try:
+        yield go_on
+    except (BrokerError, OSError) as error:
+        now = time.monotonic()
+        if now - asked > HANG_SECONDS or isinstance(error, _TIMED_OUT) or isinstance(error.__cause__, _TIMED_OUT):
+            _hang = _Hang(url, now, now + QUIET_SECONDS)
+        raise
+    else:
+        _hang = None
+
+
+_NOT_TRIED = "not tried: the broker did not answer a moment ago"
 
 
 @contextlib.contextmanager
@@ -177,12 +235,14 @@ def _send(
                 **how,
             )
 
-    if queues.over_amqp(app):
-        confirms.publish(app, queue, publish)
-        return
-    with app.producer_pool.acquire(block=True) as producer, _or_broker_error(producer.connection):
-        _reach(producer.connection)
-        publish(producer, declare=[app.amqp.queues[queue]])
+    with _not_after_others(app) as go_on:
+        if queues.over_amqp(app):
+            confirms.publish(app, queue, publish)
+            return
+        with app.producer_pool.acquire(block=True) as producer, _or_broker_error(producer.connection):
+            go_on()
+            _reach(producer.connection)
+            publish(producer, declare=[app.amqp.queues[queue]])
 
 
 def _headers(task: Any, task_id: str, shown: str, limits: list[int | None]) -> dict[str, Any]:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
+import signal
 import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -161,6 +163,12 @@ class Broker:
         with contextlib.closing(redis.Redis(unix_socket_path=str(self.socket))) as client:
             wait_until(lambda: _answers(client))
 
+    def hang(self) -> None:
+        self._process.send_signal(signal.SIGSTOP)
+
+    def wake(self) -> None:
+        self._process.send_signal(signal.SIGCONT)
+
     def kill(self) -> None:
         self._process.kill()
         self._process.wait()
@@ -207,6 +215,47 @@ def test_a_broker_that_dies_under_an_open_connection_is_one_that_refuses(
     assert messages.depth(current_app, "q") == 1
 
 
+def outcome(number: int) -> str:
+    try:
+        send(["a", number], queue="q")
+    except (OperationalError, OSError) as error:
+        return "not tried" if "not tried" in str(error) else "waited"
+    return "sent"
+
+
+def test_those_who_send_at_once_to_a_broker_that_hangs_do_not_wait_one_behind_the_other(mortal_broker: Broker) -> None:
+    app: Any = get_current_app()
+    timeout = 0.5
+    app.conf.broker_transport_options = {"socket_timeout": timeout}
+    send(["a", 1], queue="q")
+    mortal_broker.hang()
+    began = time.monotonic()
+    with ThreadPoolExecutor(40, initializer=app.set_current) as pool:
+        outcomes = list(pool.map(outcome, range(40)))
+    took = time.monotonic() - began
+    assert "sent" not in outcomes
+    assert outcomes.count("waited") <= app.conf.broker_pool_limit, "those who waited for the pool need not try as well"
+    assert took < 3 * timeout
+    began = time.monotonic()
+    assert (outcome(1), messages.depth(app, "q")) == ("not tried", None)
+    assert time.monotonic() - began < timeout / 2
+    mortal_broker.wake()
+    wait_until(lambda: outcome(1) == "sent")  # a second on
+    assert {outcome(1) for _ in range(3)} == {"sent"}
+
+
+def test_while_a_broker_hangs_one_at_a_time_tries_again(mortal_broker: Broker, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(messages, "QUIET_SECONDS", 0.4)
+    app: Any = get_current_app()
+    app.conf.broker_transport_options = {"socket_timeout": 0.2}
+    send(["a", 1], queue="q")
+    mortal_broker.hang()
+    assert outcome(1) == "waited"
+    time.sleep(messages.QUIET_SECONDS)  # what is told is that time
+    with ThreadPoolExecutor(8, initializer=app.set_current) as pool:
+        assert sorted(pool.map(outcome, range(8))) == ["not tried"] * 7 + ["waited"]
+
+
 @pytest.mark.django_db(transaction=True)
 def test_a_run_that_starts_while_the_broker_dies_is_there_and_waits(
     mortal_broker: Broker, caplog: pytest.LogCaptureFixture
@@ -250,5 +299,6 @@ def test_after_one_refusal_no_other_message_is_tried_within_the_block(
                     send(["a", 1], queue=queue)
             assert messages.depth(current_app, queue) is None
     assert len(tried) == 1
+    monkeypatch.setattr(messages, "_hang", None)  # a second on
     send(["a", 1], queue=queue)
     assert messages.depth(current_app, queue) == 1

@@ -58,12 +58,33 @@ def named(app: Any, name: str) -> Any:
 def install(app: Any) -> None:
     """Let Celery declare our queues as we do, in this process, whoever asks it to. Nobody consumes them for that.
 
-    Does nothing on another broker than RabbitMQ, or for a queue that the host declares itself.
+    Celery makes its table of queues when somebody first asks for it: to send a message, beat as any other, or to consume.
+    Ours go in then and no earlier, for until then a host may say what its own are.
     """
+    if "queues" in app.amqp.__dict__:
+        _add(app, app.amqp.queues)
+    if not isinstance(app.amqp.Queues, _WithOurs):
+        app.amqp.Queues = _WithOurs(app)
+
+
+class _WithOurs:
+    """In the place of an app's `amqp.Queues`: makes the table as that does, and adds ours."""
+
+    def __init__(self, app: Any) -> None:
+        self._app = app
+        self._make = app.amqp.Queues
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        queues = self._make(*args, **options)
+        _add(self._app, queues)
+        return queues
+
+
+def _add(app: Any, queues: Any) -> None:
+    """Does nothing on another broker than RabbitMQ, or for a queue that the host declares itself."""
     given = getattr(settings, "LONGHAUL", {})
     if given.get("QUEUE_TYPE", QUORUM) == CLASSIC or not over_amqp(app):
         return
-    queues = app.amqp.queues
     for key, default in DEFAULTS.items():
         name = given.get(key, default)
         if name in _declared(app) or isinstance(queues.get(name), QuorumQueue):

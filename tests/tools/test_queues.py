@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from celery import Celery
 from celery.utils.quorum_queues import detect_quorum_queues
-from kombu import Queue
+from kombu import Producer, Queue
 
 from tools import queues
 from tools.queues import DEFAULTS, QuorumQueue
@@ -44,6 +44,49 @@ def test_a_queue_that_the_host_declares_is_the_hosts() -> None:
     assert (type(queue), queue.queue_arguments) == (Queue, {"x-queue-type": "quorum"})
     assert isinstance(found.amqp.queues["longhaul.agents"], QuorumQueue)
     assert set(found.amqp.queues.consume_from) == {"shop", "longhaul.tools"}
+
+
+def test_queues_that_the_host_names_when_its_tasks_are_bound_already_are_the_hosts() -> None:
+    app = Celery("host", set_as_current=False)
+
+    @app.on_after_finalize.connect
+    def name(sender: Celery, **_: Any) -> None:
+        sender.conf.task_queues = [Queue("shop")]
+        sender.conf.task_default_queue = "shop"
+
+    app.finalize()
+    found: Any = app
+    assert set(found.amqp.queues.consume_from) == {"shop"}
+    assert {type(found.amqp.queues[name]) for name in DEFAULTS.values()} == {QuorumQueue}
+
+
+def test_a_table_that_was_made_before_ours_are_known_gets_them_too() -> None:
+    app: Any = Celery("host", set_as_current=False)
+    made = app.amqp.queues
+    assert "longhaul.tools" not in made
+    app.finalize()
+    assert type(made["longhaul.tools"]) is QuorumQueue
+    assert type(app.amqp.Queues([Queue("shop")])["longhaul.tools"]) is QuorumQueue
+
+
+@pytest.mark.parametrize("by", ["beat", "worker"])
+def test_who_sends_by_name_or_consumes_knows_ours(by: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    app: Any = host()
+    if by == "worker":
+        app.select_queues(["longhaul.tools", "shop"])  # -Q
+        assert {name: type(queue) for name, queue in app.amqp.queues.consume_from.items()} == {
+            "longhaul.tools": QuorumQueue,
+            "shop": Queue,
+        }
+        return
+    declared: list[Any] = []
+
+    def note(self: Producer, *_: Any, declare: Any = (), **__: Any) -> None:
+        declared.extend(declare)
+
+    monkeypatch.setattr(Producer, "publish", note)
+    app.send_task("longhaul.sweep", queue="longhaul.control", producer=Producer(app.connection_for_write()))
+    assert [(queue.name, type(queue)) for queue in declared] == [("longhaul.control", QuorumQueue)]
 
 
 def test_a_default_queue_of_our_name_is_ours_where_it_is_consumed_too() -> None:

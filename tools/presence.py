@@ -256,7 +256,10 @@ class Presence:
         start_thread(self._keep, ())
 
     def try_tick(self) -> None:
-        """Tick; where that cannot be yet, say why in a line. A worker that starts before its database waits for it."""
+        """Tick; where that cannot be yet, say why in a line. A worker that starts before its database waits for it.
+
+        Raises nothing: Celery would swallow it, and the thread that tries again would not be started.
+        """
         try:
             self.tick()
         except psycopg.errors.UndefinedTable:
@@ -265,18 +268,22 @@ class Presence:
             )
         except (psycopg.Error, OSError) as error:
             logger.error("%s waits for Postgres: %s", self.name, str(error).partition("\n")[0])
+        except Exception as error:  # a wrong setting, as a DIRECT_DATABASE that DATABASES does not have
+            said = f"{type(error).__name__}: {error}".partition("\n")[0]
+            logger.error("%s cannot be present, claims nothing and tries again: %s", self.name, said)
 
     def _keep(self) -> None:
         while not self._ended:
             self._sleep(_TICK_SECONDS)
             if self._ended or os.getpid() != self._pid:
                 return
-            # Postgres is away: the lock is lost with the session; the next tick takes it again.
-            with contextlib.suppress(psycopg.Error, OSError):
+            # Postgres is away: the lock is lost with the session; the next tick takes it again. And whatever else it was:
+            # a thread that ends here would leave a worker that looks alive and is never present again.
+            with contextlib.suppress(Exception):
                 self.tick()
 
     def tick(self) -> None:
-        """Hold the lock, beat, give back. Raises psycopg.Error when Postgres is away (and begins anew the next time)."""
+        """Hold the lock, beat, give back. Begins anew after whatever it raises: psycopg.Error when Postgres is away."""
         try:
             if self._connection is None:
                 self._connection = connect(f"longhaul presence {self.name}"[:63])
@@ -287,7 +294,7 @@ class Presence:
                     self._connection.execute("SELECT pg_advisory_unlock_all()")
                 self._live(self._connection)
             self._give_back(self._connection)
-        except (psycopg.Error, OSError):
+        except Exception:
             self._drop()
             raise
         self._ticks += 1
@@ -384,7 +391,7 @@ class Presence:
     def end(self) -> None:
         """Leave cleanly, last of all: the life is closed, then the lock goes. The row stays for who asks what ran where."""
         self._ended = True
-        with contextlib.suppress(psycopg.Error, OSError):
+        with contextlib.suppress(Exception):  # who cannot say that it leaves is found gone
             to = connect("longhaul leaves")
             to.execute(
                 "UPDATE longhaul_tools_worker SET gone_at = longhaul_now()"

@@ -15,6 +15,7 @@ from uuid import UUID
 import psycopg
 import pytest
 from django.db import OperationalError, connection, connections
+from pytest_django.fixtures import Settings
 
 from runs import admission, sweep
 from runs.sweep import Watcher
@@ -113,6 +114,47 @@ def test_who_leaves_closes_its_life_and_leaves_no_lock(world: World, arrive: Cal
     assert Worker.objects.count() == 3  # who asks later is told what they were
     wait_until(lambda: not locked(present.life.lock_key, world))
     child.end()
+
+
+@pytest.mark.parametrize("at_first", [True, False], ids=["from the start", "later"])
+def test_a_wrong_setting_is_told_and_ends_no_thread(
+    world: World,
+    settings: Settings,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    at_first: bool,
+) -> None:
+    """The worker would look alive, and never be present again."""
+    present = Presence(name="agents@a", kind="agents", holdings=HOLDINGS)
+    right, wrong = dict(settings.LONGHAUL), {**settings.LONGHAUL, "DIRECT_DATABASE": "nowhere"}
+    tried = []
+    tick = present.tick
+
+    def counted() -> None:
+        tried.append(1)
+        tick()
+
+    monkeypatch.setattr(presence, "_TICK_SECONDS", 0.01)
+    monkeypatch.setattr(present, "tick", counted)
+    try:
+        if at_first:
+            settings.LONGHAUL = wrong
+        present.start()
+        said = [each.getMessage() for each in caplog.records if each.levelname == "ERROR"]
+        assert len(said) == at_first
+        if at_first:
+            assert "agents@a cannot be present" in said[0]
+            assert "ConnectionDoesNotExist: The connection 'nowhere' doesn't exist." in said[0]
+        else:
+            settings.LONGHAUL = wrong
+            cut(present, world)
+        tried.clear()
+        wait_until(lambda: len(tried) > 2)  # the tick that failed has ended no thread
+        settings.LONGHAUL = right
+        wait_until(lambda: locked(present.life.lock_key, world))
+        assert row(present).gone_at is None
+    finally:
+        present.end()
 
 
 # --- a lost connection

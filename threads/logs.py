@@ -1,4 +1,7 @@
-"""Log lines that say which run, leg and tool call they belong to; without secrets, and never more than one line a record.
+"""Log lines that say which run, leg and tool call they belong to, without secrets.
+
+A record is one line of JSON. For people it is one line too, and its traceback on lines below, which are indented: no text that
+somebody has sent begins a line.
 
     LOGGING = {
         "formatters": {"json": {"()": "threads.logs.JSONFormatter"}},
@@ -15,6 +18,7 @@ from __future__ import annotations
 
 import logging
 import logging.config
+import re
 import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -44,6 +48,8 @@ _everywhere: dict[str, Any] = {}
 _OF_A_RECORD = frozenset(
     {*vars(logging.LogRecord("", 0, "", 0, "", (), None)), "message", "asctime", "taskName", "color_message"}
 )
+# All that ends a line somewhere, and what a terminal obeys.
+_CONTROL = re.compile("[\x00-\x08\x0a-\x1f\x7f-\x9f\u2028\u2029]")
 _OURS = frozenset({"time", "level", "logger", "message", "exception", "stack"})
 
 
@@ -100,7 +106,7 @@ class JSONFormatter(logging.Formatter):
                 "logger": __name__,
                 "message": f"A record could not be written: {type(error).__name__}",
             }
-            return _dumps({"time": _time(record), **lost, "of": redact(str(record.name))[:LONGEST_TEXT]})
+            return _dumps({"time": _time(record), **lost, "of": str(_plain(record.name))})
 
     def fields(self, record: logging.LogRecord) -> dict[str, Any]:
         fields: dict[str, Any] = {
@@ -124,23 +130,27 @@ class JSONFormatter(logging.Formatter):
 
 
 class LineFormatter(logging.Formatter):
-    """Lines for people, with the ids at the end, the long ones by their last eight characters. Tracebacks follow below."""
+    """Lines for people, with the ids at the end, the long ones by their last eight characters. Tracebacks follow, indented.
+
+    What would end a line in a message, or move a terminal's cursor, is written as Python writes it: `\\n`. Never raises.
+    """
 
     def __init__(self, fmt: str = "%(asctime)s %(levelname)s %(name)s: %(message)s", **options: Any) -> None:
         super().__init__(fmt, **options)
 
     def formatMessage(self, record: logging.LogRecord) -> str:
-        record.message = _message(record)
+        record.message = _in_a_line(_message(record))
         said = {**_bound.get(), **_extra(record)}
-        ids = " ".join(f"{name}={_short(said[name])}" for name in IDS if said.get(name) not in (None, ""))
+        ids = " ".join(f"{name}={_in_a_line(_short(said[name]))}" for name in IDS if said.get(name) not in (None, ""))
         line = super().formatMessage(record)
         return f"{line} [{ids}]" if ids else line
 
     def format(self, record: logging.LogRecord) -> str:
         try:
-            return redact(super().format(record))
+            return _indented(redact(super().format(record)))
         except Exception as error:
-            return f"{record.levelname} {record.name}: {_message(record)} ({type(error).__name__})"
+            said = f"{_plain(record.levelname)} {_plain(record.name)}: {_message(record)} ({type(error).__name__})"
+            return _in_a_line(said)
 
     def formatException(self, ei: Any) -> str:
         return _traceback(ei)
@@ -151,8 +161,21 @@ def _short(value: Any) -> str:
     return text[-8:] if isinstance(value, UUID) or (len(text) == 36 and text.count("-") == 4) else text
 
 
+def _in_a_line(text: str) -> str:
+    return _CONTROL.sub(lambda found: ascii(found[0])[1:-1], text)
+
+
+def _indented(text: str) -> str:
+    """Return a record for people: below its line only indented ones, however a line ends."""
+    return "\n  ".join(map(_in_a_line, text.splitlines())) if _CONTROL.search(text) else text
+
+
 def _time(record: logging.LogRecord) -> str:
-    return datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    try:
+        time = datetime.fromtimestamp(record.created, UTC)
+    except Exception:  # no time of this world; the record comes from somewhere else
+        time = datetime.now(UTC)
+    return time.isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
 def _message(record: logging.LogRecord) -> str:

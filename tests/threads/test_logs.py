@@ -155,6 +155,38 @@ def test_a_message_that_does_not_fit_its_arguments_is_written_still(message: Any
     assert written(record("%s", Broken()))["message"] == "%s (its arguments: RuntimeError)"
 
 
+@pytest.mark.parametrize("created", [1e20, -1e20, float("nan"), None, "yesterday"])
+def test_a_record_of_no_time_is_written_still(created: Any) -> None:
+    made = record("hello")
+    made.created = created
+    fields = written(made)
+    assert fields["message"] == "hello"
+    assert datetime.fromisoformat(fields["time"]) <= datetime.now(UTC) + timedelta(seconds=1)
+    made.name = Broken()  # type: ignore[assignment]
+    made.levelname = object()  # type: ignore[assignment]
+    assert "could not be written" in written(made)["message"]
+    assert "hello" in LineFormatter().format(made)
+
+
+def test_no_text_begins_a_line_for_people() -> None:
+    forged = "x\n2026-11-21 09:30:00,000 INFO longhaul.engine: forged\r\x85\u2028\x1b[2Ktoo"
+    formatter = LineFormatter()
+    with logs.context(tool=forged):
+        line = formatter.format(record("it said %s", forged))
+    assert len(line.splitlines()) == 1
+    assert "\\n2026-11-21" in line
+    assert "\x1b" not in line
+    assert len(formatter.format(record("it said %s %s", forged)).splitlines()) == 1  # written in another way
+    try:
+        raise ValueError(forged)
+    except ValueError:
+        first, *further = formatter.format(record("it failed", exc_info=sys.exc_info())).splitlines()
+    assert first.endswith("shop: it failed")
+    assert further[0] == "  Traceback (most recent call last):"
+    assert [each for each in further if not each.startswith("  ")] == []
+    assert formatter.format(record("a\ttab")).endswith("a\ttab")
+
+
 def test_an_exception_is_a_field_with_its_chain_and_no_secret() -> None:
     try:
         try:

@@ -150,9 +150,16 @@ def _reach(connection: Any) -> None:
     """Be connected, or raise OperationalError at once.
 
     Left alone, kombu tries for 6 s (measured): the sweep, which must survive the broker, would stand still behind every
-    message, and so would the request that starts a run.
+    message, and so would the request that starts a run. It tries once more, but not the same broker after one that has
+    waited in vain.
     """
-    connection.ensure_connection(max_retries=1, interval_start=0, interval_step=0)
+    again = None if len(connection.alt) > 1 else _not_after_waiting
+    connection.ensure_connection(errback=again, max_retries=1, interval_start=0, interval_step=0)
+
+
+def _not_after_waiting(error: Exception, _: float) -> None:
+    if isinstance(error, _TIMED_OUT):
+        raise error
 
 
 def send(

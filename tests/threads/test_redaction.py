@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import time
 from collections.abc import Iterator
@@ -37,9 +38,26 @@ def forgotten() -> Iterator[None]:
         f"https://storage.example/x?X-Amz-Signature={LONG}",
         f"Authorization: Bearer {LONG}",
         f"{{'Authorization': 'Basic {LONG}'}}",
+        f"Authorization: Token {LONG}",
+        f"Authorization: {LONG}",
         f"a header Bearer {LONG}1 was sent",
         f"Incorrect API key provided: {LONG}. Look at your keys.",
         f"host=db password={LONG} user=x",
+        f'password="two {LONG}" user=x',
+        f"{{'password': 'it\\'s {LONG}'}}",
+        f'{{\\"password\\": \\"two {LONG}\\"}}',
+        f"&#x27;password&#x27;: &#x27;{LONG}&#x27;, &#x27;user&#x27;: &#x27;x&#x27;",
+        f"&quot;api_key&quot;: &quot;two {LONG}&quot;",
+        f"redis://:ab/{LONG}@cache/0",
+        f"amqp://user:ab/{LONG}@rabbit//",
+        f"AccountName=x;AccountKey={LONG}==;EndpointSuffix=y",
+        f"private_key: {LONG}",
+        f"access_key: '{LONG}'",
+        f"/x?a=1&amp;apiToken={LONG}&amp;b",
+        f"/callback?code={LONG}",
+        f"/x?user_password={LONG}",
+        f"{{'Set-Cookie': 'a={LONG}; b={LONG}'}}",
+        f"rk_live_{LONG}",
         f"{{'password': '{LONG}', 'user': 'x'}}",
         f'{{"api_key": "{LONG}"}}',
         f'{{\\"client_secret\\": \\"{LONG}\\"}}',
@@ -73,6 +91,14 @@ def test_a_secret_of_a_known_form_is_masked(text: str) -> None:
         "GET /api/runs/0199a3f0-6b1c-7cc4-9d2e-3c1f0a5b7e11?starting_after=3 200",
         "http://127.0.0.1:8000/admin/ and amqp://rabbit:5672//",
         "task-based risk-assessment-document disk-12345678",
+        'duplicate key value violates "pk_orders_customer_id", "pk_orders_by_customer_2024_01" or "rk_matrix_one"',
+        "no item sk-10023-blue",
+        "Basic Python3Course and basic Arithmetic2 courses",
+        "cookie: chocolate, cookies=oatmeal; a cookie: 'vanilla'",
+        "GET /x?code=42&postcode=SW1A2AA&author=Austen2&compass=north&keyword=lamp&monkey=bonobo&designer=Eames",
+        "https://docs.example/?keywords=token&max_tokens=400&token_type=bearer#pass",
+        "http://cache.example:8080/people/@ada and http://[::1]:80/@ada",
+        "the token Python3 is unexpected",
         "PL/pgSQL function longhaul_run_claim(uuid) line 3 at RAISE",
     ],
 )
@@ -103,8 +129,64 @@ def test_a_secret_with_quotes_is_masked_in_python_and_in_json(settings: Settings
 
 
 def test_a_short_password_is_masked_as_a_word_of_its_own_and_leaves_other_words(settings: Settings) -> None:
+    settings.DATABASE_COPY = "postgresql://shop:hunterhunter@db/x"
+    assert redact("hunterhunter; hunterhunters") == "[masked]; hunterhunters"
+
+
+def test_a_password_that_is_a_word_of_many_lines_stays(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     settings.DATABASE_COPY = "postgresql://postgres:postgres@db/x"
-    assert redact("postgres; postgresql://db") == "[masked]; postgresql://db"
+    settings.OTHER_URL = "postgresql://bookshop:bookshop@db/x"
+    settings.THIRD_URL = "postgresql://x:warehouse@db/warehouse"
+    settings.COPIES = {"default": {"USER": "garden-shop", "PASSWORD": "garden-shop", "NAME": "x"}}
+    monkeypatch.setenv("FLOWER_PASSWORD", "changeme")
+    redaction._values.cache_clear()
+    text = "postgres bookshop warehouse garden-shop: changeme"
+    assert redact(text) == text
+    assert redact(settings.DATABASE_COPY) == "postgresql://postgres:[masked]@db/x"
+
+
+def test_a_setting_that_only_speaks_of_secrets_holds_none(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    variables = {
+        "OPENAI_API_VERSION": "2024-10-21",
+        "KEYCLOAK_REALM": "production",
+        "KEYCLOAK_SERVER": "identity-of-all-our-people-2",
+        "AUTH_MODE": "required",
+        "AUTH": "disabled-for-all",
+        "SESSION_COOKIE_DOMAIN": "example.com",
+        "API": "internal",
+        "AUTH_HOST": "login2.example.com",
+        "AUTH_LOGIN": "Interactive2",
+    }
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    settings.SIMPLE_JWT = {
+        "TOKEN_TYPE_CLAIM": "token_type",
+        "TOKEN_OBTAIN_SERIALIZER": "rest_framework_simplejwt.serializers.TokenObtainPairSerializer",
+        "AUTH_TOKEN_CLASSES": ("rest_framework_simplejwt.tokens.AccessToken",),
+        "SIGNING_KEY": "signed-with-this-one",
+    }
+    settings.OAUTH2_PROVIDER = {"SCOPES": {"read": "Read what is there", "write_token": "Write what is there"}}
+    redaction._values.cache_clear()
+    text = " ".join([*variables.values(), "token_type", "Read what is there", "Write what is there"])
+    text += (
+        " rest_framework_simplejwt.serializers.TokenObtainPairSerializer rest_framework_simplejwt.tokens.AccessToken"
+    )
+    assert redact(text) == text
+    assert redact("x signed-with-this-one x") == "x [masked] x"
+
+
+def test_what_stands_below_a_name_that_says_so_is_meant(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings.VENDOR_API_KEYS = {"parcels": "parcels-4711", "host": "parcels.example2.com", "mails": ["Mailing-Key"]}
+    settings.SHORT_TOKEN = "onlyletters"
+    monkeypatch.setenv("STRIPE_API_KEY_2", "stripes-of-2")
+    redaction._values.cache_clear()
+    told = redact("parcels-4711 parcels.example2.com Mailing-Key onlyletters stripes-of-2")
+    assert told == "[masked] parcels.example2.com [masked] [masked] [masked]"
+
+
+def test_basic_credentials_are_masked_where_they_are_some() -> None:
+    said = base64.b64encode(b"ada:lovelace").decode()
+    assert redact(f"a header Basic {said} was sent") == "a header Basic [masked] was sent"
 
 
 def test_names_of_classes_and_files_are_no_secrets(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -144,7 +226,20 @@ def test_what_cannot_be_looked_through_is_not_shown(monkeypatch: pytest.MonkeyPa
 
 
 def test_a_long_text_is_looked_through_in_little_time() -> None:
-    pieces = ("a", "key=", "://:", "token ", "eyJ", "passwd-", "eyJ-", "\n", "?a", "token" + " " * 500)
+    pieces = ["a", "key=", "://:", "token ", "eyJ", "passwd-", "eyJ-", "\n", "?a", "token" + " " * 500]
+    pieces += [
+        "sk-",
+        "sk-1",
+        "pk_a1b-",
+        "password='",
+        'password=\\"',
+        "pwd:&quot;",
+        "cookie:a=",
+        "a=b;",
+        "&a=",
+        "basic a",
+    ]
+    pieces += ["a://b:", "?" + "a" * 79]
     began = time.perf_counter()
     for piece in pieces:
         redact(piece * (30_000 // len(piece)))

@@ -17,7 +17,7 @@ from django.db import DatabaseError, InterfaceError, connection
 from runs import engine
 from runs.conf import settings
 from runs.flusher import Flusher
-from runs.prefetch import Prefetch
+from runs.prefetch import Prefetch, of_the_host
 from runs.sweep import SweepThread
 from threads import logs
 from tools import presence
@@ -83,16 +83,10 @@ def _take_no_more_than_runs(instance: Any) -> None:
     """
     if instance.prefetch_multiplier != instance.app.conf.worker_prefetch_multiplier:
         return
-    if set(instance.app.amqp.queues.consume_from) - _queues - _queues_of_tools():
+    if of_the_host(instance.app.amqp.queues.consume_from):
         return
     instance.prefetch_multiplier = instance.consumer.prefetch_multiplier = 1
     instance.consumer.initial_prefetch_count = instance.max_concurrency or instance.concurrency
-
-
-def _queues_of_tools() -> set[str]:
-    from runs.agents import registry
-
-    return {tool.queue for agent in registry.all().values() for tool in agent.tools if tool.queue}
 
 
 def _kind() -> str:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 
 import pytest
 from amqp.exceptions import NotFound
@@ -202,3 +205,22 @@ def test_a_call_that_outlasts_rabbitmqs_patience_runs_once_and_to_its_end(
     assert starts(call) == 1
     logs = [(impatient.folder / f"{name}.log").read_text() for name in impatient.names("tools")]
     assert any("delivery acknowledgement on channel" in log for log in logs)
+
+
+def test_a_worker_of_the_hosts_queue_and_ours_says_what_that_costs(workers: Kit, tmp_path: Path) -> None:
+    log = tmp_path / "mixed.log"
+    command = [sys.executable, "-m", "celery", "-A", "agents_project", "worker", "-P", "threads", "-c", "1"]
+    with log.open("wb") as out:
+        mixed = subprocess.Popen(
+            [*command, "-Q", "shop,longhaul.tools,gpu", "-n", "mixed@test"],
+            env=workers.environment,
+            stdout=out,
+            stderr=out,
+            start_new_session=True,
+        )
+    try:
+        told = "consumes gpu, shop beside the quorum queues longhaul.tools"
+        eventually(lambda: told in log.read_text(), why="it is told")
+    finally:
+        workers.kill(mixed)
+    assert not any("beside the quorum" in other.read_text() for other in workers.folder.glob("*.log"))

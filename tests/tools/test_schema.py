@@ -465,7 +465,7 @@ def test_the_name_of_an_argument_hides_nothing_of_what_is_wrong_with_it() -> Non
     def open_account(password: str, api_key: int) -> None: ...
 
     with pytest.raises(InvalidArguments) as caught:
-        validate(open_account, {"api_key": "sk-0123456789abcdef"})
+        validate(open_account, {"api_key": "sk-proj-0123456789abcdefABCDEF01"})
     assert described_error(caught.value)["message"].splitlines()[1:] == [
         "- password: is required",
         '- api_key: input should be a valid integer, unable to parse string as an integer; got "[masked]"',

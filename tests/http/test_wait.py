@@ -155,7 +155,8 @@ async def test_two_hundred_who_wait_hold_up_nobody(api: Api, helper: Agent, web:
         await asyncio.sleep(3)  # seconds in which they arrive, and look again: what is measured is the time after it
         assert not any(each.done() for each in waiting)
         beside = [await seconds() for _ in range(30)]
-        assert await sync_to_async(connections_of_others)() <= 10 + 2
+        # The pool's, those of streams that have just ended, and who else is there for a moment.
+        assert await sync_to_async(connections_of_others)() <= 10 + 2 + 2
         print(f"a plain GET beside 200 that wait: median {statistics.median(beside) / alone:.1f} times as long,"
               f" the longest {max(beside) / alone:.1f} times")  # fmt: skip
         assert max(beside) < 5  # seconds; were they served one after another, each look of 200 would come first

@@ -20,6 +20,8 @@ from django.db import connection
 
 from tests.workers.conftest import eventually
 
+APPLICATION = "tests.http.web"  # the connections of each server are named for it, and by its port
+
 
 @dataclass
 class Web:
@@ -66,16 +68,16 @@ def web(django_db_setup: None, tmp_path_factory: pytest.TempPathFactory) -> Iter
 @contextmanager
 def serving(folder: Path, **more: str) -> Iterator[Web]:
     """Serve for the block, with this environment beside the usual one."""
+    port = free_port()
     parts = urlsplit(os.environ["DATABASE_URL"])
     database = urlunsplit(parts._replace(path=f"/{connection.settings_dict['NAME']}"))
     environment: dict[str, Any] = {
         **os.environ,
         "DATABASE_URL": database,
         "DJANGO_SETTINGS_MODULE": "tests.http.settings",
-        "PGAPPNAME": "tests.http.web",
+        "PGAPPNAME": f"{APPLICATION}.{port}",
         **more,
     }
-    port = free_port()
     log = folder / "uvicorn.log"
     command = ["uvicorn", "agents_project.asgi:application", "--port", str(port), "--no-access-log"]
     with log.open("wb") as out:
@@ -99,9 +101,11 @@ def serving(folder: Path, **more: str) -> Iterator[Web]:
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
-        # It was connected to the test database, which goes now: wait until Postgres has noticed.
-        with psycopg.connect(os.environ["DATABASE_URL"], autocommit=True) as admin:
-            query = "SELECT count(*) FROM pg_stat_activity WHERE datname = %s AND application_name = %s"
-            its = (connection.settings_dict["NAME"], environment["PGAPPNAME"])
-            eventually(lambda: admin.execute(query, its).fetchone() == (0,), why="the server's connections end")
+        # It was connected to the test database, which goes now: wait until Postgres has noticed. (A pooler keeps the
+        # connections that it made for it, under its name.)
+        if environment["DATABASE_URL"] == database:
+            with psycopg.connect(os.environ["DATABASE_URL"], autocommit=True) as admin:
+                query = "SELECT count(*) FROM pg_stat_activity WHERE datname = %s AND application_name = %s"
+                its = (connection.settings_dict["NAME"], environment["PGAPPNAME"])
+                eventually(lambda: admin.execute(query, its).fetchone() == (0,), why="the server's connections end")
         connection.close()

@@ -36,7 +36,8 @@ from django.utils.module_loading import import_string
 
 from runs.conf import KEYS, settings
 from tools.envelope import ATTRIBUTES, Envelope
-from tools.queues import AMQP
+from tools.queues import AMQP, broker_url
+from tools.queues import transport as transport_of
 
 SECTION = "longhaul"
 REDIS = ("redis", "rediss", "sentinel", "valkey", "valkeys")
@@ -152,7 +153,7 @@ def check_broker(app_configs: Configs, **_: Any) -> list[CheckMessage]:
     conf = current_app.conf
     found: list[CheckMessage] = []
     options = conf.broker_transport_options or {}
-    transport = _transport(conf)
+    transport = transport_of(current_app)
     limit, key = _patience(transport, options)
     longest, whose = _longest_leg()
     if limit is not None and longest > limit / 2:
@@ -300,22 +301,15 @@ def _longest_call() -> tuple[timedelta, str]:
     return longest[0] + timedelta(seconds=GRACE_SECONDS), longest[1]
 
 
-def _transport(conf: Any) -> str:
-    return _broker(conf).partition("://")[0].partition("+")[0]
-
-
-def _broker(conf: Any) -> str:
-    url = conf.broker_write_url or conf.broker_url or ""
-    return str(url[0] if isinstance(url, list | tuple) else url)
-
-
 def _verified(conf: Any) -> bool:
     """Return whether the certificate of a Redis over TLS is looked at.
 
     What is said of TLS, in the URL or in broker_use_ssl, goes to redis-py, which looks unless it is told not to. Where
     nothing is said, kombu tells it not to.
     """
-    said = {name: value for name, value in parse_qsl(urlsplit(_broker(conf)).query) if name.startswith("ssl_")}
+    said = {
+        name: value for name, value in parse_qsl(urlsplit(broker_url(current_app)).query) if name.startswith("ssl_")
+    }
     if isinstance(conf.broker_use_ssl, Mapping):
         said |= conf.broker_use_ssl
     asked = said.get("ssl_cert_reqs", "required")

@@ -18,6 +18,8 @@ from typing import Any
 from django.conf import settings as django_settings
 from django.core.signals import setting_changed
 
+from tools.queues import DEFAULTS
+
 Price = Mapping[str, float]  # {"input": ..., "output": ...}, currency units per million tokens
 
 
@@ -180,9 +182,9 @@ GROUPS: Mapping[str, Mapping[str, Key]] = {
         "WORKER_RETENTION_DAYS": _kept(7, "how long the row of a worker is kept after its end, to tell what ran where"),
     },
     "Workers": {
-        "AGENTS_QUEUE": _queue("longhaul.agents", "the queue of runs"),
-        "TOOLS_QUEUE": _queue("longhaul.tools", "the queue of tool calls"),
-        "CONTROL_QUEUE": _queue("longhaul.control", "whoever consumes it sweeps"),
+        "AGENTS_QUEUE": _queue(DEFAULTS["AGENTS_QUEUE"], "the queue of runs"),
+        "TOOLS_QUEUE": _queue(DEFAULTS["TOOLS_QUEUE"], "the queue of tool calls"),
+        "CONTROL_QUEUE": _queue(DEFAULTS["CONTROL_QUEUE"], "whoever consumes it sweeps"),
         "QUEUE_TYPE": Key(
             "quorum",
             str,

@@ -41,10 +41,20 @@ class QuorumQueue(Queue):
         )
 
 
-def over_amqp(app: Any) -> bool:
+def broker_url(app: Any) -> str:
+    """Return where the app's messages are sent, the first address of several; "" where nothing is set."""
     url = app.conf.broker_write_url or app.conf.broker_url or ""
     url = url[0] if isinstance(url, list | tuple) and url else url
-    return str(url).partition("://")[0].partition("+")[0] in AMQP
+    return str(url)
+
+
+def transport(app: Any) -> str:
+    """Name what carries the app's messages, as its broker's URL begins: `redis`, `amqp`, ..."""
+    return broker_url(app).partition("://")[0].partition("+")[0]
+
+
+def over_amqp(app: Any) -> bool:
+    return transport(app) in AMQP
 
 
 def named(app: Any, name: str) -> Any:

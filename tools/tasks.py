@@ -12,7 +12,7 @@ from celery import shared_task
 from django.conf import settings
 from kombu.exceptions import OperationalError as BrokerError
 
-from tools import execution, lifecycle, messages, presence, run_log, task_ids
+from tools import execution, lifecycle, messages, presence, queues, run_log, task_ids
 from tools.envelope import Envelope
 
 logger = logging.getLogger("longhaul.tools")
@@ -76,5 +76,5 @@ def publish(
 
 
 def queue_name() -> str:
-    name: str = getattr(settings, "LONGHAUL", {}).get("TOOLS_QUEUE", "longhaul.tools")
+    name: str = getattr(settings, "LONGHAUL", {}).get("TOOLS_QUEUE", queues.DEFAULTS["TOOLS_QUEUE"])
     return name

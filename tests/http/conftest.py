@@ -14,8 +14,9 @@ from django.db import connections
 from django.test import Client
 
 from runs import agents
+from runs.agents import Agent
 from runs.models import Run
-from runs.pytest_longhaul import ScriptedModel
+from runs.pytest_longhaul import ScriptedModel, run_to_end
 from tests.http.web import web as web
 from threads.authentication import create_key
 
@@ -92,3 +93,12 @@ def helper(scripted_model: ScriptedModel, monkeypatch: pytest.MonkeyPatch) -> ag
 def live(api: Api, helper: agents.Agent) -> Run:
     """A run that waits for a worker."""
     return helper.start("Where is it?", owner=api.user)
+
+
+@pytest.fixture
+def ended(api: Api, helper: Agent, scripted_model: ScriptedModel) -> Run:
+    """A run that has completed."""
+    scripted_model.say("It is on its way.")
+    run = helper.start("Where is it?", owner=api.user)
+    run_to_end(run)
+    return run

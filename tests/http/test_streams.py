@@ -38,15 +38,6 @@ pytestmark = pytest.mark.django_db(transaction=True)
 FAR = 60.0  # seconds: a reader that misses what should wake it looks no sooner
 
 
-@pytest.fixture
-def ended(api: Api, helper: Agent, scripted_model: ScriptedModel) -> Run:
-    """A run that has completed."""
-    scripted_model.say("It is on its way.")
-    run = helper.start("Where is it?", owner=api.user)
-    run_to_end(run)
-    return run
-
-
 async def opened(api: Api, address: str, method: str = "GET", body: Any = None, **headers: str) -> Any:
     sent = b"" if body is None else orjson.dumps(body)
     return await AsyncClient().generic(

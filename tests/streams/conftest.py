@@ -16,6 +16,7 @@ from runs.streams.app import Application
 from tests.http.conftest import api as api
 from tests.http.conftest import api_of as api_of
 from tests.http.conftest import coroutines_connections_end as coroutines_connections_end
+from tests.http.conftest import ended as ended
 from tests.http.conftest import helper as helper
 from tests.http.conftest import live as live
 from tests.http.web import web as web

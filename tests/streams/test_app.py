@@ -22,7 +22,6 @@ from django.http import HttpRequest, HttpResponse, HttpResponseBase
 from runs import bells, with_streams
 from runs.agents import Agent
 from runs.models import Event, Run
-from runs.pytest_longhaul import ScriptedModel, run_to_end
 from runs.run_log import DatabaseRunLog
 from runs.streams import app, broadcast, departure, log
 from runs.streams.app import Application
@@ -48,14 +47,6 @@ def stream(run: Run) -> str:
 def record(run: Run, *texts: str) -> None:
     for text in texts:
         assert DatabaseRunLog().record(run.pk, "data", {"data": text})
-
-
-@pytest.fixture
-def ended(api: Api, helper: Agent, scripted_model: ScriptedModel) -> Run:
-    scripted_model.say("It is on its way.")
-    run = helper.start("Where is it?", owner=api.user)
-    run_to_end(run)
-    return run
 
 
 @pytest.mark.slow

@@ -1,0 +1,1 @@
+"""A client of a Longhaul server, which misses nothing of a stream."""

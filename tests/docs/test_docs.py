@@ -47,8 +47,8 @@ def test_every_block_is_of_a_kind_that_is_tried(page: str) -> None:
     found = blocks(page)
     assert fences == 2 * sum(block.kind != "test" for block in found), "a fence was not read"
     for block in found:
-        assert block.kind in {"console", "python", "toml", "text", "ini", "nginx", "sql", "test"}, block
-        if block.kind in {"ini", "nginx", "sql"}:
+        assert block.kind in {"console", "python", "toml", "text", "ini", "nginx", "sql", "js", "html", "test"}, block
+        if block.kind in {"ini", "nginx", "sql", "js", "html"}:
             assert block.told.startswith("tried by "), block
         if page == "README.md" and block.kind == "text":
             assert max(map(len, block.body.splitlines())) <= 80, block

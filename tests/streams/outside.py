@@ -10,7 +10,6 @@ import socket
 import struct
 import subprocess
 import sys
-import threading
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +21,7 @@ from django.conf import settings
 from django.db import connection
 
 from tests.http.web import free_port
+from tests.streams.cutting import CuttingProxy
 from tests.workers.conftest import eventually
 
 ID = re.compile(rb"^id: (\S+)$", re.MULTILINE)
@@ -184,81 +184,10 @@ def seq_of(frame: bytes) -> int:
     return int(found.group(1).rpartition(b":")[2])
 
 
-class Wire:
+class Wire(CuttingProxy):
     """A port that leads to Redis. It can be cut off, or stand still with all its connections open."""
 
     def __init__(self) -> None:
-        self.port = free_port()
-        self.url = f"redis://127.0.0.1:{self.port}/0"
-        self._loop = asyncio.new_event_loop()
-        self._flows = asyncio.Event()
-        self._open: set[asyncio.StreamWriter] = set()
-        self._tasks: set[asyncio.Task[None]] = set()
-        self._server: asyncio.Server | None = None
-        self._thread = threading.Thread(target=self._run, daemon=True)
-        self._thread.start()
-        self.back()
-
-    def _run(self) -> None:
-        asyncio.set_event_loop(self._loop)
-        self._loop.run_forever()
-
-    def _do(self, work: Any) -> None:
-        asyncio.run_coroutine_threadsafe(work, self._loop).result(20)
-
-    def back(self) -> None:
-        self._do(self._back())
-
-    def hang(self) -> None:
-        self._do(self._hang())
-
-    def down(self) -> None:
-        self._do(self._down())
-
-    def close(self) -> None:
-        self._do(self._down())
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join(20)
-        self._loop.close()
-
-    async def _back(self) -> None:
-        self._flows.set()
-        if self._server is None:
-            self._server = await asyncio.start_server(self._serve, "127.0.0.1", self.port)
-
-    async def _hang(self) -> None:
-        self._flows.clear()
-
-    async def _down(self) -> None:
-        if self._server is not None:
-            self._server.close()
-            self._server = None
-        self._flows.set()
-        for task in list(self._tasks):
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-
-    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         parts = urlsplit(settings.REDIS_URL)
-        if parts.scheme == "unix":
-            there, here = await asyncio.open_unix_connection(parts.path)
-        else:
-            there, here = await asyncio.open_connection(parts.hostname, parts.port)
-        task = asyncio.current_task()
-        assert task is not None
-        self._tasks.add(task)
-        try:
-            await asyncio.gather(self._flow(reader, here), self._flow(there, writer))
-        except (OSError, asyncio.CancelledError):
-            pass
-        finally:
-            self._tasks.discard(task)
-            for each in (writer, here):
-                each.transport.abort()
-
-    async def _flow(self, source: asyncio.StreamReader, to: asyncio.StreamWriter) -> None:
-        while piece := await source.read(65536):
-            await self._flows.wait()
-            to.write(piece)
-            await to.drain()
-        raise ConnectionResetError
+        super().__init__(parts.path if parts.scheme == "unix" else parts.port or 6379, kinds=())
+        self.url = f"redis://127.0.0.1:{self.port}/0"

@@ -226,7 +226,7 @@ async def test_redis_is_only_a_bell(api: Api, live: Run, tmp_path: Path, wire: W
         assert seq_of(await anext(others)) == count
         wire.back()
         await live_again()
-        wire.hang()
+        wire.stand_still()
         assert max([await delay() for _ in range(4)]) < 5
         third = await Connection.open(web.port, f"{stream(live)}?starting_after={count}", api.key)
         await delay()

@@ -152,9 +152,7 @@ def test_data_survives_a_restart(new_project: Project) -> None:
     leave(first)
     assert new_project.serving() == []
 
-    began = time.monotonic()
     second = new_project.use()
-    assert time.monotonic() - began < 10  # usual is under 1 s; a restart that makes the cluster anew takes longer
     assert read(new_project) == (["kept"], ["kept"])
     leave(second)
     assert new_project.serving() == []

@@ -392,7 +392,7 @@ def test_waiting_for_a_run_that_does_not_end_gives_up_at_its_time(agent: Agent) 
     run = agent.start("hello")
     began = time.monotonic()
     assert run.wait(timeout_seconds=0.1) is run
-    assert 0.1 <= time.monotonic() - began < 5
+    assert 0.1 <= time.monotonic() - began < 30
     assert not run.finished
     assert events.wait(run.pk, 0) is False
 

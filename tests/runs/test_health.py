@@ -25,7 +25,7 @@ from tools.models import Worker
 
 pytestmark = pytest.mark.django_db(transaction=True)
 
-BOUND = 3.5  # seconds; the wait is 2, and the machine may be busy
+BOUND = 20.0  # seconds; the wait is 2, and the machine may be busy. A server that hangs is silent for ever
 SECRET = "hunter2"
 
 
@@ -221,6 +221,7 @@ def test_a_storm_of_requests_is_one_look(monkeypatch: pytest.MonkeyPatch) -> Non
         return {"database": {"ok": True, "detail": "answers"}}
 
     monkeypatch.setattr(health.DATABASE, "_ask", look)
+    monkeypatch.setattr(health, "KEPT", timedelta(minutes=1))  # the threads of a busy machine take their time
     asking = [threading.Thread(target=health.readiness) for _ in range(50)]
     for thread in asking:
         thread.start()

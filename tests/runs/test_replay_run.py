@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from uuid import uuid4
@@ -56,7 +57,14 @@ def events(*after: float) -> list[RunEvent]:
 
 
 @pytest.mark.parametrize("speed", [1.0, 4.0])
-def test_events_come_in_the_rhythm_of_the_run_as_fast_as_asked(speed: float) -> None:
+def test_events_come_in_the_rhythm_of_the_run_as_fast_as_asked(speed: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    slept: list[float] = []
+
+    def sleep(seconds: float, asleep: Callable[[float], None] = time.sleep) -> None:
+        slept.append(seconds)
+        asleep(seconds)
+
+    monkeypatch.setattr("runs.terminal.player.time.sleep", sleep)
     began = time.monotonic()
     came = []
     for event in Player(events(0, 0.2, 0.2, 0.6), speed, pytest.fail):
@@ -64,20 +72,20 @@ def test_events_come_in_the_rhythm_of_the_run_as_fast_as_asked(speed: float) -> 
         assert event.seq == len(came)
     for at, due in zip(came, (0, 0.2, 0.2, 0.6), strict=True):
         assert at >= due / speed - 0.001
-    assert came[-1] < 0.6 / speed + 1  # a busy machine
+    assert sum(slept) <= 0.6 / speed  # and no longer, however slow the machine is
 
 
 def test_at_once_is_without_any_wait_and_says_nothing_of_pauses() -> None:
     began = time.monotonic()
     assert len(list(Player(events(0, 3600, 7200), 0, pytest.fail))) == 3
-    assert time.monotonic() - began < 1
+    assert time.monotonic() - began < 60
 
 
 def test_a_long_pause_is_cut_and_said() -> None:
     told: list[str] = []
     began = time.monotonic()
     list(Player(events(0, 3600, 3600.1), 2, told.append, pause=timedelta(seconds=0.1)))
-    assert 0.1 <= time.monotonic() - began < 2
+    assert 0.1 <= time.monotonic() - began < 60
     assert told == ["nothing happens for 60 min 0 s; 0.1 s of it are waited for"]
 
 

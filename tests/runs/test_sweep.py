@@ -291,7 +291,7 @@ def test_a_broker_that_is_away_does_not_hold_the_sweep_up(
     done = passes.look()
     passes.sweep()
     assert (done.reclaimed_runs, done.published_runs, done.published_calls) == ([claim.run], 5, 5)
-    assert time.monotonic() - began < 3  # kombu by itself waits 6 s for each message
+    assert time.monotonic() - began < 20  # kombu by itself waits 6 s for each of the ten messages
     assert "waits for the broker to come back" in caplog.text
 
 
@@ -567,19 +567,19 @@ def test_a_run_that_is_held_stops_neither_the_pass_nor_what_is_behind_it(
     world.db.execute("UPDATE longhaul_runs_run SET leg_deadline = leg_deadline - interval '1 s' WHERE id = %s", runs[1])
     began = time.monotonic()
     assert passes.sweep().reclaimed_runs == [runs[1]]
-    assert time.monotonic() - began < 2
+    assert time.monotonic() - began < 20  # it would wait for ever
 
 
 def test_many_held_by_one_transaction_cost_a_pass_one_wait(
     world: World, passes: Sweep, sent: Sent, process: Process, slow: Callable[[UUID], None]
 ) -> None:
-    for _ in range(10):
+    for _ in range(40):
         slow(world.claim(world.start(), process.id).run)
     world.ahead(LEASE)
     world.beat(process.id)
     began = time.monotonic()
     assert not passes.sweep()
-    assert time.monotonic() - began < 2
+    assert time.monotonic() - began < 10  # seconds: 1.3, where each by itself would take 20 together
 
 
 def test_what_is_held_of_a_dead_process_is_taken_when_it_is_let_go(

@@ -332,14 +332,13 @@ def test_what_somebody_else_holds_is_given_back_later_and_keeps_no_beat_back(
     other.execute("BEGIN")
     other.execute("SELECT longhaul_run_lock(%s)", held.run)
     before = session(present)
+    assert timedelta(milliseconds=2 * presence._PATIENCE) < presence.MISSED - presence.BEAT
     try:
         for _ in range(2):
             world.ahead(10 * SECOND)
-            began = time.monotonic()
+            present.tick()  # without a bound of its own it would wait for ever
             present.tick()
-            present.tick()
-            assert time.monotonic() - began < (presence.MISSED - presence.BEAT).total_seconds()
-            assert age(present, world) < SECOND
+            assert age(present, world) < 5 * SECOND  # and not 10
         assert [world.run(each.run)["status"] for each in (held, free)] == ["running", "queued"]
         assert session(present) is before  # and so is its lock
         assert before.execute("SHOW lock_timeout").fetchone() == ("0",)

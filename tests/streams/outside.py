@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import re
 import signal
@@ -10,7 +11,7 @@ import socket
 import struct
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -114,9 +115,10 @@ class Connection:
 
     @classmethod
     async def open(
-        cls, port: int, path: str, key: str, last: int | None = None, *, receives: int | None = None
-    ) -> Connection:
-        """Ask for a stream. Raises OSError when there is nobody. `receives` is the size of the socket's buffer."""
+        cls, port: int, path: str, key: str, last: int | str | None = None, *, receives: int | None = None,
+        body: Any = None, headers: Mapping[str, str] | None = None,
+    ) -> Connection:  # fmt: skip
+        """Ask for a stream, with a body by POST. Raises OSError when there is nobody. `receives` is the size of the socket's buffer."""
         wire = socket.socket()
         wire.setblocking(False)
         if receives is not None:
@@ -127,16 +129,22 @@ class Connection:
             wire.close()
             raise
         reader, writer = await asyncio.open_connection(sock=wire, limit=2**16 if receives is None else receives)
-        said = {"Host": "127.0.0.1", "Authorization": f"Bearer {key}"}
+        said = {"Host": "127.0.0.1", "Authorization": f"Bearer {key}", **(headers or {})}
+        sent, method = b"", "GET"
         if last is not None:
             said["Last-Event-ID"] = str(last)
-        lines = [f"GET {path} HTTP/1.1", *(f"{name}: {value}" for name, value in said.items()), "", ""]
-        writer.write("\r\n".join(lines).encode())
+        if body is not None:
+            sent, method = json.dumps(body).encode(), "POST"
+            said |= {"Content-Type": "application/json", "Content-Length": str(len(sent))}
+        lines = [f"{method} {path} HTTP/1.1", *(f"{name}: {value}" for name, value in said.items()), "", ""]
+        writer.write("\r\n".join(lines).encode() + sent)
         try:
             head = await reader.readuntil(b"\r\n\r\n")
-        except (asyncio.IncompleteReadError, OSError) as error:
+        except BaseException as error:
             writer.transport.abort()
-            raise ConnectionResetError("no answer") from error
+            if isinstance(error, asyncio.IncompleteReadError | OSError):
+                raise ConnectionResetError("no answer") from error
+            raise
         return cls(reader, writer, int(head.split(b" ", 2)[1]), head)
 
     async def pieces(self) -> AsyncIterator[bytes]:
@@ -144,7 +152,11 @@ class Connection:
         try:
             while True:
                 size = int(await self._reader.readuntil(b"\r\n"), 16)
-                piece = await self._reader.readexactly(size + 2)
+                try:
+                    piece = await self._reader.readexactly(size + 2)
+                except asyncio.IncompleteReadError as error:
+                    yield error.partial[:size]  # what came of it, which may end anywhere
+                    return
                 if size == 0:
                     self.ended = True
                     return

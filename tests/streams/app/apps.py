@@ -1,0 +1,6 @@
+from django.apps import AppConfig
+
+
+class StreamsTestConfig(AppConfig):
+    name = "tests.streams.app"
+    label = "longhaul_streams_test"

@@ -55,7 +55,11 @@ class Rig:
     """Use as a context manager. Sets DATABASE_URL, REDIS_URL, CELERY_BROKER_URL, OPENAI_BASE_URL, OPENAI_API_KEY."""
 
     def __init__(self, script: str, broker: str = "redis") -> None:
-        """`script`: what the model server plays, as `module:attribute`. `broker`: one of BROKERS; bells are Redis's always."""
+        """`broker`: one of BROKERS; bells are Redis's always.
+
+        `script`: what the model server plays, as `module:attribute`; a name without a colon is a module that is a model
+        server of its own.
+        """
         self._script = script
         self.broker = broker
         self._rabbitmq: RabbitMQ | None = None
@@ -122,11 +126,9 @@ class Rig:
         port = free_port(0)
         os.environ["OPENAI_BASE_URL"] = f"http://127.0.0.1:{port}/v1"
         os.environ["OPENAI_API_KEY"] = "benchmark"
-        self.start(
-            "model server",
-            "model",
-            ["-m", "agents_project.demo.model_server", "--script", self._script, "--port", str(port)],
-        )
+        played = ":" in self._script
+        module = ["agents_project.demo.model_server", "--script", self._script] if played else [self._script]
+        self.start("model server", "model", ["-m", *module, "--port", str(port)])
         deadline = time.monotonic() + READY_TIMEOUT.total_seconds()
         while True:
             with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):

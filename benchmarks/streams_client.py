@@ -1,9 +1,23 @@
-"""The readers of `benchmarks.streams`, in a process of their own: each follows one run to its end, over all cuts.
+"""The readers of `benchmarks.streams`, in a process of their own: each follows one stream to its end, over all cuts.
 
-Reads a plan from stdin, one line of JSON: `{"port", "key", "runs": [id, ...], "readers", "cut": mean seconds between two TCP
-resets of a reader, or null}`. Prints `{"open": n}` when all readers have read something, and at the end one line of what they
-saw. A chunk of the model's text is `NUMBER@NANOSECONDS `, by the clock that all processes of a machine share, so its age when
-it comes is known. The latencies are those of readers that were not cut within the last second.
+The first line of stdin is a plan, in JSON:
+
+    port, key       of the web process
+    paths           the streams; reader number n follows paths[n % len(paths)]
+    readers         how many
+    chunks          of each stream; null: nobody knows
+    cut             mean seconds between two TCP resets of a reader, or null
+    opening         how many connect at once
+    light           true: only the seqs of events are looked at, not what they say
+    records         a file for what was measured, or null
+    seed            of chance
+
+Later lines are commands: `{"storm": seconds}` resets every reader within so many seconds, `{"stop": true}` ends all as they are.
+It prints `{"open": n}` when all readers have been answered, `{"progress": {...}}` every few seconds, and last `{"seen": {...}}`.
+
+A chunk of the model's text is `NUMBER@DUE+LATE `, in microseconds of the clock that all processes of a machine share, so its age
+when it comes is known, from the moment at which it was due. `records` gets three 64-bit numbers a chunk: when it was due, when it
+came (negative: in the second after its reader came back, in which it catches up), and how late the model server was.
 """
 
 from __future__ import annotations
@@ -17,140 +31,330 @@ import resource
 import socket
 import struct
 import sys
+import threading
 import time
-from typing import Any
+from array import array
+from contextlib import suppress
+from io import FileIO
+from pathlib import Path
+from typing import Any, cast
 
-CHUNK = re.compile(rb"(\d+)@(\d+) ")
-ID = re.compile(rb"id: (\d+)\n")
-CAUGHT_UP = 1.0  # seconds after a cut
-GIVE_UP = 120.0  # seconds without a byte: a stream has a ping every 15
+CHUNK = re.compile(rb"(\d+)@(\d+)\+(\d+) ")
+FRAME = re.compile(rb"id: ([^\n]+)\nevent: ([^\n]+)\ndata: ([^\n]*)\n\n")
+IDS = re.compile(rb"(?:\A|\n\n)id: (\d+)\n")
+SPOKEN = b"text.delta"
+LAST = (b"run.completed", b"run.failed", b"run.cancelled", b"done")
+CAUGHT_UP_US = 1_000_000  # after a cut
+GIVE_UP_SECONDS = 120.0  # without a byte: a stream has a ping every 15
+AGAIN_SECONDS = 0.2  # after a connection that was refused
+PROGRESS_SECONDS = 5.0
+
+
+def now_us() -> int:
+    return time.monotonic_ns() // 1000
 
 
 class Reader:
-    """One reader of one run."""
+    """What one reader has seen of one stream, whatever connections it came by."""
 
-    def __init__(self, run: str, plan: dict[str, Any], chance: random.Random) -> None:
-        self.run, self.plan, self.chance = run, plan, chance
+    def __init__(self, path: str, plan: dict[str, Any], records: array[int]) -> None:
+        self.path = path
+        self.light = bool(plan.get("light"))
+        self.records = records
         self.next = 0  # the number that the next chunk has
-        self.lost = self.doubled = self.cuts = self.frames = 0
-        self.last = 0
+        self.lost = self.doubled = self.cuts = self.frames = self.gaps = 0
+        self.last = b""  # the cursor
+        self.seq = 0  # of a light reader: the same as a number
         self.digest = hashlib.blake2b(digest_size=16)
-        self.ages: list[int] = []
-        self.begun = asyncio.Event()
+        self.timely = 0  # from this moment on a chunk's age counts
+        self.cut_at = self.caught_up = 0
+        self.begun = self.done = 0  # when it first asked, and when it had all
         self.ended = False
 
-    async def follow(self) -> None:
-        while not self.ended:
-            try:
-                reader, writer = await asyncio.open_connection("127.0.0.1", self.plan["port"], limit=2**18)
-            except OSError:
-                await asyncio.sleep(0.2)
-                continue
-            try:
-                await self._read(reader, writer)
-            except (asyncio.IncompleteReadError, OSError):
-                pass  # cut: it comes back
-            finally:
-                writer.transport.abort()
-
-    async def _read(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        lines = [
-            f"GET /api/runs/{self.run}/stream HTTP/1.1", "Host: 127.0.0.1", f"Authorization: Bearer {self.plan['key']}",
-            *([f"Last-Event-ID: {self.last}"] if self.last else []), "", "",
-        ]  # fmt: skip
-        writer.write("\r\n".join(lines).encode())
-        head = await reader.readuntil(b"\r\n\r\n")
-        if not head.startswith(b"HTTP/1.1 200"):
-            raise SystemExit(f"The server answered {head!r}")
-        timely = time.monotonic() + CAUGHT_UP
-        cutting = None
-        if self.plan["cut"] is not None:
-            after = self.chance.expovariate(1 / self.plan["cut"])
-            cutting = asyncio.get_running_loop().call_later(after, self._reset, writer)
-        rest = b""
-        try:
-            while True:
-                async with asyncio.timeout(GIVE_UP):
-                    size = int(await reader.readuntil(b"\r\n"), 16)
-                    piece = await reader.readexactly(size + 2)
-                if size == 0:
-                    return
-                rest += piece[:-2]
-                whole, found, rest = rest.rpartition(b"\n\n")
-                if found:
-                    self._take(whole + found, timely)
-        finally:
-            if cutting is not None:
-                cutting.cancel()
-
-    def _reset(self, writer: asyncio.StreamWriter) -> None:
-        wire = writer.get_extra_info("socket")
-        if wire.fileno() >= 0:
-            wire.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-            self.cuts += 1
-        writer.transport.abort()
-
-    def _take(self, frames: bytes, timely: float) -> None:
-        now, clock = time.monotonic_ns(), time.monotonic()
-        for frame in frames.split(b"\n\n"):
-            if not frame.startswith(b"id: "):
-                continue
-            self.digest.update(frame)
+    def take(self, frames: bytes) -> None:
+        """Take whole frames, as they came."""
+        now = now_us()
+        if self.light:
+            self._count(frames, now)
+            return
+        for id, event, data in FRAME.findall(frames):
+            self.last = id
             self.frames += 1
-            self.last = int(frame[4 : frame.index(b"\n")])
-            if b"\nevent: text.delta\n" in frame:
-                for number, sent in CHUNK.findall(frame):
-                    self._chunk(int(number), now - int(sent) if clock > timely else None)
-            elif b"\nevent: run.completed\n" in frame or b"\nevent: run.failed\n" in frame:
-                self.ended = True
-        self.begun.set()
+            self.digest.update(b"%b %b %b\n" % (id, event, data))
+            if event == SPOKEN:
+                for number, due, late in CHUNK.findall(data):
+                    self._chunk(int(number), int(due), int(late), now)
+            elif event in LAST:
+                self._end(now)
+        if b"event: resume_gap\n" in frames:
+            self.gaps += 1
 
-    def _chunk(self, number: int, age: int | None) -> None:
+    def _chunk(self, number: int, due: int, late: int, now: int) -> None:
         if number < self.next:
             self.doubled += 1
             return
         self.lost += number - self.next
         self.next = number + 1
-        if age is not None:
-            self.ages.append(age)
+        self.records.extend((due, now if now >= self.timely else -now, late))
+        if self.cut_at and not self.caught_up and due > self.cut_at:
+            self.caught_up = now
+
+    def _count(self, frames: bytes, now: int) -> None:
+        ids = [int(each) for each in IDS.findall(frames)]
+        if not ids:
+            return
+        self.frames += len(ids)
+        for seq in (ids[0],) if ids[-1] - ids[0] + 1 == len(ids) else ids:  # nearly always: one after another
+            if seq <= self.seq:
+                self.doubled += 1
+            else:
+                self.lost += seq - self.seq - 1
+            self.seq = seq
+        self.seq = ids[-1]
+        self.last = b"%d" % self.seq
+        if any(b"\nevent: %b\n" % last in frames for last in LAST):
+            self._end(now)
+
+    def _end(self, now: int) -> None:
+        self.ended = True
+        self.done = now
+        if self.cut_at and not self.caught_up:
+            self.caught_up = now
+
+    def close(self, chunks: int | None) -> None:
+        """Count what never came."""
+        if chunks is not None and not self.light:
+            self.lost += max(0, chunks - self.next)
 
 
-async def follow(plan: dict[str, Any]) -> dict[str, Any]:
-    chance = random.Random(plan.get("seed", 1))
-    runs = plan["runs"]
-    readers = [Reader(runs[number % len(runs)], plan, chance) for number in range(plan["readers"])]
-    tasks = [asyncio.create_task(each.follow()) for each in readers]
-    for each in readers:
-        await each.begun.wait()
-    print(json.dumps({"open": len(readers)}), flush=True)
-    begun, cpu = time.monotonic(), time.process_time()
-    await asyncio.gather(*tasks)
-    digests: dict[str, set[bytes]] = {}
-    for each in readers:
-        digests.setdefault(each.run, set()).add(each.digest.digest())
-    ages = sorted(age for each in readers for age in each.ages)
-    return {
-        "lost": sum(each.lost + plan["chunks"] - each.next for each in readers),
-        "doubled": sum(each.doubled for each in readers),
-        "mismatched": sum(len(each) - 1 for each in digests.values()),
-        "cuts": sum(each.cuts for each in readers),
-        "frames": sum(each.frames for each in readers),
-        "timed": len(ages),
-        "p50_ms": _percentile(ages, 50),
-        "p99_ms": _percentile(ages, 99),
-        "wall": time.monotonic() - begun,
-        "cpu": time.process_time() - cpu,
-    }
+class Line(asyncio.Protocol):
+    """One connection of a reader. HTTP/1.1 with a chunked body is read by hand."""
+
+    def __init__(self, crowd: Crowd, reader: Reader) -> None:
+        self.crowd, self.reader = crowd, reader
+        self.closed = crowd.loop.create_future()
+        self.answered = crowd.loop.create_future()
+        self.heard = time.monotonic()
+        self._received = b""
+        self._rest = b""
+        self._transport: asyncio.Transport
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast("asyncio.Transport", transport)
+        reader = self.reader
+        lines = [
+            f"GET {reader.path} HTTP/1.1", "Host: 127.0.0.1", f"Authorization: Bearer {self.crowd.plan['key']}",
+            *([f"Last-Event-ID: {reader.last.decode()}"] if reader.last else []), "", "",
+        ]  # fmt: skip
+        reader.begun = reader.begun or now_us()
+        self._transport.write("\r\n".join(lines).encode())
+
+    def connection_lost(self, error: Exception | None) -> None:
+        for each in (self.answered, self.closed):
+            if not each.done():
+                each.set_result(None)
+
+    def reset(self) -> None:
+        """Cut the connection: the kernel sends RST in place of FIN."""
+        wire = self._transport.get_extra_info("socket")
+        if wire is not None and wire.fileno() >= 0:
+            wire.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.reader.cuts += 1
+        self.close()
+
+    def close(self) -> None:
+        self._transport.abort()
+        self.connection_lost(None)  # at once: what is in its buffers is no longer ours
+
+    def data_received(self, data: bytes) -> None:
+        if self.closed.done():
+            return
+        self.heard = time.monotonic()
+        received = self._received + data if self._received else data
+        place = 0
+        if not self.answered.done():
+            end = received.find(b"\r\n\r\n")
+            if end < 0:
+                self._received = received
+                return
+            if not received.startswith(b"HTTP/1.1 200"):
+                if received.startswith(b"HTTP/1.1 204"):  # its cursor was that of the last event
+                    self.reader.ended = True
+                else:
+                    self.crowd.fail(f"The server answered {received[:400]!r}")
+                self.close()
+                return
+            self.answered.set_result(None)
+            place = end + 4
+        pieces = []
+        over = False
+        while True:
+            end = received.find(b"\r\n", place)
+            if end < 0:
+                break
+            size = int(received[place:end], 16)
+            if len(received) < end + 4 + size:
+                break
+            place = end + 4 + size
+            if not size:
+                over = True
+                break
+            pieces.append(received[end + 2 : place - 2])
+        self._received = received[place:]
+        if pieces:
+            self._rest += b"".join(pieces)
+            whole, found, self._rest = self._rest.rpartition(b"\n\n")
+            if found:
+                self.reader.take(whole + found)
+        if over or self.reader.ended:
+            self.close()
 
 
-def _percentile(ages: list[int], percent: int) -> float:
-    return round(ages[min(len(ages) * percent // 100, len(ages) - 1)] / 1e6, 1) if ages else 0.0
+class Crowd:
+    """All readers of this process."""
+
+    def __init__(self, plan: dict[str, Any]) -> None:
+        self.plan = plan
+        self.loop = asyncio.get_running_loop()
+        self.chance = random.Random(plan.get("seed", 1))
+        self.records: array[int] = array("q")
+        paths = plan["paths"]
+        self.readers = [Reader(paths[number % len(paths)], plan, self.records) for number in range(plan["readers"])]
+        self.lines: dict[Reader, Line] = {}
+        self.stopped = False
+        self.failure: str | None = None
+        self._opening = asyncio.Semaphore(plan.get("opening") or 64)
+        self._tasks: list[asyncio.Task[None]] = []
+
+    async def follow(self) -> dict[str, Any]:
+        watch = self.loop.create_task(self._watch())
+        opened = [self.loop.create_future() for _ in self.readers]
+        self._tasks = [
+            self.loop.create_task(self._follow(reader, ready))
+            for reader, ready in zip(self.readers, opened, strict=True)
+        ]
+        work = asyncio.gather(*self._tasks)
+        await asyncio.wait([work, asyncio.gather(*opened)], return_when=asyncio.FIRST_COMPLETED)
+        if self.failure is None:
+            tell({"open": len(self.readers)})
+        await work
+        watch.cancel()
+        if self.failure is not None:
+            raise SystemExit(self.failure)
+        return self._seen()
+
+    async def _follow(self, reader: Reader, ready: asyncio.Future[None]) -> None:
+        again = False
+        while not (reader.ended or self.stopped):
+            try:
+                if again:
+                    line = await self._connect(reader)
+                    reader.timely = now_us() + CAUGHT_UP_US
+                else:
+                    async with self._opening:
+                        line = await self._connect(reader)
+                        await line.answered
+                    again = True
+                    if not ready.done():
+                        ready.set_result(None)
+            except OSError:
+                await asyncio.sleep(AGAIN_SECONDS)
+                continue
+            cutting = None
+            if self.plan.get("cut"):
+                cutting = self.loop.call_later(self.chance.expovariate(1 / self.plan["cut"]), line.reset)
+            await line.closed
+            del self.lines[reader]
+            if cutting is not None:
+                cutting.cancel()
+        if not ready.done():
+            ready.set_result(None)
+
+    async def _connect(self, reader: Reader) -> Line:
+        _, line = await self.loop.create_connection(lambda: Line(self, reader), "127.0.0.1", self.plan["port"])
+        self.lines[reader] = line
+        if self.stopped:
+            line.close()
+        return line
+
+    async def _watch(self) -> None:
+        """Tell how it goes, and cut who hears nothing."""
+        while True:
+            await asyncio.sleep(PROGRESS_SECONDS)
+            over = sum(reader.ended for reader in self.readers)
+            tell({"progress": {"frames": sum(reader.frames for reader in self.readers), "ended": over}})
+            for reader, line in list(self.lines.items()):
+                if time.monotonic() - line.heard > GIVE_UP_SECONDS:
+                    self.fail(f"Nothing came on {reader.path} for {GIVE_UP_SECONDS:g} s.")
+
+    def obey(self, command: dict[str, Any]) -> None:
+        if command.get("stop"):
+            self.stop()
+        elif within := command.get("storm"):
+            for reader in self.readers:
+                self.loop.call_later(self.chance.uniform(0, within), self._storm, reader)
+
+    def _storm(self, reader: Reader) -> None:
+        line = self.lines.get(reader)
+        if line is not None and not reader.ended:
+            reader.cut_at = now_us()
+            line.reset()
+
+    def stop(self) -> None:
+        self.stopped = True
+        for line in list(self.lines.values()):
+            line.close()
+
+    def fail(self, why: str) -> None:
+        self.failure = self.failure or why
+        self.stop()
+
+    def _seen(self) -> dict[str, Any]:
+        streams: dict[str, set[str]] = {}
+        for reader in self.readers:
+            reader.close(None if self.stopped else self.plan["chunks"])
+            streams.setdefault(reader.path, set()).add(reader.digest.hexdigest())
+        if self.plan.get("records"):
+            with Path(self.plan["records"]).open("wb") as file:
+                self.records.tofile(file)
+        cut = [reader for reader in self.readers if reader.cut_at]
+        whole = [reader for reader in self.readers if reader.done]
+        return {
+            "lost": sum(reader.lost for reader in self.readers),
+            "doubled": sum(reader.doubled for reader in self.readers),
+            "gaps": sum(reader.gaps for reader in self.readers),
+            "cuts": sum(reader.cuts for reader in self.readers),
+            "frames": sum(reader.frames for reader in self.readers),
+            "unfinished": sum(not reader.ended for reader in self.readers),
+            "digests": {path: sorted(each) for path, each in streams.items()},
+            "storm": [[reader.cut_at, reader.caught_up] for reader in cut],
+            "whole": [[reader.begun, reader.done, reader.frames] for reader in whole],
+            "begun_us": min((reader.begun for reader in self.readers), default=0),
+            "ended_us": now_us(),
+        }
+
+
+def tell(line: dict[str, Any]) -> None:
+    print(json.dumps(line), flush=True)
+
+
+async def follow(orders: FileIO) -> dict[str, Any]:
+    crowd = Crowd(json.loads(orders.readline()))
+
+    def listen() -> None:
+        for line in orders:
+            with suppress(RuntimeError):  # all is over
+                crowd.loop.call_soon_threadsafe(crowd.obey, json.loads(line))
+
+    threading.Thread(target=listen, daemon=True).start()
+    return await crowd.follow()
 
 
 def main() -> int:
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-    print(json.dumps(asyncio.run(follow(json.loads(sys.stdin.readline())))))
+    # Unbuffered: a thread that waits in a buffered stdin would hang the end of the process.
+    tell({"seen": asyncio.run(follow(FileIO(0, closefd=False)))})
     return 0
 
 

@@ -530,6 +530,7 @@ class Leg:
                 row |= {
                     "max_attempts": tool.retry.attempts,
                     "idempotent": tool.idempotent,
+                    "on_unknown": tool.on_unknown,
                     "atomic": tool.atomic,
                     "deferred": tool.deferred,
                     "timeout_seconds": tool.timeout.total_seconds(),

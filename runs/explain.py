@@ -293,11 +293,13 @@ def _waiting(run: Run, facts: Facts) -> Explanation:
     if (unheard or lost) and not facts.swept:
         return Explanation(said + _unswept(True), start("control"), True)
     # Last, for a person's answer helps nothing while the calls beside it stand still.
-    if any(call.status == CallStatus.UNKNOWN for call in still):
+    if unknown := [call for call in still if call.status == CallStatus.UNKNOWN]:
+        call = unknown[0]
         return Explanation(
             said,
-            "see whether the effect is there; its worker's late result would still settle the call. To give up: "
-            + in_shell(run, "cancel()"),
+            f"see whether {call.name} took effect, then say so: POST /api/tool-calls/{call.pk}/result, or /error"
+            f" (retryable: true runs it again), or {_of_call(call)}.succeed(result), .fail(message),"
+            f" .fail(message, retryable=True). To give up: {in_shell(run, 'cancel()')}",
         )
     return Explanation(said)
 
@@ -340,6 +342,7 @@ def _ended(run: Run, facts: Facts) -> Explanation:
     first = {
         StopReason.CONFIGURATION: "correct what it says, restart the agents workers, then go on with a new run: ",
         StopReason.POISON: "look into the logs of its workers for what killed them, then go on with a new run: ",
+        StopReason.TOOL_UNKNOWN: "see whether the tool took effect, for the model is told that nobody knows, then go on: ",
         StopReason.MODEL_ERROR: "when the model service is well, go on with a new run: ",
     }.get(StopReason(run.stop_reason), "go on with a new run: ")
     if run.error and run.error.get("code") == "auth":
@@ -398,6 +401,10 @@ def celery() -> str:
 def in_shell(run: Run, method: str) -> str:
     """Return the command that calls a method of this run."""
     return f"manage.py shell -c \"from runs import Run; Run.objects.get(pk='{run.pk}').{method}\""
+
+
+def _of_call(call: ToolCall) -> str:
+    return f"ToolCall.objects.get(pk='{call.pk}')"
 
 
 def _violated(run: Run) -> str:

@@ -50,7 +50,7 @@ WHERE (r.finished_at IS NOT NULL) <> (r.status IN ('completed', 'failed', 'cance
    OR NOT CASE r.status
         WHEN 'completed' THEN r.stop_reason IN ('end_turn', 'max_steps')
         WHEN 'failed' THEN r.stop_reason IN (
-            'token_budget', 'cost_budget', 'deadline', 'model_error', 'poison', 'configuration')
+            'token_budget', 'cost_budget', 'deadline', 'model_error', 'poison', 'tool_unknown', 'configuration')
         WHEN 'cancelled' THEN r.stop_reason IN (
             'cancelled', 'interrupted', 'rolled_back', 'thread_deleted', 'parent_ended')
         ELSE r.stop_reason = '' END;
@@ -392,10 +392,10 @@ LEFT JOIN (
 ) AS log ON log.run_id = r.id AND log.call = c.id
 GROUP BY r.id, c.id, c.name HAVING count(DISTINCT a.id) <> coalesce(max(log.started), 0);
 
--- 5: A call that must not run twice was started at most once; an attempt whose code never began does not count.
+-- 5: A call that must not run twice was started at most once; one whose code never began, or that a person released, does not count.
 SELECT r.id, 'call ' || c.name || ' ' || c.id || ' was started ' || count(*) || ' times'
 FROM picked r JOIN longhaul_tools_toolcall c ON c.run_id = r.id AND c.idempotent IS FALSE
-JOIN longhaul_tools_toolattempt a ON a.call_id = c.id AND a.outcome <> 'given_back'
+JOIN longhaul_tools_toolattempt a ON a.call_id = c.id AND a.outcome NOT IN ('given_back', 'released')
 GROUP BY r.id, c.id, c.name HAVING count(*) > 1;
 
 -- 5: Nobody claims after it was gone. A claim that was under way when its worker was found dead has 6 s, as long as a beat is good for.

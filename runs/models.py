@@ -47,6 +47,7 @@ class StopReason(models.TextChoices):
     DEADLINE = "deadline"
     MODEL_ERROR = "model_error"
     POISON = "poison"
+    TOOL_UNKNOWN = "tool_unknown"
     CONFIGURATION = "configuration"
     CANCELLED = "cancelled"
     INTERRUPTED = "interrupted"

@@ -12,7 +12,7 @@ The rule, event by event, in the order of `seq`:
   message comes with its `message.completed` alone. Messages stand in the order of their first event.
 - A completed assistant message with a step, that is not partial, is a step of the run.
 - `tool_call.created` makes a call, in the order of its message's calls. `started` opens an attempt; `retrying`, `unknown`
-  and `settled` end it: as given_back or lost where their error says so. Settled is final.
+  and `settled` end it: as given_back, lost or released where their error says so. Settled is final.
 - `leg.started` and `leg.ended` are the legs. Each `usage` event is one model call; the run's usage is their sum, those of
   discarded messages included.
 
@@ -30,7 +30,8 @@ from decimal import ROUND_HALF_UP, Decimal, InvalidOperation
 from typing import Any
 
 TERMINAL = ("completed", "failed", "cancelled")
-ENDED_BY = {"worker_lost": "lost", "given_back": "given_back"}  # what ended an attempt, by the code of its error
+# What ended an attempt, by the code of its error.
+ENDED_BY = {"worker_lost": "lost", "given_back": "given_back", "released": "released"}
 CENTS = Decimal("1e-9")  # a cost is kept to so much
 
 
@@ -51,7 +52,7 @@ class MessageTold:
 class AttemptTold:
     number: int
     worker: str
-    outcome: str = ""  # "" while it is open; success, failed, cancelled, denied, retrying, lost, given_back
+    outcome: str = ""  # "" while it is open; success, failed, cancelled, denied, retrying, lost, given_back, released
 
 
 @dataclass(slots=True)
@@ -262,8 +263,9 @@ class Replay:
             case "settled":
                 call.status, call.outcome = "settled", str(event.get("outcome", ""))
                 call.result, call.error = event.get("result"), event.get("error")
-                # A late result ends an attempt that was taken for lost; a cancel of the run does not.
-                if attempt is not None and attempt.outcome in ("", *(["lost"] if call.outcome != "cancelled" else [])):
+                # A late result ends an attempt that was taken for lost; a person's answer and a cancel do not.
+                late = call.outcome != "cancelled" and "by" not in event
+                if attempt is not None and attempt.outcome in ("", *(["lost"] if late else [])):
                     attempt.outcome = call.outcome
             case "approval_requested":
                 call.status = "awaiting_approval"

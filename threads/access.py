@@ -11,7 +11,8 @@ its thread; a step, leg, event or tool call its run.
             return obj is None or obj.owner_id == user.pk
 
 Verbs of threads: `create`, `change`, `delete`; `save` and `delete_message` of a message in it; `start` of a run on it.
-Verbs of runs: `start` (on a new thread), `cancel`, `resume`, `retry`, `fork`. A policy that raises answers nobody: 500.
+Verbs of runs: `start` (on a new thread), `cancel` (also of one of its calls), `answer` (for an `unknown` call of it), `resume`,
+`retry`, `fork`. A policy that raises answers nobody: 500.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ PERMISSIONS: Mapping[str, str] = {
     "retry": "longhaul_runs.add_run",
     "fork": "longhaul_runs.add_run",
     "cancel": "longhaul_runs.cancel_run",
+    "answer": "longhaul_tools.change_toolcall",
 }
 
 

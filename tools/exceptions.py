@@ -15,6 +15,10 @@
         ├── ToolOptionError       (ValueError) options that exclude each other
         └── DuplicateTool         (ValueError) two tools of one name
 
+    LonghaulError (threads.exceptions), said to who answers for a call
+    ├── AlreadySettled            somebody was first; nothing was changed
+    └── NotAwaited                the call is open, and waits for no such answer
+
 None of them is retried by a `RetryPolicy`: each says that the same call would end the same way.
 `str(error)` is written for its reader; `code` is what stands in `error.code` of a settled call.
 The classes survive pickling, for a prefork worker may send them to its parent.
@@ -23,6 +27,8 @@ The classes survive pickling, for a prefork worker may send them to its parent.
 from collections.abc import Iterable, Sequence
 from inspect import getdoc
 from typing import ClassVar, TypedDict
+
+from threads.exceptions import LonghaulError
 
 
 class ToolError(Exception):
@@ -150,3 +156,15 @@ class DuplicateTool(ToolError, ValueError):
     """Two tools of one agent have the same name."""
 
     code = "configuration"
+
+
+class AlreadySettled(LonghaulError):
+    """The call is settled already. Nothing was changed."""
+
+    code = "already_settled"
+
+
+class NotAwaited(LonghaulError):
+    """The call waits for no answer. Nothing was changed."""
+
+    code = "not_awaited"

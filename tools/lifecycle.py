@@ -5,7 +5,7 @@ Every function here is one round trip and, in autocommit, one commit. What the a
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -22,11 +22,11 @@ AWAITING_CHILD, UNKNOWN, SETTLED = CallStatus.AWAITING_CHILD, CallStatus.UNKNOWN
 TRANSITIONS: dict[CallStatus, set[CallStatus]] = {
     REQUESTED: {
         RUNNING,  # claimed by a worker
-        SETTLED,  # its run ended
+        SETTLED,  # cancelled, by itself or with its run
     },
     RETRYING: {RUNNING, SETTLED},  # as requested
     RUNNING: {
-        SETTLED,  # success, failed, timed out, cancelled with its run, no attempt left
+        SETTLED,  # success, failed, timed out, cancelled, no attempt left, or unknown and the model is told
         RETRYING,  # its policy grants another attempt, or its worker is gone
         UNKNOWN,  # idempotent=False, and its worker is gone
         AWAITING_APPROVAL,  # the tool asks for a person (later)
@@ -87,6 +87,36 @@ def reclaim(call_id: UUID, attempt: int, *, holder: UUID, began: bool = True) ->
     """Take a running call from a holder that is gone. None: it ended, or somebody else took it."""
     return database.call(
         "SELECT longhaul_call_reclaim(%s::uuid, %s::int, %s::uuid, %s::bool)", (call_id, attempt, holder, began)
+    )
+
+
+def answer(
+    call_id: UUID,
+    outcome: Outcome,
+    *,
+    among: Sequence[CallStatus],
+    result: Any = None,
+    error: Mapping[str, Any] | None = None,
+    by: str | None = None,
+) -> Any:
+    """Settle an open call for a person. None: it is settled already. {"refused": status}: it is in none of `among`."""
+    return database.call(
+        "SELECT longhaul_call_answer(%s::uuid, %s::text[], %s::text, %s::jsonb, %s::jsonb, %s::text)",
+        (
+            call_id,
+            [str(each) for each in among],
+            str(outcome),
+            None if result is None else database.dumps(result),
+            None if error is None else database.dumps(error),
+            by,
+        ),
+    )
+
+
+def release(call_id: UUID, *, error: Mapping[str, Any], by: str | None = None) -> Any:
+    """Request an `unknown` call again, on a person's word. Answers as `answer` does."""
+    return database.call(
+        "SELECT longhaul_call_release(%s::uuid, %s::jsonb, %s::text)", (call_id, database.dumps(error), by)
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from django.conf import settings
 from django.db import models
@@ -53,6 +53,8 @@ class ToolCall(models.Model):
     idempotency_key = models.CharField(max_length=100)
     idempotent = models.BooleanField(null=True)
     atomic = models.BooleanField(default=False)
+    # What becomes of an idempotent=False call whose worker died: ask (it is `unknown`), tell_model, fail.
+    on_unknown = models.CharField(max_length=10, default="ask", db_default="ask")
     deferred = models.BooleanField(default=False)
     timeout = models.DurationField()
     queue = models.CharField(max_length=200, blank=True, default="")  # "" is the tools queue
@@ -107,6 +109,34 @@ class ToolCall(models.Model):
     def __str__(self) -> str:
         return f"{self.name} {self.id}"
 
+    def succeed(self, result: Any = None, *, by: Any = None) -> ToolCall:
+        """Settle an `unknown` call with its result, for a person who knows it; `by` is that user. Returns the call as it is now.
+
+        Raises AlreadySettled when somebody was first (nothing was changed), NotAwaited when it waits for no answer,
+        BadInput for what is no JSON.
+        """
+        from tools import answers
+
+        return answers.succeed(self, result, by=by)
+
+    def fail(self, message: str, *, retryable: bool = False, by: Any = None) -> ToolCall:
+        """Settle an `unknown` call as failed: the model reads the message. `retryable`: run it again, on this person's word.
+
+        Returns the call as it is now. Raises as `succeed` does.
+        """
+        from tools import answers
+
+        return answers.fail(self, message, retryable=retryable, by=by)
+
+    def cancel(self, reason: str = "", *, by: Any = None) -> ToolCall:
+        """Settle the call as cancelled, whatever it waits for; its run goes on. One that is settled stays as it is.
+
+        A tool that runs is told by `is_cancelled()`; what it returns is refused. Returns the call as it is now.
+        """
+        from tools import answers
+
+        return answers.cancel(self, reason, by=by)
+
 
 class ToolAttempt(models.Model):
     """One claim of a call: inserted by the claim, closed by whoever ends the attempt."""
@@ -121,7 +151,9 @@ class ToolAttempt(models.Model):
     task_id = models.CharField(max_length=100, blank=True, default="")
     started_at = models.DateTimeField(db_default=Now())
     ended_at = models.DateTimeField(null=True)
-    outcome = models.CharField(max_length=20, blank=True, default="")  # an Outcome, or retrying, lost, given_back
+    outcome = models.CharField(
+        max_length=20, blank=True, default=""
+    )  # an Outcome, or retrying, lost, given_back, released
     error = models.JSONField(null=True)
     backend_pid = models.IntegerField(null=True)
 

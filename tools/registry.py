@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import cached_property
-from typing import Any, Generic, TypeAlias, overload
+from typing import Any, Generic, Literal, TypeAlias, get_args, overload
 
 from typing_extensions import ParamSpec, TypeVar
 
@@ -26,6 +26,8 @@ P = ParamSpec("P", default=...)
 R = TypeVar("R", default=Any)
 
 NeedsApproval: TypeAlias = bool | Callable[[dict[str, Any], ToolContext], bool]
+
+OnUnknown: TypeAlias = Literal["ask", "tell_model", "fail"]
 
 NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")  # what OpenAI's API, and those made after it, take as a function's name
 
@@ -50,6 +52,7 @@ class Tool(Generic[P, R]):
     deferred: bool
     queue: str | None
     strict: bool
+    on_unknown: OnUnknown = "ask"
 
     def __post_init__(self) -> None:
         # By hand what functools.update_wrapper does, for a frozen object: help(), doctest and inspect see the function.
@@ -111,6 +114,7 @@ def tool(
     timeout_seconds: float = 60,
     retry: RetryPolicy | None = None,
     idempotent: bool | None = None,
+    on_unknown: OnUnknown | None = None,
     atomic: bool = False,
     needs_approval: NeedsApproval = False,
     deferred: bool = False,
@@ -128,6 +132,7 @@ def tool(
     timeout_seconds: float = 60,
     retry: RetryPolicy | None = None,
     idempotent: bool | None = None,
+    on_unknown: OnUnknown | None = None,
     atomic: bool = False,
     needs_approval: NeedsApproval = False,
     deferred: bool = False,
@@ -143,6 +148,9 @@ def tool(
     idempotent: True: may run again at once. None: runs again only after its worker is surely gone, and an effect may
         happen twice. False: starts at most once, so it has no retry (`retry.attempts` is 1 if not given), and is
         `unknown` when its worker dies.
+    on_unknown: what becomes of an idempotent=False call whose worker died, for nobody knows whether its effect is there.
+        "ask" (if not given): it is `unknown` until a person, or its worker's late result, settles it. "tell_model": it
+        has failed, and the model is told why. "fail": its run fails.
     atomic: body and settlement are one transaction on Longhaul's database; sync, short, no network. What happens is
         there exactly once, so `idempotent` has nothing to add.
     needs_approval: True, or `(arguments, context) -> bool` (sync): a person decides before it runs.
@@ -168,6 +176,7 @@ def tool(
             timeout_seconds=timeout_seconds,
             retry=retry,
             idempotent=idempotent,
+            on_unknown=on_unknown,
             atomic=atomic,
             needs_approval=needs_approval,
             deferred=deferred,
@@ -186,6 +195,7 @@ def tool(
             deferred=deferred,
             queue=queue,
             strict=strict,
+            on_unknown=on_unknown or "ask",
         )
 
     return decorate if function is None else decorate(function)
@@ -219,6 +229,7 @@ def _check_options(
     timeout_seconds: float,
     retry: RetryPolicy | None,
     idempotent: bool | None,
+    on_unknown: str | None,
     atomic: bool,
     needs_approval: NeedsApproval,
     deferred: bool,
@@ -235,6 +246,10 @@ def _check_options(
         raise refuse(f"retry is a RetryPolicy; got {retry!r}.")
     if idempotent not in (True, False, None):
         raise refuse(f"idempotent is True, False or None; got {idempotent!r}.")
+    if on_unknown is not None and on_unknown not in get_args(OnUnknown):
+        raise refuse(f"on_unknown is one of {', '.join(get_args(OnUnknown))}; got {on_unknown!r}.")
+    if on_unknown is not None and idempotent is not False:
+        raise refuse("on_unknown says what becomes of a call that must not run twice: give it beside idempotent=False.")
     if atomic and idempotent is not None:
         raise refuse(
             f"atomic=True excludes idempotent={idempotent}: an atomic effect is there exactly when its settlement is,"

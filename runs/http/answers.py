@@ -314,7 +314,9 @@ class Attempt(BaseModel):
     task: str | None
     started_at: datetime
     ended_at: datetime | None
-    outcome: str | None = Field(description="success, failed, denied, cancelled, retrying, lost, given_back, or null")
+    outcome: str | None = Field(
+        description="success, failed, denied, cancelled, retrying, lost, given_back, released, or null"
+    )
     error: Problem | None
 
 

@@ -28,6 +28,7 @@ from runs.exceptions import (
     UnknownAgent,
 )
 from threads.exceptions import PartOfAStep, ThreadGone
+from tools.exceptions import AlreadySettled, NotAwaited
 
 UNAVAILABLE = 503
 
@@ -65,6 +66,8 @@ STATUS: Mapping[type[LonghaulError], int] = {
     NotLast: status.HTTP_409_CONFLICT,
     ThreadBusy: status.HTTP_409_CONFLICT,
     PartOfAStep: status.HTTP_409_CONFLICT,
+    AlreadySettled: status.HTTP_409_CONFLICT,
+    NotAwaited: status.HTTP_409_CONFLICT,
 }
 
 

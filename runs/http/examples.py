@@ -57,6 +57,12 @@ REQUESTS: Mapping[str, Mapping[str, Any]] = {
         "streamed": {"agent": "support", "input": "Where is order 1042?", "stream": True},
     },
     "cancel_run": {"with a reason": {"reason": "not needed any more"}},
+    "give_result": {"what the tool would have returned": {"result": {"refunded": "20.00"}}},
+    "give_error": {
+        "it failed": {"message": "The bank refused the refund."},
+        "it did not happen: run it again": {"message": "The bank knows of no refund.", "retryable": True},
+    },
+    "cancel_tool_call": {"with a reason": {"reason": "the customer has left"}},
     "resume_run": {"as it was": {}, "with an input": {"input": "Go on, and be brief."}},
     "fork_run": {"after the third step": {"after_step": 3, "overrides": {"model": "openai:gpt-5-mini"}}},
 }

@@ -143,6 +143,19 @@ class Cancel(Given):
     reason: Annotated[str | None, Field(max_length=10_000)] = None
 
 
+class CallResult(Given):
+    """What an `unknown` call came to. Null is a result too."""
+
+    result: Any
+
+
+class CallError(Given):
+    """That an `unknown` call failed. `retryable`: its effect is not there, and it may run again."""
+
+    message: Annotated[str, Field(min_length=1, max_length=10_000, description="the model reads it")]
+    retryable: bool = False
+
+
 class Resume(Given):
     input: Content | None = None
 

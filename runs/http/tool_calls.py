@@ -1,7 +1,8 @@
-"""Tool calls, to read: what the model asked for, and what became of it."""
+"""Tool calls: what the model asked for, what became of it, and what people say about it."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Annotated, Literal
 from uuid import UUID
 
@@ -13,11 +14,12 @@ from rest_framework.request import Request
 from rest_framework.response import Response
 
 from runs.access import visible
-from runs.http import answers
+from runs.http import answers, forms
 from runs.http.etags import tagged
+from runs.http.idempotency import Answer, once
 from runs.http.pages import Page, Paged, paged
 from runs.http.query import Text
-from runs.http.view import SIGNED_IN, View, operation, sees
+from runs.http.view import SIGNED_IN, View, may, operation, sees
 from tools.models import CallStatus, ToolCall
 
 NEEDS = {
@@ -64,6 +66,34 @@ def _assigned(rows: QuerySet[ToolCall], key: str) -> QuerySet[ToolCall]:
         return rows.filter(assignee=get_user_model()._meta.pk.to_python(key))
     except (ValidationError, ValueError, OverflowError):
         return rows.none()  # no user can have such a key
+
+
+class Result(View):
+    @operation(may("answer", ToolCall), name="give_result", body=forms.CallResult, creates=True, raises=(409,),
+               answers={200: answers.ToolCall})  # fmt: skip
+    def post(self, request: Request, toolcall: ToolCall, body: forms.CallResult) -> Response:
+        """Settle an `unknown` call with its result: somebody has seen that it took effect. The run goes on."""
+        return _answered(self, request, lambda: toolcall.succeed(body.result, by=request.user))
+
+
+class Error(View):
+    @operation(may("answer", ToolCall), name="give_error", body=forms.CallError, creates=True, raises=(409,),
+               answers={200: answers.ToolCall})  # fmt: skip
+    def post(self, request: Request, toolcall: ToolCall, body: forms.CallError) -> Response:
+        """Settle an `unknown` call as failed or, with `retryable: true`, run it again. The run goes on."""
+        return _answered(self, request, lambda: toolcall.fail(body.message, retryable=body.retryable, by=request.user))
+
+
+class CallCancelled(View):
+    @operation(may("cancel", ToolCall), name="cancel_tool_call", body=forms.Cancel, answers={200: answers.ToolCall})
+    def post(self, request: Request, toolcall: ToolCall, body: forms.Cancel) -> Response:
+        """Cancel one open call; its run goes on. A settled call is answered as it is, unchanged."""
+        return Response(answers.tool_call(toolcall.cancel(body.reason or "", by=request.user)))
+
+
+def _answered(view: View, request: Request, work: Callable[[], ToolCall]) -> Response:
+    done = once(request, view.body, lambda: Answer(200, answers.tool_call(work())))
+    return Response(done.data, done.status)
 
 
 class OneToolCall(View):

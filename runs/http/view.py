@@ -40,10 +40,12 @@ from runs.http.json import JSONRenderer
 from runs.http.query import read_query
 from runs.http.schema import Schema
 from runs.http.throttles import Rate, StartRate
+from runs.models import Run
 from threads import access
 from threads.authentication import ApiKeyAuthentication, signed_in
 from threads.database import apart
 from threads.models import Message
+from tools.models import ToolCall
 
 METHODS = ("get", "post", "put", "patch", "delete")
 Handler = TypeVar("Handler", bound=Callable[..., Any])
@@ -289,5 +291,7 @@ def _method(request: Request) -> str:
 
 
 def policed(row: Model) -> Model:
-    """Return the thread that a message follows; any other row is asked about itself."""
+    """Return the thread that a message follows, the run that a call follows; any other row is asked about itself."""
+    if isinstance(row, ToolCall):
+        return Run.objects.get(pk=row.run_id)
     return row.thread if isinstance(row, Message) else row

@@ -26,7 +26,7 @@ class Migration(migrations.Migration):
                 ('id', models.UUIDField(default=threads.ids.new_id, editable=False, primary_key=True, serialize=False)),
                 ('agent', models.CharField(max_length=200)),
                 ('status', models.CharField(choices=[('held', 'Held'), ('queued', 'Queued'), ('running', 'Running'), ('waiting', 'Waiting'), ('requires_action', 'Requires Action'), ('completed', 'Completed'), ('failed', 'Failed'), ('cancelled', 'Cancelled')], default='queued', max_length=16)),
-                ('stop_reason', models.CharField(blank=True, choices=[('end_turn', 'End Turn'), ('max_steps', 'Max Steps'), ('token_budget', 'Token Budget'), ('cost_budget', 'Cost Budget'), ('deadline', 'Deadline'), ('model_error', 'Model Error'), ('poison', 'Poison'), ('configuration', 'Configuration'), ('cancelled', 'Cancelled'), ('interrupted', 'Interrupted'), ('rolled_back', 'Rolled Back'), ('thread_deleted', 'Thread Deleted'), ('parent_ended', 'Parent Ended')], default='', max_length=16)),
+                ('stop_reason', models.CharField(blank=True, choices=[('end_turn', 'End Turn'), ('max_steps', 'Max Steps'), ('token_budget', 'Token Budget'), ('cost_budget', 'Cost Budget'), ('deadline', 'Deadline'), ('model_error', 'Model Error'), ('poison', 'Poison'), ('tool_unknown', 'Tool Unknown'), ('configuration', 'Configuration'), ('cancelled', 'Cancelled'), ('interrupted', 'Interrupted'), ('rolled_back', 'Rolled Back'), ('thread_deleted', 'Thread Deleted'), ('parent_ended', 'Parent Ended')], default='', max_length=16)),
                 ('origin', models.CharField(default='start', max_length=16)),
                 ('parent_call_id', models.UUIDField(null=True)),
                 ('depth', models.SmallIntegerField(default=0)),

@@ -30,7 +30,7 @@ from runs.http import urls
 from runs.http.view import PUBLIC, SIGNED_IN, AsyncView, Rule, View, may, operation, sees
 from runs.models import Run
 from runs.providers.port import ProviderError
-from runs.pytest_longhaul import ScriptedModel, call, run_to_end
+from runs.pytest_longhaul import ScriptedModel, WorkerKilled, call, run_to_end
 from tests.http.conftest import Api
 from tests.runs.scenes import rows
 from threads import access
@@ -63,6 +63,9 @@ RULES: dict[str, dict[str, Rule]] = {
     "run-fork": {"POST": may("fork", Run)},
     "tool-calls": {"GET": SIGNED_IN},
     "tool-call": {"GET": sees(ToolCall)},
+    "tool-call-result": {"POST": may("answer", ToolCall)},
+    "tool-call-error": {"POST": may("answer", ToolCall)},
+    "tool-call-cancel": {"POST": may("cancel", ToolCall)},
     "agents": {"GET": SIGNED_IN},
     "tools": {"GET": SIGNED_IN},
     "usage": {"GET": SIGNED_IN},
@@ -89,12 +92,15 @@ TO_ACT = {
     "resume": "longhaul_runs.add_run",
     "retry": "longhaul_runs.add_run",
     "fork": "longhaul_runs.add_run",
+    "answer": "longhaul_tools.change_toolcall",
 }
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "PROPFIND")
 BODIES: dict[str, Any] = {
     "messages": {"content": "hello"},
     "thread-runs": {"agent": "clerk", "input": "hello"},
     "runs": {"agent": "clerk", "input": "hello"},
+    "tool-call-result": {"result": 1},
+    "tool-call-error": {"message": "It was not sent."},
 }
 QUERIES = {"run-wait": "?timeout_seconds=0"}
 # The test client speaks WSGI, which cannot stream: who is let in hears that.
@@ -258,6 +264,12 @@ def look_up(number: int) -> str:
     return f"order {number}"
 
 
+@tool(idempotent=False)
+def refund(number: int) -> str:
+    """Refund an order."""
+    raise WorkerKilled
+
+
 @dataclass
 class Scene:
     """A thread with a run that has failed after a step, so that all can be done to it; and a message, and a tool call."""
@@ -265,6 +277,7 @@ class Scene:
     owner: User | None
     thread: Thread
     run: Run
+    lose: Callable[[], ToolCall]
 
     def __post_init__(self) -> None:
         message = Message.objects.filter(thread=self.thread).order_by("position").first()
@@ -275,6 +288,8 @@ class Scene:
     def address(self, name: str) -> str:
         ids: dict[str, list[Any]] = {"docs-asset": ["start.js"]}
         rule = next(iter(RULES[name].values()))
+        if name.startswith("tool-call-"):
+            self.call = self.lose()  # what people say is about a call that is not settled
         if rule.of is not None:
             row = {Thread: self.thread, Run: self.run, Message: self.message, ToolCall: self.call}[rule.of]
             ids[name] = [row.pk]
@@ -287,14 +302,22 @@ Play = Callable[[User | None], Scene]
 @pytest.fixture
 def play(db: None, scripted_model: ScriptedModel, monkeypatch: pytest.MonkeyPatch) -> Play:
     monkeypatch.setattr(agents.registry, "_agents", {**agents.registry.all()})
-    clerk = agents.registry.add(agents.Agent(name="clerk", model="openai:test", tools=[look_up]))
+    clerk = agents.registry.add(agents.Agent(name="clerk", model="openai:test", tools=[look_up, refund]))
+
+    def lost(owner: User | None) -> ToolCall:
+        scripted_model.say(call("refund", number=1042))
+        run = clerk.start("Refund order 1042.", owner=owner)
+        with pytest.raises(WorkerKilled):
+            run_to_end(run)
+        run_to_end(run)
+        return ToolCall.objects.get(run_id=run.pk, status="unknown")
 
     def made(owner: User | None) -> Scene:
         scripted_model.say(call("look_up", number=1042), ProviderError("auth", "the key is wrong"))
         run = clerk.start("Where is order 1042?", owner=owner)
         run_to_end(run)
         assert (run.status, run.steps) == ("failed", 1)
-        return Scene(owner, run.thread, run)
+        return Scene(owner, run.thread, run, lambda: lost(owner))
 
     return made
 
@@ -611,6 +634,7 @@ def test_a_policy_that_raises_shows_and_does_nothing(theirs: Scene, settings: An
     assert theirs.owner is not None
     ann = Api(theirs.owner, create_key(theirs.owner)[1])
     ann.client.raise_request_exception = False  # else the test's client raises what the host is told of
+    addresses = {name: theirs.address(name) for name in RULES}
     settings.LONGHAUL = {"ACCESS": f"{__name__}.Broken"}
     before = rows()
     for name, rules in RULES.items():
@@ -618,7 +642,7 @@ def test_a_policy_that_raises_shows_and_does_nothing(theirs: Scene, settings: An
             if rule.public or (not rule.of and not rule.verb and name in ("agents", "tools")):
                 continue
             body = BODIES.get(name, {}) if method != "GET" else None
-            response = ann.call(method.lower(), theirs.address(name), body)
+            response = ann.call(method.lower(), addresses[name], body)
             assert response.status_code == 500, (name, method)
             told = response.json()
             assert told["type"] == "server_error"

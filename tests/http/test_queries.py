@@ -31,8 +31,8 @@ QUERIES: dict[str, int] = {
     "GET /api/threads": 2,
     "GET /api/threads/{thread}": 3,
     "GET /api/threads/{thread}/messages": 4,
-    "GET /api/runs": 8,
-    "GET /api/runs?active=true": 7,
+    "GET /api/runs": 9,
+    "GET /api/runs?active=true": 8,
     "GET /api/runs/{run}": 3,
     "GET /api/runs/{run}/events": 3,
     "GET /api/runs/{run}/steps": 3,
@@ -55,6 +55,9 @@ QUERIES: dict[str, int] = {
     "POST /api/runs/{failed}/resume": 14,
     "POST /api/runs/{said}/fork": 27,
     "POST /api/runs/{said}/retry": 21,
+    "POST /api/tool-calls/{unknown_1}/result": 6,
+    "POST /api/tool-calls/{unknown_2}/error": 6,
+    "POST /api/tool-calls/{unknown_3}/cancel": 6,
     "DELETE /api/messages/{message}": 9,
     "DELETE /api/threads/{old}": 13,
 }
@@ -72,6 +75,8 @@ BODIES: dict[str, Any] = {
     "POST /api/threads/{thread}/runs": {"input": "a"},
     "POST /api/threads/{free}/runs": {"input": "a"},
     "POST /api/runs/{said}/fork": {"after_step": 0},
+    "POST /api/tool-calls/{unknown_1}/result": {"result": 1},
+    "POST /api/tool-calls/{unknown_2}/error": {"message": "It is not there.", "retryable": True},
 }
 
 
@@ -128,8 +133,21 @@ def filled(api: Api, rows: int) -> dict[str, str]:
     old = Thread.objects.create(owner=owner)
     message, *_ = old.save_many([{"role": "user", "content": "a"}] * (rows + 1))
     named = {"free": free, "thread": run.thread, "run": run, "call": call, "old": old, "message": message}
+    named |= {f"unknown_{number}": unknown_call(owner) for number in (1, 2, 3)}
     named |= {"said": ended_run(owner, Status.COMPLETED, rows), "failed": ended_run(owner, Status.FAILED, rows)}
     return {"live": live, **{name: str(row.pk) for name, row in named.items()}}
+
+
+def unknown_call(owner: User) -> ToolCall:
+    """A call that a person must say something about, of a run that waits for nothing else."""
+    thread = Thread.objects.create(owner=owner, agent="helper")
+    run = Run.objects.create(owner=owner, thread=thread, agent="helper", status=Status.REQUIRES_ACTION, steps=1)
+    call = ToolCall.objects.create(
+        run_id=run.pk, message_id=new_id(), step=1, index=0, name="refund", status="unknown", idempotent=False,
+        timeout=timedelta(0), idempotency_key="1",
+    )  # fmt: skip
+    ToolAttempt.objects.create(call=call, number=1, worker_id=new_id(), outcome="lost", ended_at=clock.now())
+    return call
 
 
 def ended_run(owner: User, status: Status, steps: int) -> Run:

@@ -400,6 +400,29 @@ class World:
         )
         return answer
 
+    def answer(
+        self,
+        call: UUID,
+        outcome: str = "success",
+        result: Any = None,
+        *,
+        among: Sequence[str] = ("unknown",),
+        by: str = "7",
+    ) -> Row | None:
+        """What a person says of a call."""
+        error = None if outcome == "success" else {"code": outcome}
+        answer: Row | None = self.db.call(
+            "longhaul_call_answer", p_call=call, p_from=list(among), p_outcome=outcome, p_result=Jsonb(result),
+            p_error=error, p_by=by,
+        )  # fmt: skip
+        return answer
+
+    def release(self, call: UUID, by: str = "7") -> Row | None:
+        answer: Row | None = self.db.call(
+            "longhaul_call_release", p_call=call, p_error={"code": "released", "message": "It is not there."}, p_by=by
+        )
+        return answer
+
     # --- a run in a state
 
     def running(self, thread: UUID | None = None) -> Claim:

@@ -63,17 +63,19 @@ def lose_its_call(world: World, run: UUID) -> None:
             world.call_reclaim(world.call_claim(call))
 
 
-def ask_for_its_call_again(world: World, run: UUID) -> None:
-    """What a person's word will do: the call by hand here, its run by what every change of a call ends in."""
-    world.db.execute(
-        "UPDATE longhaul_tools_toolcall SET status = 'retrying', attempt = attempt + 1,"
-        " next_publish_at = longhaul_now() WHERE run_id = %s AND status = 'unknown'",
-        run,
-    )
-    if world.run(run)["status"] in LIVE:
-        world.db.call("longhaul_run_lock", p_run=run)
-        if world.calls(run):
-            world.db.call("longhaul_calls_changed", p_run=run)
+def release_its_call(world: World, run: UUID) -> None:
+    for call in world.calls(run):
+        world.release(call)
+
+
+def lose_a_call_that_fails_its_run(world: World, run: UUID) -> None:
+    world.db.execute("UPDATE longhaul_tools_toolcall SET on_unknown = 'fail' WHERE run_id = %s", run)
+    lose_its_call(world, run)
+
+
+def answer_its_call(world: World, run: UUID) -> None:
+    for call in world.calls(run):
+        world.answer(call)
 
 
 ENDED = {"status": "completed", "stop_reason": "end_turn", "output": "said", "error": None}
@@ -103,7 +105,9 @@ RUN_EDGES: dict[str, tuple[Callable[[World, UUID], object], set[tuple[str, str]]
     "reclaim as poison": (poisoned, {("running", "failed")}),
     "settle": (settle_its_call, {("waiting", "queued"), ("requires_action", "queued")}),
     "call_reclaim": (lose_its_call, {("waiting", "requires_action")}),
-    "calls_changed": (ask_for_its_call_again, {("requires_action", "waiting")}),
+    "call_reclaim of what fails its run": (lose_a_call_that_fails_its_run, {("waiting", "failed")}),
+    "call_release": (release_its_call, {("requires_action", "waiting")}),
+    "call_answer": (answer_its_call, {("requires_action", "queued")}),
     "linger_claim": (
         lambda world, run: world.db.call("longhaul_linger_claim", **linger_arguments(as_held(world, run), True)),
         set(),
@@ -178,6 +182,20 @@ CALL_EDGES: dict[str, tuple[Callable[[World, UUID], object], set[tuple[str, str]
         reclaims("idempotent = false, max_attempts = attempt", began=False),
         {("running", "retrying")},
     ),
+    "reclaim of a call of which the model is told": (
+        reclaims("idempotent = false, on_unknown = 'tell_model'"),
+        {("running", "settled")},
+    ),
+    "reclaim of a call that fails its run": (
+        reclaims("idempotent = false, on_unknown = 'fail'"),
+        {("running", "settled")},
+    ),
+    "a person's answer": (lambda world, call: world.answer(call), {("unknown", "settled")}),
+    "a person's release": (lambda world, call: world.release(call), {("unknown", "retrying")}),
+    "its cancel": (
+        lambda world, call: world.answer(call, "cancelled", among=CALL_STATUSES),
+        {(status, "settled") for status in CALL_STATUSES if status != "settled"},
+    ),
     "the end of its run": (
         lambda world, call: world.cancel(world.tool_call(call)["run_id"]),
         {(status, "settled") for status in CALL_STATUSES if status != "settled"},
@@ -186,7 +204,7 @@ CALL_EDGES: dict[str, tuple[Callable[[World, UUID], object], set[tuple[str, str]
 }
 CALL_EDGES_LATER = {
     ("running", "awaiting_approval"), ("running", "awaiting_result"), ("running", "awaiting_child"),
-    ("awaiting_approval", "requested"), ("unknown", "retrying"),
+    ("awaiting_approval", "requested"),
 }  # fmt: skip
 
 

@@ -17,6 +17,8 @@ CALL_FUNCTIONS: dict[str, Callable[[World, Call], Any]] = {
     "settle": lambda world, held: world.settle(held),
     "retry": lambda world, held: world.retry(held),
     "reclaim": lambda world, held: world.call_reclaim(held),
+    "answer": lambda world, held: world.answer(held.id, "cancelled", among=["running"]),
+    "release": lambda world, held: world.release(held.id),
     "cancel of the run": lambda world, held: world.cancel(world.tool_call(held.id)["run_id"]),
 }
 

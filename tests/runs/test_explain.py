@@ -389,12 +389,13 @@ def test_a_failed_run_says_why_and_how_to_go_on(agent: Agent, scripted_model: Sc
 
 STOPS = {
     "completed": ["end_turn", "max_steps"],
-    "failed": ["token_budget", "cost_budget", "deadline", "model_error", "poison", "configuration"],
+    "failed": ["token_budget", "cost_budget", "deadline", "model_error", "poison", "tool_unknown", "configuration"],
     "cancelled": ["cancelled", "interrupted", "rolled_back", "thread_deleted", "parent_ended"],
 }
 FIRST = {
     "model_error": "when the model service is well",
     "poison": "look into the logs of its workers",
+    "tool_unknown": "see whether the tool took effect",
     "configuration": "restart the agents workers",
 }
 

@@ -38,6 +38,7 @@ class Migration(migrations.Migration):
                 ('idempotency_key', models.CharField(max_length=100)),
                 ('idempotent', models.BooleanField(null=True)),
                 ('atomic', models.BooleanField(default=False)),
+                ('on_unknown', models.CharField(db_default='ask', default='ask', max_length=10)),
                 ('deferred', models.BooleanField(default=False)),
                 ('timeout', models.DurationField()),
                 ('queue', models.CharField(blank=True, default='', max_length=200)),

@@ -30,17 +30,17 @@ RETURNS void LANGUAGE plpgsql AS $$
 BEGIN
     INSERT INTO longhaul_tools_toolcall (
         id, run_id, message_id, step, index, name, arguments, status, outcome, error, attempt, max_attempts,
-        idempotency_key, idempotent, atomic, deferred, timeout, queue, publishes, next_publish_at, settled_at, created_at)
+        idempotency_key, idempotent, on_unknown, atomic, deferred, timeout, queue, publishes, next_publish_at, settled_at, created_at)
     SELECT c.id, p_run, p_message, p_step, c.index, c.name, coalesce(c.arguments, '{}'::jsonb),
            CASE WHEN c.outcome IS NULL THEN 'requested' ELSE 'settled' END, coalesce(c.outcome, ''), c.error, 1,
-           coalesce(c.max_attempts, 1), c.id::text, c.idempotent, coalesce(c.atomic, false), coalesce(c.deferred, false),
+           coalesce(c.max_attempts, 1), c.id::text, c.idempotent, coalesce(c.on_unknown, 'ask'), coalesce(c.atomic, false), coalesce(c.deferred, false),
            make_interval(secs => coalesce(c.timeout_seconds, 60)), coalesce(c.queue, ''),
            CASE WHEN c.outcome IS NULL THEN 1 ELSE 0 END,
            CASE WHEN c.outcome IS NULL THEN p_now + interval '1 second' END,
            CASE WHEN c.outcome IS NOT NULL THEN p_now END, p_now
     FROM jsonb_to_recordset(p_calls) AS c (
         id uuid, index integer, name text, arguments jsonb, outcome text, error jsonb, max_attempts integer,
-        idempotent boolean, atomic boolean, deferred boolean, timeout_seconds double precision, queue text);
+        idempotent boolean, on_unknown text, atomic boolean, deferred boolean, timeout_seconds double precision, queue text);
 END $$;
 
 -- requested, retrying -> running, by attempt: a doubled or late message matches no row. Returns NULL then, and when the
@@ -160,7 +160,8 @@ END $$;
 
 -- Takes a running call from a holder that is not present, is past its time, or does not know it holds it. Names holder and
 -- attempt, so that a stale look takes nothing from a new holder. Past its timeout_at: settled failed/timed_out. Else
--- idempotent=False goes to unknown (unless its user code never began), a call without attempts left is settled
+-- idempotent=False (unless its user code never began) goes the way its tool chose: to unknown; settled
+-- failed/unknown_outcome, which the model is told; or that, and its run fails with it. A call without attempts left is settled
 -- failed/worker_lost, any other is requested again. The backend of an atomic attempt is ended first, before any lock is
 -- waited for: its open transaction keeps rows of the application locked, and from its settlement on the run too. It is
 -- known by its name alone, which lasts as long as the transaction: behind a pool its pid is not that of the claim.
@@ -189,18 +190,26 @@ BEGIN
     UPDATE longhaul_tools_toolattempt SET ended_at = v_now, outcome = CASE WHEN p_began THEN 'lost' ELSE 'given_back' END
     WHERE call_id = p_call AND number = p_attempt AND ended_at IS NULL;
     v_code := CASE WHEN v_call.timeout_at <= v_now THEN 'timed_out'
-                   WHEN v_call.idempotent IS FALSE AND p_began THEN 'unknown'
+                   WHEN v_call.idempotent IS FALSE AND p_began THEN CASE v_call.on_unknown WHEN 'ask' THEN 'unknown' ELSE 'unknown_outcome' END
                    WHEN v_call.attempt >= v_call.max_attempts AND p_began THEN 'worker_lost'
                    ELSE 'again' END;
-    IF v_code IN ('timed_out', 'worker_lost') THEN
+    IF v_code IN ('timed_out', 'worker_lost', 'unknown_outcome') THEN
         v_error := jsonb_build_object('code', v_code, 'message', CASE v_code
             WHEN 'timed_out' THEN 'The tool did not finish in time.'
-            ELSE 'The worker that ran this tool died, and no attempt is left.' END);
+            WHEN 'worker_lost' THEN 'The worker that ran this tool died, and no attempt is left.'
+            ELSE 'The worker that ran this tool died. Whether the tool has taken effect is not known. Do not call it again'
+                 ' for the same purpose unless you have made sure that it has not.' END);
         UPDATE longhaul_tools_toolcall
         SET status = 'settled', outcome = 'failed', error = v_error, holder = NULL, settled_at = v_now WHERE id = p_call;
         PERFORM longhaul_run_record(v_run_id, 'tool_call.settled', jsonb_build_object(
             'tool_call', p_call, 'name', v_call.name, 'message', v_call.message_id, 'outcome', 'failed',
             'result', NULL, 'error', v_error));
+        IF v_code = 'unknown_outcome' AND v_call.on_unknown = 'fail' THEN
+            RETURN longhaul_run_cancel(v_run_id, 'failed', 'tool_unknown', jsonb_build_object(
+                'code', v_code, 'retryable', false, 'message', format(
+                'The worker that ran %s (call %s) died. Whether the tool has taken effect is not known.', v_call.name, p_call)))
+                || jsonb_build_object('code', v_code);
+        END IF;
     ELSIF v_code = 'unknown' THEN
         UPDATE longhaul_tools_toolcall SET status = 'unknown', holder = NULL, timeout_at = NULL WHERE id = p_call;
         PERFORM longhaul_run_record(v_run_id, 'tool_call.unknown', jsonb_build_object(
@@ -217,6 +226,62 @@ BEGIN
         v_more := jsonb_build_object('publish_call', jsonb_build_array(p_call, p_attempt + 1, extract(epoch FROM v_call.timeout), v_call.queue, v_call.name));
     END IF;
     RETURN longhaul_calls_changed(v_run_id) || v_more || jsonb_build_object('code', v_code);
+END $$;
+
+-- p_from -> settled, by somebody who is no worker: a person who answers an `unknown` call (p_by: who), or cancels any open
+-- one. An attempt that runs is closed with it: its result is refused from now on. The run goes on. NULL: it is settled
+-- already, or its run has ended; {"refused": status}: it is open, and waits for no such answer. Nothing changed then.
+CREATE OR REPLACE FUNCTION longhaul_call_answer(
+    p_call uuid, p_from text[], p_outcome text, p_result jsonb, p_error jsonb, p_by text)
+RETURNS jsonb LANGUAGE plpgsql AS $$
+DECLARE
+    v_run_id uuid;
+    v_call longhaul_tools_toolcall;
+    v_now timestamptz;
+BEGIN
+    SELECT run_id INTO v_run_id FROM longhaul_tools_toolcall WHERE id = p_call;
+    IF NOT FOUND THEN RETURN NULL; END IF;
+    IF (longhaul_run_lock(v_run_id)).thread_id IS NULL THEN RETURN NULL; END IF;  -- it has ended, and closed its calls
+    v_now := longhaul_now();
+    SELECT * INTO v_call FROM longhaul_tools_toolcall WHERE id = p_call FOR NO KEY UPDATE;
+    IF v_call.status = 'settled' THEN RETURN NULL; END IF;  -- somebody was first
+    IF v_call.status <> ALL (p_from) THEN RETURN jsonb_build_object('refused', v_call.status); END IF;
+    UPDATE longhaul_tools_toolcall
+    SET status = 'settled', outcome = p_outcome, result = p_result, error = p_error, holder = NULL, settled_at = v_now, next_publish_at = NULL
+    WHERE id = p_call;
+    UPDATE longhaul_tools_toolattempt SET ended_at = v_now, outcome = p_outcome, error = p_error
+    WHERE call_id = p_call AND ended_at IS NULL;
+    RETURN longhaul_calls_changed(v_run_id, 'tool_call.settled', jsonb_strip_nulls(jsonb_build_object(
+        'tool_call', p_call, 'name', v_call.name, 'message', v_call.message_id, 'outcome', p_outcome, 'error', p_error))
+        || jsonb_build_object('result', p_result, 'by', p_by));
+END $$;
+
+-- unknown -> retrying, on the word of a person (p_by) who has seen that the effect is not there: its lost attempt is released,
+-- with p_error, what the person said. Answers as longhaul_call_answer does.
+CREATE OR REPLACE FUNCTION longhaul_call_release(p_call uuid, p_error jsonb, p_by text) RETURNS jsonb LANGUAGE plpgsql AS $$
+DECLARE
+    v_run_id uuid;
+    v_call longhaul_tools_toolcall;
+    v_now timestamptz;
+BEGIN
+    SELECT run_id INTO v_run_id FROM longhaul_tools_toolcall WHERE id = p_call;
+    IF NOT FOUND THEN RETURN NULL; END IF;
+    IF (longhaul_run_lock(v_run_id)).thread_id IS NULL THEN RETURN NULL; END IF;  -- it has ended, and closed its calls
+    v_now := longhaul_now();
+    SELECT * INTO v_call FROM longhaul_tools_toolcall WHERE id = p_call FOR NO KEY UPDATE;
+    IF v_call.status = 'settled' THEN RETURN NULL; END IF;  -- somebody was first
+    IF v_call.status <> 'unknown' THEN RETURN jsonb_build_object('refused', v_call.status); END IF;
+    UPDATE longhaul_tools_toolcall
+    SET status = 'retrying', attempt = attempt + 1, max_attempts = greatest(max_attempts, attempt + 1), error = p_error,
+        not_before = NULL, next_publish_at = v_now + interval '1 second', publishes = 1
+    WHERE id = p_call;
+    UPDATE longhaul_tools_toolattempt SET outcome = 'released', error = p_error
+    WHERE call_id = p_call AND number = v_call.attempt AND outcome = 'lost';
+    PERFORM longhaul_run_record(v_run_id, 'tool_call.retrying', jsonb_build_object(
+        'tool_call', p_call, 'name', v_call.name, 'message', v_call.message_id, 'attempt', v_call.attempt + 1,
+        'error', p_error, 'delay_seconds', 0, 'by', p_by));
+    RETURN longhaul_calls_changed(v_run_id) || jsonb_build_object('publish_call', jsonb_build_array(
+        p_call, v_call.attempt + 1, extract(epoch FROM v_call.timeout), v_call.queue, v_call.name));
 END $$;
 
 -- Settles every open call of a run that ends: only its last step p_step has any. The caller holds the run.

@@ -27,6 +27,11 @@ _RECLAIM_GUARD = (
     "    WHERE id = p_call AND attempt = p_attempt AND status = 'running' AND holder = p_holder FOR NO KEY UPDATE;\n"
 )
 
+_UNKNOWN = (
+    "                   WHEN v_call.idempotent IS FALSE AND p_began"
+    " THEN CASE v_call.on_unknown WHEN 'ask' THEN 'unknown' ELSE 'unknown_outcome' END\n"
+)
+
 SETTLES = Group(
     "Settle and join",
     [
@@ -239,7 +244,7 @@ ATTEMPTS = Group(
             "rerun_non_idempotent",
             "An `idempotent=False` call whose worker died is `unknown`, and never run again.",
             CALLS,
-            "                   WHEN v_call.idempotent IS FALSE AND p_began THEN 'unknown'\n",
+            _UNKNOWN,
             "",
             f"{CALL_RECLAIM}a_call_that_starts_at_most_once_when_its_worker_is_lost_then_it_is_unknown",
             model="rerun_non_idempotent",
@@ -248,8 +253,8 @@ ATTEMPTS = Group(
             "unbegun_is_unknown",
             "Unless its code never began: then it is requested again,",
             CALLS,
-            "WHEN v_call.idempotent IS FALSE AND p_began THEN 'unknown'",
-            "WHEN v_call.idempotent IS FALSE THEN 'unknown'",
+            _UNKNOWN,
+            _UNKNOWN.replace(" AND p_began", ""),
             f"{CALL_RECLAIM}a_call_that_never_began_when_it_is_given_back_then_it_costs_no_attempt",
         ),
         one(

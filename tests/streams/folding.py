@@ -5,15 +5,24 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+CALL_STATES = {
+    "tool_call.created": "requested",
+    "tool_call.started": "running",
+    "tool_call.retrying": "retrying",
+    "tool_call.unknown": "unknown",
+    "tool_call.settled": "settled",
+}
+
 
 class Folded:
-    """A thread as an interface shows it: messages by id, in the order in which they came."""
+    """A thread as an interface shows it: messages by id, in the order in which they came, and how tool calls stand."""
 
     def __init__(self, messages: Iterable[dict[str, Any]] = ()) -> None:
         self.messages: dict[str, dict[str, Any]] = {
             each["id"]: {"status": each["status"], "role": each["role"], "content": list(each["content"])}
             for each in messages
         }
+        self.calls: dict[str, dict[str, Any]] = {}
 
     def take(self, event: dict[str, Any]) -> None:
         id: str = event.get("message", "")
@@ -32,6 +41,11 @@ class Folded:
                 self.messages[id] = {"status": status, "role": event["role"], "content": event["content"]}
             case "message.discarded":
                 self.messages.pop(id, None)
+                self.calls = {call: each for call, each in self.calls.items() if each["message"] != id}
+        if event["type"] in CALL_STATES:
+            call = self.calls.setdefault(event["tool_call"], {"message": id, "outcome": None, "result": None})
+            call["status"] = CALL_STATES[event["type"]]
+            call |= {name: event[name] for name in ("outcome", "result") if name in event}
 
 
 def folded(events: Iterable[dict[str, Any]], snapshot: Iterable[dict[str, Any]] = ()) -> dict[str, dict[str, Any]]:

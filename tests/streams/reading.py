@@ -221,13 +221,29 @@ class Reader:
             return
         self._due.append(found)
         self._compare()
-        if self._due and self.at is not None and self.at[0] == found.run and self.chance.random() < 0.25:
-            ahead = copy.deepcopy(self.fold)
-            for event in await self.site.events(found.run, self.at[1]):
-                if event["seq"] <= found.seq:
-                    ahead.take(event)
-            self._agree(ahead, found)
-            self.site.checks["by events"] += 1
+        if self.at is not None and self.at[0] == found.run and self.chance.random() < 0.25:
+            await self._go_ahead(found, self.at[1])
+
+    async def _go_ahead(self, found: Snapshot, after: int) -> None:
+        """Bring a copy of what it holds to the snapshot by `/events`, and on to where the run's tool calls were read."""
+        last = f"/api/runs/{found.run}"
+        before = (await self.site.get(last))["last_seq"]
+        calls = (await self.site.get(f"{last}/tool-calls?limit=100"))["results"]
+        known = (await self.site.get(last))["last_seq"] == before  # then nothing changed while they were read
+        ahead = copy.deepcopy(self.fold)
+        for event in await self.site.events(found.run, after):
+            if event["seq"] <= before:
+                ahead.take(event)
+            if event["seq"] == found.seq:
+                self._agree(ahead, found)
+                self.site.checks["by events"] += 1
+        if known and not self.forgets:
+            expected = {each["id"]: each for each in calls}
+            told = {id: each for id, each in ahead.calls.items() if not self.whole or id in expected}
+            assert set(told) == set(expected)
+            for id, call in told.items():
+                assert call == {name: expected[id][name] for name in call}
+                self.site.checks["calls"] += 1
 
     async def _ended_before(self, found: Snapshot) -> int:
         """How many of the thread's runs were over where the snapshot stands."""

@@ -208,7 +208,7 @@ async def tell_and_read(
         start = sync_to_async(lambda said, to: teller.start(said, thread=Thread.objects.get(pk=to)))
         told[thread] = [str((await start(f"tell 2 24 {seed}.{number}.{each}", thread)).pk) for each in range(runs - 1)]
         posted[thread] = {
-            "input": f"tell 1 24 {seed}.{number}.last", "stream": True, "client_id": f"{seed}-{number}", "agent": "teller",
+            "input": f"tell 0 24 {seed}.{number}.last", "stream": True, "client_id": f"{seed}-{number}", "agent": "teller",
         }  # fmt: skip
     names = list(told)
     for number in range(readers):
@@ -236,6 +236,11 @@ async def tell_and_read(
                     _fail_early(tasks)
                 print(f"{time.monotonic() - begin:6.1f} s: {_name(deed)}, {sum(each.over for each in following)} over")
                 await deed()
+            while await Run.objects.filter(finished_at=None).aexists():
+                await asyncio.sleep(0.1)  # between looks at a condition
+                _fail_early(tasks)
+            for proxy in world.proxies:
+                proxy.pause()  # what is left would only be more of the same
             while not all(each.done() for each in tasks):
                 await asyncio.sleep(0.1)  # between looks at a condition
                 _fail_early(tasks)
@@ -286,11 +291,26 @@ def _fail_early(tasks: list[asyncio.Task[None]]) -> None:
             each.result()
 
 
+def deeds_of(world: World) -> list[Callable[[], Any]]:
+    return [
+        world.all_cut, partial(world.web_dies, 0), world.agent_dies, world.redis_away, world.postgres_hangs_up,
+        world.redis_forgets, partial(world.web_ends, 1), world.redis_hangs,
+    ]  # fmt: skip
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(400)
 async def test_readers_are_cut_while_all_behind_them_dies(api: Api, world: World, seed: int) -> None:
-    deeds: list[Callable[[], Any]] = [
-        world.all_cut, partial(world.web_dies, 0), world.agent_dies, world.redis_away, world.postgres_hangs_up,
-        world.redis_forgets, partial(world.web_ends, 1),
-    ]  # fmt: skip
-    await tell_and_read(api, world, seed, readers=50, threads=5, runs=2, deeds=deeds)
+    await tell_and_read(api, world, seed, readers=50, threads=5, runs=2, deeds=deeds_of(world)[:-1])
+
+
+@pytest.mark.proof
+@pytest.mark.timeout(1800)
+async def test_two_hundred_readers_are_cut_for_long(api: Api, world: World, seed: int) -> None:
+    """The same with more of all; CUTS_ROUNDS times, each with deaths in another order."""
+    for number in range(int(os.environ.get("CUTS_ROUNDS", "3"))):
+        deeds = deeds_of(world) * 2
+        random.Random(f"{seed}:{number}").shuffle(deeds)
+        for proxy in world.proxies:
+            proxy.go_on()
+        await tell_and_read(api, world, seed + number, readers=200, threads=10, runs=4, deeds=deeds)

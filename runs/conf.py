@@ -92,8 +92,8 @@ def _time(default: float, meaning: str, least: float = 0, unit: timedelta = SECO
     return Key(default, (int, float), meaning, unit=unit, least=least)
 
 
-def _kept(default: float | None, meaning: str) -> Key:
-    return Key(default, (int, float), f"{meaning}; None: for ever", unit=DAY, least=1, nullable=True)
+def _kept(default: float | None, meaning: str, none: str = "for ever") -> Key:
+    return Key(default, (int, float), f"{meaning}; None: {none}", unit=DAY, least=1, nullable=True)
 
 
 def _count(default: int, meaning: str, least: int = 1) -> Key:
@@ -171,6 +171,11 @@ GROUPS: Mapping[str, Mapping[str, Key]] = {
         ),
     },
     "Housekeeping": {
+        "COMPACT_AFTER_DAYS": _kept(
+            30,
+            "how long after a run's end the deltas of its log are folded into fewer, without a change of its text",
+            none="never",
+        ),
         "EVENT_RETENTION_DAYS": _kept(
             None,
             "how long the event log of a run is kept after its end; its terminal event stays, and so does the rest",
@@ -233,6 +238,7 @@ class Settings:
     start_rate: str | None  # those of them that create something
     max_body_bytes: int
     idempotency_key: timedelta  # how long a request that is sent again is known
+    compact_after: timedelta | None  # a run's end
     event_retention: timedelta | None  # after a run's end; None is for ever, here and below
     thread_retention: timedelta | None
     worker_retention: timedelta | None

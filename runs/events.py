@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from uuid import UUID
 from weakref import WeakKeyDictionary
 
-from runs import bells
+from runs import bells, compaction
 from runs.models import Event
 from threads import database
 
@@ -53,7 +53,7 @@ def read(run_id: UUID, after: int = 0, limit: int = BATCH) -> list[RunEvent]:
     """Return the events after the cursor, at most `limit`, in order; before them a `resume_gap` where some were removed."""
     rows = Event.objects.filter(run_id=run_id, seq__gt=after).order_by("seq")[:limit]
     found = [
-        RunEvent(seq, type, run_id, at, payload)
+        RunEvent(seq, type, run_id, at, compaction.told(payload, after))
         for seq, type, at, payload in rows.values_list("seq", "type", "at", "payload")
     ]
     # A log is written without gaps, so what is missing was removed, and always from its beginning.

@@ -5,6 +5,8 @@
     event logs         so long after their run's end      EVENT_RETENTION_DAYS     all but the terminal event
     threads            so long after their last word      THREAD_RETENTION_DAYS    with all that hangs on them
 
+A log that stays is compacted (`runs.compaction`) COMPACT_AFTER_DAYS after the end of its run. That comes last in a pass.
+
 What people made is kept for ever unless a setting says otherwise. Work is done in short transactions, oldest first, so a pass
 may be killed at any moment and the next one goes on: with each batch of a log goes, in the same transaction, the mark up to
 which it was removed (`Run.events_removed_through`). What somebody holds is left to the next pass, and so is what is more than
@@ -24,6 +26,8 @@ from uuid import UUID
 from django.db import IntegrityError, connection, transaction
 from django.db.models import Model, Q
 
+from runs import compaction
+from runs.compaction import Compaction
 from runs.conf import settings
 from runs.models import LIVE, REMOVED_AT_ONCE, Run
 from threads import clock, database
@@ -78,13 +82,18 @@ ORDER BY t.id
 
 @dataclass(frozen=True, slots=True)
 class Removed:
-    """How many rows a pass has removed. `logs` are runs whose log is gone, `events` all rows of logs; `more`: it ran out of time."""
+    """How many rows a pass has removed. `logs` are runs whose log is gone, `events` all rows of logs; `more`: it ran out of time.
+
+    `compacted` are runs whose log stands in fewer rows now, `deltas` the rows that were folded, into few others.
+    """
 
     idempotency_keys: int = 0
     workers: int = 0
     logs: int = 0
     events: int = 0
     threads: int = 0
+    compacted: int = 0
+    deltas: int = 0
     more: bool = False
 
 
@@ -107,6 +116,8 @@ class Pass:
             self._logs(clock.now() - now.event_retention)
         if now.thread_retention is not None:
             self._threads(clock.now() - now.thread_retention)
+        if now.compact_after is not None:
+            self._compact(clock.now() - now.compact_after)
         return self.removed
 
     def _rows(self, kind: str, model: type[Model], which: str, age: timedelta) -> None:
@@ -159,6 +170,11 @@ class Pass:
             self._count(logs=int(through == last - 1), events=count)
         return False
 
+    def _compact(self, before: datetime) -> None:
+        doing = Compaction(before)
+        while self._has_time() and (batch := doing.batch()) is not None:
+            self._count(compacted=int(batch.done), deltas=batch.folded)
+
     def _has_time(self) -> bool:
         if self._until is None or time.monotonic() < self._until:
             return True
@@ -205,6 +221,7 @@ def due() -> Removed:
         logs=logs,
         events=events,
         threads=threads,
+        compacted=0 if now.compact_after is None else compaction.due(moment - now.compact_after),
     )
 
 

@@ -177,6 +177,11 @@ class Run(models.Model):
                 condition=models.Q(finished_at__isnull=False)
                 & (models.Q(events_removed_through=0) | models.Q(events_removed_through__gte=REMOVED_AT_ONCE)),
             ),
+            models.Index(
+                fields=["finished_at"],
+                name="longhaul_run_to_compact",
+                condition=models.Q(finished_at__isnull=False, compacted_at__isnull=True),
+            ),
             models.Index(fields=["thread", "id"], name="longhaul_run_held", condition=models.Q(status="held")),
             models.Index(
                 fields=["deadline"],

@@ -173,6 +173,10 @@ class Migration(migrations.Migration):
         ),
         migrations.AddIndex(
             model_name='run',
+            index=models.Index(condition=models.Q(('compacted_at__isnull', True), ('finished_at__isnull', False)), fields=['finished_at'], name='longhaul_run_to_compact'),
+        ),
+        migrations.AddIndex(
+            model_name='run',
             index=models.Index(condition=models.Q(('status', 'held')), fields=['thread', 'id'], name='longhaul_run_held'),
         ),
         migrations.AddIndex(
@@ -223,4 +227,5 @@ class Migration(migrations.Migration):
         migrations.RunSQL((SQL / "0001_log.sql").read_text(), migrations.RunSQL.noop),
         migrations.RunSQL((SQL / "0002_legs.sql").read_text(), migrations.RunSQL.noop),
         migrations.RunSQL((SQL / "0003_deltas.sql").read_text(), migrations.RunSQL.noop),
+        migrations.RunSQL((SQL / "0004_compaction.sql").read_text(), migrations.RunSQL.noop),
     ]

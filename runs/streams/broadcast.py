@@ -314,6 +314,14 @@ class Broadcast:
         self._give(reader, missing, {})
         return True
 
+    def _part(self, reader: Reader, tail: Tail) -> None:
+        """Let a reader follow no more, but read its history again."""
+        tail.joined.discard(reader)
+        reader.joined = False
+        if not tail.joined:
+            tail.forget()
+        reader.wake.set()
+
     def _give(self, reader: Reader, fresh: list[Fresh], made: dict[tuple[str, int], bytes]) -> None:
         """Queue events; `made` keeps what all who need the same are given."""
         if not fresh or fresh[-1].seq <= reader.at:
@@ -429,6 +437,11 @@ class Broadcast:
             return
         tail.looked = now
         if not fresh:
+            return
+        if any(each.folded for each in fresh):
+            # Compacted meanwhile. A reader may stand within a range, ahead of the tail: each reads on from where it is.
+            for reader in list(tail.joined):
+                self._part(reader, tail)
             return
         tail.at, tail.quiet = fresh[-1].seq, now
         tail.keep(fresh)

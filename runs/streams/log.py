@@ -22,16 +22,18 @@ MOST_BYTES = 256 * 1024  # of a page, but for an event that is larger alone
 QUERY_SECONDS = 20.0  # after so long the connection counts as lost
 
 # A server-sent event. Its JSON says the same as `RunEvent.as_dict`; a jsonb column's text has no line breaks. A payload that
-# names a run of its own (a child's) is the last word on it there, too.
+# names a run of its own (a child's) is the last word on it there, too. Of a compacted event it has what follows the cursor.
 _FRAME = """
 'id: ' || {prefix} || e.seq || E'\\nevent: ' || e.type || E'\\ndata: {{"seq":' || e.seq || ',"type":"' || e.type
 || CASE WHEN e.payload ? 'run' THEN '"' ELSE '","run":"' || e.run_id || '"' END
 || ',"at":"' || to_char(e.at AT TIME ZONE 'UTC',
        CASE WHEN e.at = date_trunc('second', e.at) THEN 'YYYY-MM-DD"T"HH24:MI:SS"Z"' ELSE 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"' END)
-|| CASE WHEN e.payload = '{{}}' THEN '"}}' ELSE '",' || substr(e.payload::text, 2) END || E'\\n\\n'
+|| CASE WHEN e.payload = '{{}}' THEN '"}}' ELSE '",' || substr((
+       CASE WHEN e.payload ? 'from_seq' THEN longhaul_event_rest(e.payload, w.after) ELSE e.payload END)::text, 2) END || E'\\n\\n'
 """
 _LIVE = f"""
-SELECT w.n::int - 1, e.seq, e.type IN ('run.completed', 'run.failed', 'run.cancelled'), convert_to({_FRAME.format(prefix="''")}, 'UTF8')
+SELECT w.n::int - 1, e.seq, e.type IN ('run.completed', 'run.failed', 'run.cancelled'), convert_to({_FRAME.format(prefix="''")}, 'UTF8'),
+       e.payload ? 'from_seq'
 FROM unnest(%s::uuid[], %s::bigint[]) WITH ORDINALITY AS w(run, after, n)
 CROSS JOIN LATERAL (
     SELECT * FROM longhaul_runs_event WHERE run_id = w.run AND seq > w.after ORDER BY seq LIMIT {MOST_A_TAIL}
@@ -89,6 +91,7 @@ class Fresh:
     seq: int
     terminal: bool
     frame: bytes
+    folded: bool = False  # a compacted one: it stands for several seqs, of which this is the last
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,8 +130,8 @@ class Log:
         """Return what follows each cursor, in order, by its place in `after`; nothing for those without."""
         rows = await self._ask(_LIVE, [run for run, _ in after], [seq for _, seq in after])
         found: dict[int, list[Fresh]] = {}
-        for place, seq, terminal, frame in rows:
-            found.setdefault(place, []).append(Fresh(seq, terminal, frame))
+        for place, *event in rows:
+            found.setdefault(place, []).append(Fresh(*event))
         return found
 
     async def pages(self, wanted: Sequence[tuple[UUID, int, int, str]]) -> list[Page]:

@@ -26,8 +26,8 @@ WORDS = {
 
 class Command(BaseCommand):
     help = (
-        "Remove what the retention settings say is due: idempotency keys, workers, event logs, threads. Beat asks for a bounded"
-        " pass of it once an hour; this goes on until nothing is due. It may be stopped at any moment."
+        "Remove what the retention settings say is due: idempotency keys, workers, event logs, threads; then compact old logs."
+        " Beat asks for a bounded pass of it once an hour; this goes on until nothing is due. It may be stopped at any moment."
     )
 
     def add_arguments(self, parser: CommandParser) -> None:
@@ -46,7 +46,13 @@ class Command(BaseCommand):
             return
         found = [f"{getattr(removed, kind):,} {words}" for kind, words in WORDS.items() if getattr(removed, kind)]
         verb = "Due to be removed" if dry_run else "Removed"
-        self.stdout.write(f"{verb}: {', '.join(found)}." if found else "Nothing is due.")
+        said = [f"{verb}: {', '.join(found)}."] if found else []
+        if removed.compacted:
+            logs = f"{removed.compacted:,} logs of runs"
+            said.append(
+                f"Due to be compacted: {logs}." if dry_run else f"Compacted: {logs}, {removed.deltas:,} deltas folded."
+            )
+        self.stdout.write(" ".join(said) or "Nothing is due.")
 
     def _clear(self) -> Removed:
         with self._bar() as told:
@@ -64,14 +70,14 @@ class Command(BaseCommand):
             yield None
             return
         due = housekeeping.due()
-        total = due.idempotency_keys + due.workers + due.events + due.threads
+        total = due.idempotency_keys + due.workers + due.events + due.threads + due.compacted
         columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
         with Progress(*columns, console=console, transient=True) as progress:
             task = progress.add_task("housekeeping", total=total)
 
             def told(removed: Removed) -> None:
-                done = removed.idempotency_keys + removed.workers + removed.events + removed.threads
-                words = f"{removed.events:,} events, {removed.threads:,} threads removed"
+                done = removed.idempotency_keys + removed.workers + removed.events + removed.threads + removed.compacted
+                words = f"{removed.events:,} events, {removed.threads:,} threads removed, {removed.compacted:,} logs compacted"
                 progress.update(task, completed=done, description=words)
 
             yield told

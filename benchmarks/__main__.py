@@ -18,6 +18,7 @@ MODULES = (
     "provider",
     "http",
     "streams",
+    "delta_writes",
 )
 
 

@@ -52,7 +52,7 @@ from benchmarks.streams_stage import (
     percentile_ms,
     until_us,
 )
-from benchmarks.workers import check_invariants
+from benchmarks.workers import check_invariants, prepare
 
 CUT_SECONDS = 5.0  # between two cuts of a reader, on average
 REFERENCE = Load(1000, 200, 5.0, 30.0)
@@ -454,6 +454,7 @@ def measure(given: argparse.Namespace, console: Console) -> Figures:
     parts = wanted(given)
     most_runs = max(given.runs, HARD[1].runs if "hard" in parts and not given.quick else 40)
     with Rig(SERVER) as rig:
+        prepare(rig)
         stage = Stage(rig, console)
         longhaul = Longhaul(rig, most_runs, given.agents)
         bench = Bench(stage, longhaul, Kept(given.keep), given, console.log)

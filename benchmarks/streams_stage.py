@@ -29,7 +29,7 @@ from benchmarks.command import Figures
 from benchmarks.cpu import ProcessTable, spent
 from benchmarks.memory import resident, steady
 from benchmarks.rig import PROJECT, READY_TIMEOUT, Rig, RigError
-from benchmarks.workers import Workers, prepare
+from benchmarks.workers import Workers
 
 SERVER = "benchmarks.metronome"
 WEB = "web"
@@ -123,14 +123,13 @@ class Form(Protocol):
 
 
 class Longhaul:
-    """Agents workers (gevent), a control worker, one web process; a user with a key."""
+    """Agents workers (gevent), a control worker, one web process; a user with a key. The rig is prepared."""
 
     name = "longhaul"
     roles: tuple[str, ...] = OURS
     web = WEB
 
-    def __init__(self, rig: Rig, runs: int, agents: int = 1, environment: Mapping[str, str] | None = None) -> None:
-        prepare(rig)
+    def __init__(self, rig: Rig, runs: int, agents: int = 1) -> None:
         from django.contrib.auth import get_user_model
 
         from threads.authentication import create_key
@@ -139,10 +138,9 @@ class Longhaul:
         self.owner: Any = get_user_model().objects.create(username="reader")
         self.key = create_key(self.owner, "benchmark")[1]
         self.workers = Workers(rig, greenlets=runs + 20)
-        os.environ.update(environment or {})
         self.workers.up(agents=agents, control=1)
         self.port = serve(rig, self.workers, WEB, "agents_project.asgi:application", "/healthz")
-        self._ids: list[Any] = []
+        self.ids: list[Any] = []
 
     def begin(self, load: Load) -> list[str]:
         from django.db import transaction
@@ -151,14 +149,14 @@ class Longhaul:
 
         with transaction.atomic():
             started = [speaker.start(f"chunks {load.chunks} {load.rate}", owner=self.owner) for _ in range(load.runs)]
-        self._ids = [run.pk for run in started]
-        return [f"/api/runs/{id}/stream" for id in self._ids]
+        self.ids = [run.pk for run in started]
+        return [f"/api/runs/{id}/stream" for id in self.ids]
 
     def end(self, *, whole: bool) -> None:
         """Wait until all runs have ended."""
         from runs.models import Run
 
-        live = Run.objects.filter(pk__in=self._ids, status__in=["queued", "running", "waiting"])
+        live = Run.objects.filter(pk__in=self.ids, status__in=["queued", "running", "waiting"])
         if not whole:
             for run in live:
                 run.cancel()

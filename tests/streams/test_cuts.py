@@ -97,6 +97,8 @@ class World:
         before = await discarded()
 
         def speaking() -> Any:
+            if not Run.objects.filter(finished_at=None).exists():
+                return "all is over"
             for run in Run.objects.filter(holder__isnull=False).order_by("?"):
                 newest = run.event_set.order_by("-seq").values_list("type", flat=True).first()
                 if newest in ("text.delta", "reasoning.delta"):
@@ -104,6 +106,8 @@ class World:
             return None
 
         run = await sync_to_async(lambda: eventually(speaking, why="a run speaks"))()
+        if run == "all is over":
+            return
         await sync_to_async(lambda: self.kit.kill(self.kit.of(run.holder)))()
         self.kit._start("agents")  # meanwhile there is another
         async with asyncio.timeout(60):
@@ -313,4 +317,4 @@ async def test_two_hundred_readers_are_cut_for_long(api: Api, world: World, seed
         random.Random(f"{seed}:{number}").shuffle(deeds)
         for proxy in world.proxies:
             proxy.go_on()
-        await tell_and_read(api, world, seed + number, readers=200, threads=10, runs=4, deeds=deeds)
+        await tell_and_read(api, world, seed + number, readers=200, threads=10, runs=5, deeds=deeds)

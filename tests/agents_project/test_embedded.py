@@ -158,6 +158,7 @@ def test_data_survives_a_restart(new_project: Project) -> None:
     assert new_project.serving() == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["a folder with 'spaces' and $more", "/".join(["long" * 30] * 3)])
 def test_any_project_path_will_do(tmp_path: Path, name: str) -> None:
     project = Project(tmp_path / name)
@@ -173,6 +174,7 @@ def test_any_project_path_will_do(tmp_path: Path, name: str) -> None:
         project.end()
 
 
+@pytest.mark.slow
 def test_binaries_that_the_servers_user_cannot_reach_are_copied(new_project: Project, tmp_path: Path) -> None:
     """As in a checkout under root's home: servers of root run as another user."""
     packages = tmp_path / "closed"
@@ -216,6 +218,7 @@ def test_a_killed_last_user_leaves_nothing_behind(project: Project) -> None:
     leave(again)
 
 
+@pytest.mark.slow
 def test_a_killed_user_beside_a_live_one_stops_nothing(project: Project) -> None:
     survivor, killed = project.use(), project.use()
     before = project.found()
@@ -259,6 +262,7 @@ def test_a_start_after_everything_was_killed_works(project: Project) -> None:
     assert project.serving() == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("server", ["postgres", "valkey"])
 def test_a_server_that_hangs_is_replaced(project: Project, server: str) -> None:
     user = project.use()
@@ -284,6 +288,7 @@ def kill_whole(project: Project, user: subprocess.Popen[str]) -> dict[str, int]:
     return left
 
 
+@pytest.mark.slow
 def test_a_stop_that_was_killed_in_the_middle_is_finished_by_the_next_start(project: Project) -> None:
     """The servers may still answer; one that was told to stop must not be used."""
     left = kill_whole(project, project.use())
@@ -296,6 +301,7 @@ def test_a_stop_that_was_killed_in_the_middle_is_finished_by_the_next_start(proj
     assert project.serving() == []
 
 
+@pytest.mark.slow
 def test_a_start_that_was_killed_before_it_made_the_database_is_finished_by_the_next(project: Project) -> None:
     kill_whole(project, project.use())
     with psycopg.connect(project.servers.database_url, dbname="postgres", autocommit=True) as connection:
@@ -329,6 +335,7 @@ def test_a_start_killed_at_any_moment_does_not_harm_the_next(new_project: Projec
     assert new_project.serving() == []
 
 
+@pytest.mark.slow
 def test_remove_deletes_the_data_but_not_under_a_user(new_project: Project) -> None:
     user = new_project.use()
     refused = new_project.command("remove", "--all")
@@ -346,6 +353,7 @@ def test_remove_deletes_the_data_but_not_under_a_user(new_project: Project) -> N
     leave(again)
 
 
+@pytest.mark.slow
 def test_purposes_are_apart(project: Project) -> None:
     dev = project.use()
     project.environment["LONGHAUL_PURPOSE"] = "test"
@@ -396,6 +404,7 @@ def test_exec_gives_a_command_the_servers_and_ends_them_after_it(project: Projec
     assert project.serving() == []
 
 
+@pytest.mark.slow
 def test_ctrl_c_lets_the_command_end_first_and_then_ends_the_servers(project: Project) -> None:
     script = """if True:
         import os, redis, time
@@ -417,6 +426,7 @@ def test_ctrl_c_lets_the_command_end_first_and_then_ends_the_servers(project: Pr
     assert project.serving() == []
 
 
+@pytest.mark.slow
 def test_ctrl_c_in_the_middle_of_a_start_leaves_nothing(new_project: Project) -> None:
     user = new_project.python("-c", USE, stderr=subprocess.PIPE)
     wait_until(lambda: "valkey" in new_project.found())

@@ -60,7 +60,15 @@ def test_the_session_has_real_servers(servers: embedded.Servers) -> None:
         assert client.ping()
 
 
-@pytest.mark.parametrize(("said", "sends"), [("1", "True"), ("0", "False"), ("", "False"), (None, "False")])
+@pytest.mark.parametrize(
+    ("said", "sends"),
+    [
+        ("1", "True"),
+        pytest.param("0", "False", marks=pytest.mark.slow),
+        pytest.param("", "False", marks=pytest.mark.slow),
+        (None, "False"),
+    ],
+)
 def test_celerys_events_are_on_only_where_the_environment_says_so(said: str | None, sends: str) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "LONGHAUL_CELERY_EVENTS"}
     if said is not None:
@@ -109,6 +117,7 @@ def test_every_variable_that_is_read_is_in_the_table() -> None:
     )
 
 
+@pytest.mark.slow
 def test_the_production_environment_is_clean(monkeypatch: pytest.MonkeyPatch) -> None:
     # Given the command as the page shows it
     [block] = [each for each in blocks("docs/operations.md") if "check --deploy" in each.body]

@@ -18,6 +18,8 @@ from agents_project.settings import database_from_url
 from tests.docs import console
 from tests.docs.page import ROOT, blocks, words
 
+pytestmark = pytest.mark.slow
+
 README = "examples/support_desk/README.md"
 FOLDER = ROOT / "examples" / "support_desk"
 Started: TypeAlias = tuple[str, "subprocess.Popen[str]"]

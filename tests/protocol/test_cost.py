@@ -85,8 +85,15 @@ def step(world: World, claim: Claim, meter: Meter, tools: UUID, *, lingers: bool
     return claim
 
 
-@pytest.mark.parametrize("analyzed", [True, False], ids=["analyzed", "not analyzed"])
-@pytest.mark.parametrize("lingers", [True, False], ids=["lingering", "a leg a step"])
+@pytest.mark.parametrize(
+    ("lingers", "analyzed"),
+    [
+        pytest.param(True, True, id="lingering-analyzed", marks=pytest.mark.slow),
+        pytest.param(True, False, id="lingering-not analyzed", marks=pytest.mark.slow),
+        pytest.param(False, True, id="a leg a step-analyzed", marks=pytest.mark.slow),
+        pytest.param(False, False, id="a leg a step-not analyzed"),
+    ],
+)
 def test_given_a_long_run_then_each_transition_reads_as_many_rows_as_in_a_short_one(
     world: World, lingers: bool, analyzed: bool
 ) -> None:

@@ -228,7 +228,13 @@ def test_nothing_is_not_called_sound_without_a_word() -> None:
 @pytest.mark.django_db(transaction=True)
 @pytest.mark.parametrize(
     "command",
-    ["follow_run RUN --json", "replay_run RUN --speed 0", "list_runs --json", "explain_run RUN"],
+    [
+        "follow_run RUN --json",
+        *(
+            pytest.param(each, marks=pytest.mark.slow)
+            for each in ("replay_run RUN --speed 0", "list_runs --json", "explain_run RUN")
+        ),
+    ],
 )
 def test_a_command_whose_reader_has_left_ends_without_a_word(command: str, run: Run) -> None:
     """In a process of its own: what Python writes to stderr at its end counts too."""

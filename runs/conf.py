@@ -100,6 +100,10 @@ def _count(default: int, meaning: str, least: int = 1) -> Key:
     return Key(default, int, meaning, least=least)
 
 
+def _most(default: int | None, meaning: str) -> Key:
+    return Key(default, int, f"{meaning}; None: as many as come", least=1, nullable=True)
+
+
 def _rate(example: str, meaning: str) -> Key:
     return Key(None, str, meaning, nullable=True, form=(r"[1-9]\d*/(s|min|h|d)", f"a rate like {example!r}"))
 
@@ -146,6 +150,10 @@ GROUPS: Mapping[str, Mapping[str, Key]] = {
         "MAX_BODY_BYTES": _count(8_000_000, "size of a request's body over HTTP", least=1000),
         "IDEMPOTENCY_KEY_SECONDS": _time(
             86400, "how long a request over HTTP that is sent again gets its first answer", least=60
+        ),
+        "MAX_STREAMS": _most(10_000, "streams that one web process keeps open; who comes then is answered 503"),
+        "STREAMS_PER_OWNER": _most(
+            None, "those of them that one user may have, by all keys and sessions together; then 429"
         ),
         "FLOWER_URL": Key(
             None,
@@ -237,6 +245,8 @@ class Settings:
     api_rate: str | None  # requests a client, "600/min"
     start_rate: str | None  # those of them that create something
     max_body_bytes: int
+    max_streams: int | None  # of a web process
+    streams_per_owner: int | None  # of those
     idempotency_key: timedelta  # how long a request that is sent again is known
     compact_after: timedelta | None  # a run's end
     event_retention: timedelta | None  # after a run's end; None is for ever, here and below

@@ -157,11 +157,12 @@ class Handler(ExceptionHandler):
     def get_headers(self, exc: APIException) -> dict[str, str]:
         headers = super().get_headers(exc)
         if exc.status_code == UNAVAILABLE:
-            headers["Retry-After"] = "1"
+            headers.setdefault("Retry-After", "1")
         return headers
 
     def report_exception(self, exc: APIException, response: Response) -> None:
-        if exc.status_code != status.HTTP_501_NOT_IMPLEMENTED:  # what this server cannot do is no fault of it
+        # What this server cannot do, or does not do now and tells when, is no fault of it.
+        if exc.status_code != status.HTTP_501_NOT_IMPLEMENTED and not getattr(exc, "wait", None):
             super().report_exception(exc, response)
 
     def format_exception(self, exc: APIException) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from runs.http.etags import tagged
 from runs.http.idempotency import Answer, once
 from runs.http.pages import BY_ID, BY_NUMBER, Page, Paged, paged
 from runs.http.query import Query, Text, storable
-from runs.http.streams import can_stream, needs_asgi, stream_of
+from runs.http.streams import can_stream, make_room, needs_asgi, stream_of
 from runs.http.threads import MessageList, answered, page_of_messages, said
 from runs.http.tool_calls import ToolCallPage
 from runs.http.view import SIGNED_IN, View, may, operation, sees
@@ -139,6 +139,8 @@ def _started(view: View, request: Request, body: forms.NewRun, start: Callable[[
         # There is no run yet, and so no id.
         wait = reverse("longhaul:run-wait", args=[NO_RUN]).replace(str(NO_RUN), "{id}")
         raise needs_asgi(wait, first="leave `stream` out, and ")
+    if body.stream:
+        make_room(request)
     started: list[Run] = []
 
     def work() -> Answer:

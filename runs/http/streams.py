@@ -35,7 +35,9 @@ from runs.http.query import Query
 from runs.http.schema import STREAM, THREAD_CURSOR
 from runs.http.view import AsyncView, operation, sees
 from runs.models import TERMINAL, Run, Status
+from runs.streams import departure
 from runs.streams.app import OPENING, PING, handover_of
+from runs.streams.seats import NoSeat
 from runs.streams.visitors import Visitor
 from threads.database import apart
 from threads.models import Thread
@@ -78,6 +80,14 @@ class StreamBody(Given):
     starting_after: After = 0
     batch_size: Batch = 1000
     include_pings: Pings = False
+
+
+class TurnedAway(Refused):
+    """A stream that this process does not begin now. `wait`: seconds, the Retry-After."""
+
+    def __init__(self, detail: str, code: str, status_code: int, wait: int) -> None:
+        super().__init__(detail, code, status_code)
+        self.wait = wait
 
 
 class WaitQuery(Query):
@@ -163,6 +173,25 @@ def _place(request: Request, thread: Thread, name: str, cursor: str) -> tuple[Ru
     return run, int(seq)
 
 
+def make_room(request: Request) -> None:
+    """Take a seat for the stream that is to come, before anything is made for it. Raises TurnedAway."""
+    handover = handover_of(request._request)
+    if handover is None:
+        return  # Django's own handler sends it, and a thread for each is bound enough
+    # A browser's EventSource gives up for good at anything but 200: it gets one that ends at once, and comes back.
+    if departure.leaving():
+        handover.turn_away()
+        if STREAM not in request.headers.get("Accept", ""):
+            raise TurnedAway("This server is about to end: another one streams.", "leaving", 503, 1)
+    try:
+        handover.sit(Visitor.of(request).owner)
+    except NoSeat as full:
+        if full.own:
+            told = f"You have {full.most} streams open here, the most that you may have. Close one of them."
+            raise TurnedAway(told, "too_many_streams", 429, 5) from full
+        raise TurnedAway("This server has as many streams open as it may.", "streams_full", 503, 5) from full
+
+
 def can_stream(request: Request) -> bool:
     return isinstance(request._request, ASGIRequest)
 
@@ -202,6 +231,7 @@ def _stream(
     said: dict[str, Any] = {"content_type": STREAM, "headers": {**HEADERS, **headers}}
     if request.method == "HEAD":  # its answer has no body, and must not wait for the run's end to say so
         return HttpResponse(**said)
+    make_room(request)
     handover = handover_of(request._request)
     if handover is None:
         _tell_what_it_costs()

@@ -10,11 +10,14 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import Awaitable, Callable, Container, Mapping, MutableMapping
+from collections.abc import Awaitable, Callable, Container, Hashable, Mapping, MutableMapping
 from typing import TYPE_CHECKING, Any
+
+from runs.streams import seats
 
 if TYPE_CHECKING:
     from runs.streams.broadcast import Broadcast, Plan, Reader
+    from runs.streams.seats import Seat
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -36,11 +39,22 @@ _OF_THE_BODY = frozenset({b"content-length", b"content-encoding", b"transfer-enc
 class Handover:
     """Where the view of one request leaves its plan."""
 
-    __slots__ = ("plan", "word")
+    __slots__ = ("plan", "seat", "turned_away", "word")
 
     def __init__(self) -> None:
         self.plan: Plan | None = None
+        self.seat: Seat | None = None
+        self.turned_away = False
         self.word = b""
+
+    def sit(self, owner: Hashable) -> None:
+        """Take a seat for this request's stream, once. It is given up with the request. Raises NoSeat."""
+        if self.seat is None:
+            self.seat = seats.here.take(owner)
+
+    def turn_away(self) -> None:
+        """Note that this client should go elsewhere, and so not come back on this connection."""
+        self.turned_away = True
 
     def take(self, plan: Plan) -> Mapping[str, str]:
         """Take the plan; return the header that the view's answer must carry."""
@@ -84,13 +98,22 @@ def with_streams(application: Application) -> Application:
                 if handover.agreed(message):
                     held.append(message)
                     return
-                message = {**message, "headers": _without(message, (_HEADER,))}
+                message = {**message, "headers": [*_without(message, (_HEADER,)), *elsewhere()]}
             await send(message)
 
-        await application({**scope, IN_SCOPE: handover}, heard, answer)
-        # Only here, when Django has let go of the request: it keeps a thread for each that is open.
-        if held and handover.plan is not None and not gone:
-            await _stream(handover.plan, held[0], receive, send)
+        def elsewhere() -> list[tuple[bytes, bytes]]:
+            # Of HTTP/1 only: later ones have no such header, and must not.
+            return [(b"Connection", b"close")] if handover.turned_away and scope["http_version"] < "2" else []
+
+        try:
+            await application({**scope, IN_SCOPE: handover}, heard, answer)
+            # Only here, when Django has let go of the request: it keeps a thread for each that is open.
+            if held and handover.plan is not None and not gone:
+                start = {**held[0], "headers": [*_without(held[0], _OF_THE_BODY), *elsewhere()]}
+                await _stream(handover.plan, start, receive, send)
+        finally:
+            if handover.seat is not None:
+                handover.seat.leave()
 
     return serve
 
@@ -102,7 +125,7 @@ def _without(message: Message, names: Container[bytes]) -> list[tuple[bytes, byt
 async def _stream(plan: Plan, start: Message, receive: Receive, send: Send) -> None:
     from runs.streams.broadcast import here
 
-    headers = [*_without(start, _OF_THE_BODY), (b"Content-Encoding", b"identity")]
+    headers = [*start["headers"], (b"Content-Encoding", b"identity")]
     broadcast = here()
     reader = broadcast.enter(plan)
     listening = asyncio.create_task(_listen(receive, broadcast, reader))

@@ -216,7 +216,6 @@ class Broadcast:
         self.loop = asyncio.get_running_loop()
         self.readers: set[Reader] = set()
         self.tails: dict[UUID, Tail] = {}
-        self.leaving = False
         self._due: dict[UUID, None] = {}  # of the tails those that are to be read, who was first rung for first
         self._due_now = asyncio.Event()
         self._short: deque[Reader] = deque()  # who want a page
@@ -229,7 +228,7 @@ class Broadcast:
         self._told = False  # that something rang
         self._work: asyncio.Task[None] | None = None
         self._empty_since = time.monotonic()
-        departure.listen(self._depart)
+        departure.listen(self)
 
     # --- readers ----------------------------------------------------------------------------------------------------
 
@@ -239,7 +238,7 @@ class Broadcast:
         self.readers.add(reader)
         if reader.run is not None:
             self._begin(reader.run)
-        if self.leaving:
+        if departure.leaving():
             reader.finish()  # it came with a connection that was open: it is sent on at once
         if self._work is None or self._work.done():
             self._work = self.loop.create_task(self._serve())
@@ -630,7 +629,7 @@ class Broadcast:
 
     # --- the end ----------------------------------------------------------------------------------------------------
 
-    def _depart(self) -> None:
+    def depart(self) -> None:
         """Close all streams, so that their clients go on elsewhere. Called from a signal's handler."""
         try:
             self.loop.call_soon_threadsafe(self._close)
@@ -638,7 +637,6 @@ class Broadcast:
             pass  # the loop was closed
 
     def _close(self) -> None:
-        self.leaving = True
         for reader in list(self.readers):
             reader.finish()
         self.loop.call_later(DEPART_SECONDS, self._cut_all)

@@ -8,22 +8,35 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Callable
 from types import FrameType
-from typing import Any
+from typing import Any, Protocol
+from weakref import WeakSet
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
-_tell: Callable[[], None] | None = None
 
 
-def listen(tell: Callable[[], None]) -> None:
-    """Call `tell`, from whatever runs, when a signal asks the process to end.
+class Departing(Protocol):
+    """What has streams to close."""
 
-    Called again for each loop that serves streams; the last one is told. Outside of the main thread, where no signal can be
-    heard, this does nothing: the server's own cut ends the streams there.
+    def depart(self) -> None:
+        """Close them soon. Called from whatever runs when the signal comes."""
+
+
+_told: WeakSet[Departing] = WeakSet()
+_leaving = False
+
+
+def leaving() -> bool:
+    """Return whether the process was asked to end. A host may take minutes for it: nobody new should begin to read here."""
+    return _leaving
+
+
+def listen(departing: Departing) -> None:
+    """Tell it when a signal asks the process to end. It is kept by its own loop only: each that serves streams has one.
+
+    Outside of the main thread, where no signal can be heard, this does nothing: the server's own cut ends the streams there.
     """
-    global _tell
-    _tell = tell
+    _told.add(departing)
     if threading.current_thread() is not threading.main_thread():
         return
     for number in SIGNALS:
@@ -39,8 +52,10 @@ class _Heard:
         self._before = before
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
-        if _tell is not None:
-            _tell()
+        global _leaving
+        _leaving = True
+        for each in list(_told):
+            each.depart()
         if callable(self._before):
             self._before(number, frame)
         elif self._before == signal.SIG_DFL:

@@ -41,6 +41,11 @@ class Visitor:
         )
 
     @property
+    def owner(self) -> Hashable:
+        """Equal for all streams of one user, by whatever credential."""
+        return self.user if isinstance(self.user, tuple) else (type(self.user), str(getattr(self.user, "pk", None)))
+
+    @property
     def same(self) -> Hashable:
         """Equal for two streams of one user by one credential, which can be asked about together."""
         # What the host takes for a user need not be hashable.

@@ -11,7 +11,7 @@ import pytest
 from django.core.asgi import get_asgi_application
 
 from runs import with_streams
-from runs.streams import broadcast
+from runs.streams import broadcast, departure
 from runs.streams.app import Application
 from tests.http.conftest import api as api
 from tests.http.conftest import api_of as api_of
@@ -51,9 +51,10 @@ def ears_are_free() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def signals_as_before() -> Iterator[None]:
+def signals_as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     import signal
 
+    monkeypatch.setattr(departure, "_leaving", False)
     before: dict[Any, Any] = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     yield
     for number, handler in before.items():

@@ -12,7 +12,9 @@ import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 from uuid import UUID, uuid4
+from weakref import WeakSet
 
+import orjson
 import pytest
 from asgiref.sync import sync_to_async
 from django.core.asgi import get_asgi_application
@@ -23,7 +25,7 @@ from runs import bells, with_streams
 from runs.agents import Agent
 from runs.models import Event, Run
 from runs.run_log import DatabaseRunLog
-from runs.streams import app, broadcast, departure, log
+from runs.streams import app, broadcast, departure, log, seats
 from runs.streams.app import Application
 from runs.streams.visitors import Visitor
 from tests.http.conftest import Api
@@ -493,20 +495,105 @@ async def test_a_stream_ends_when_it_may_no_longer_be_seen(
 @pytest.mark.slow
 async def test_an_end_of_the_process_ends_all_streams(application: Application, api: Api, live: Run) -> None:
     answer, told = await begun(application, api, live)
-    broadcast.here()._depart()
+    broadcast.here().depart()
     assert [each async for each in told] == []
     assert answer.ended
-    late = await ask(application, "GET", stream(live), api.key)
-    assert await late.whole() == app.OPENING
-    broadcast.here().leaving = False
+
+
+async def test_who_comes_as_the_process_leaves_is_sent_elsewhere(
+    application: Application, api: Api, live: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A host may take minutes to end. Nothing is started for who is turned away; an EventSource would not come back."""
+    monkeypatch.setattr(departure, "_leaving", True)
+    start = {"agent": "helper", "input": "Where is it?", "stream": True}
+    for method, address, body in (("GET", stream(live), None), ("POST", "/api/runs", start)):
+        late = await ask(application, method, address, api.key, body)
+        assert (late.status, late.headers["retry-after"], late.headers["connection"]) == (503, "1", "close")
+        assert orjson.loads(await late.whole())["errors"][0]["code"] == "leaving"
+    assert await Run.objects.acount() == 1
+    browser = await ask(application, "GET", stream(live), api.key, accept="text/event-stream")
+    assert (browser.status, browser.headers["connection"]) == (200, "close")
+    assert await browser.whole() == app.OPENING
+    assert "connection" not in (await ask(application, "GET", f"/api/runs/{live.pk}", api.key)).headers
+    assert len(seats.here) == 0
+
+
+# --- how many -------------------------------------------------------------------------------------------------------
+
+
+async def test_a_process_has_so_many_seats_and_an_owner_some_of_them(
+    application: Application, api: Api, api_of: Any, live: Run, settings: Any
+) -> None:
+    settings.LONGHAUL = {"MAX_STREAMS": 2, "STREAMS_PER_OWNER": 1}
+    eve, ben = [await sync_to_async(api_of)(name, is_staff=True, is_superuser=True) for name in ("eve", "ben")]
+    start = {"agent": "helper", "input": "Where is it?", "stream": True}
+
+    async def refused(key: str, method: str = "GET", address: str = stream(live), body: Any = None) -> tuple[Any, ...]:
+        answer = await ask(application, method, address, key, body)
+        return answer.status, orjson.loads(await answer.whole())["errors"][0]["code"], answer.headers["retry-after"]
+
+    first, _ = await begun(application, api, live)
+    assert await refused(api.key) == (429, "too_many_streams", "5")
+    assert await refused(api.key, "POST", "/api/runs", start) == (429, "too_many_streams", "5")
+    second, _ = await begun(application, eve, live)
+    assert await refused(ben.key) == (503, "streams_full", "5")
+    assert await Run.objects.acount() == 1  # none was started for nothing
+    assert (await ask(application, "HEAD", stream(live), api.key)).status == 200
+    await first.leave()
+    third, _ = await begun(application, ben, live)  # the seat is free again
+    for answer in (second, third):
+        await answer.leave()
+    assert len(seats.here) == 0
+
+
+async def test_a_seat_is_free_again_however_the_request_ends(
+    application: Application, api: Api, live: Run, settings: Any
+) -> None:
+    settings.MIDDLEWARE = [f"{__name__}.refuses", *settings.MIDDLEWARE]
+    refused = await ask(with_streams(get_asgi_application()), "GET", stream(live), api.key)
+    await refused.whole()
+    assert (refused.status, len(seats.here)) == (503, 0)
+    body = {"agent": "nobody", "input": "Where is it?", "stream": True}
+    unknown = await ask(application, "POST", "/api/runs", api.key, body)
+    await unknown.whole()
+    assert unknown.status == 400
+    assert len(seats.here) == 0
+
+
+# --- the end --------------------------------------------------------------------------------------------------------
+
+
+class Streams:
+    """Those of one event loop."""
+
+    def __init__(self, heard: list[str], name: str = "streams") -> None:
+        self._heard, self._name = heard, name
+
+    def depart(self) -> None:
+        self._heard.append(self._name)
+
+
+def test_the_streams_of_all_loops_are_told_of_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    heard: list[str] = []
+    monkeypatch.setattr(departure, "_told", WeakSet())
+    signal.signal(signal.SIGINT, lambda *_: heard.append("host"))
+    one, other, gone = (Streams(heard, name) for name in ("one", "other", "gone"))
+    for each in (one, other, gone):
+        departure.listen(each)
+    del gone, each
+    signal.raise_signal(signal.SIGINT)
+    assert sorted(heard[:2]) == ["one", "other"]
+    assert heard[2:] == ["host"]
+    assert departure.leaving()
 
 
 @pytest.mark.parametrize("ignored", [False, True])
 def test_a_signal_that_the_host_ignores_ends_nothing(monkeypatch: pytest.MonkeyPatch, ignored: bool) -> None:
     heard: list[str] = []
-    monkeypatch.setattr(departure, "_tell", None)
+    monkeypatch.setattr(departure, "_told", WeakSet())
     signal.signal(signal.SIGINT, signal.SIG_IGN if ignored else lambda *_: heard.append("host"))
-    departure.listen(lambda: heard.append("streams"))
+    streams = Streams(heard)
+    departure.listen(streams)
     signal.raise_signal(signal.SIGINT)
     assert heard == ([] if ignored else ["streams", "host"])
 

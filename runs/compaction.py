@@ -36,14 +36,14 @@ ORDER BY finished_at LIMIT 1 FOR NO KEY UPDATE SKIP LOCKED
 """
 _COUNT = f"SELECT count(*) {_DUE}"
 # A fold ends where its texts pass a multiple of MOST_BYTES. One that the end of the batch may have cut is left to the next.
-_FOLD = f"""
+_FOLD = """
 WITH held AS MATERIALIZED (
     SELECT id, seq, type, message_id, epoch, payload FROM longhaul_runs_event
-    WHERE run_id = %(run)s AND seq > %(after)s ORDER BY seq LIMIT {{batch}} FOR UPDATE NOWAIT
+    WHERE run_id = %(run)s AND seq > %(after)s ORDER BY seq LIMIT {batch} FOR UPDATE NOWAIT
 ), deltas AS (
     SELECT seq, type, message_id, epoch, payload->>'text' AS text, payload - 'text' AS rest FROM held
     WHERE type IN ('text.delta', 'reasoning.delta', 'tool_call.arguments_delta')
-      AND NOT payload ? 'from_seq' AND octet_length(payload->>'text') <= {MOST_BYTES}
+      AND NOT payload ? 'from_seq' AND octet_length(payload->>'text') <= {bytes}
 ), begun AS (
     SELECT *, (lag(seq) OVER w = seq - 1 AND lag(type) OVER w = type AND lag(rest) OVER w = rest
                AND lag(message_id) OVER w IS NOT DISTINCT FROM message_id AND lag(epoch) OVER w IS NOT DISTINCT FROM epoch
@@ -52,16 +52,16 @@ WITH held AS MATERIALIZED (
 ), stretches AS (
     SELECT *, count(*) FILTER (WHERE begins) OVER (ORDER BY seq) AS stretch FROM begun
 ), sized AS (
-    SELECT *, sum(octet_length(text)) OVER w / {MOST_BYTES} AS many_bytes, (row_number() OVER w - 1) / {{pieces}} AS many
+    SELECT *, sum(octet_length(text)) OVER w / {bytes} AS many_bytes, (row_number() OVER w - 1) / {pieces} AS many
     FROM stretches WINDOW w AS (PARTITION BY stretch ORDER BY seq)
 ), folds AS (
     SELECT min(seq) AS first, max(seq) AS last, string_agg(text, '' ORDER BY seq) AS text,
            string_agg(char_length(text)::text, ',' ORDER BY seq) AS pieces
     FROM sized GROUP BY stretch, many_bytes, many
 ), bounds AS (
-    SELECT max(seq) AS last, count(*) = {{batch}} AS full FROM held
+    SELECT min(seq) AS first, max(seq) AS last, count(*) = {batch} AS full FROM held
 ), cut AS (
-    SELECT folds.first FROM folds JOIN bounds ON bounds.full AND folds.last = bounds.last
+    SELECT folds.first FROM folds JOIN bounds ON bounds.full AND folds.last = bounds.last AND folds.first > bounds.first
 ), chosen AS (
     SELECT * FROM folds WHERE first < last AND first NOT IN (SELECT first FROM cut)
 ), kept AS (
@@ -75,7 +75,7 @@ WITH held AS MATERIALIZED (
 SELECT (SELECT count(*) FROM kept) + (SELECT count(*) FROM folded),
        CASE WHEN bounds.full THEN coalesce((SELECT first - 1 FROM cut), bounds.last) END
 FROM bounds
-"""  # noqa: S608 (of constants)
+"""
 _MARK = "UPDATE longhaul_runs_run SET compacted_at = longhaul_now() WHERE id = %s RETURNING 1"
 
 
@@ -126,7 +126,7 @@ def fold(run_id: UUID, after: int) -> tuple[int, int | None]:
     Returns how many deltas were folded, and after which seq to go on, None at the end of the log.
     Raises OperationalError (LockNotAvailable) where somebody holds a row of it.
     """
-    statement = _FOLD.format(batch=BATCH, pieces=MOST_PIECES)
+    statement = _FOLD.format(batch=BATCH, pieces=MOST_PIECES, bytes=MOST_BYTES)
     folded, upto = database.rows_of(statement, {"run": run_id, "after": after})[0]
     return folded, upto
 

@@ -437,8 +437,8 @@ class Broadcast:
         tail.looked = now
         if not fresh:
             return
-        if any(each.folded for each in fresh):
-            # Compacted meanwhile. A reader may stand within a range, ahead of the tail: each reads on from where it is.
+        if fresh[0].first != after + 1 or any(each.first != each.seq for each in fresh):
+            # Shortened or compacted meanwhile. A reader may stand ahead of the tail, within a range: each reads on from where it is.
             for reader in list(tail.joined):
                 self._part(reader, tail)
             return

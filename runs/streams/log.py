@@ -33,7 +33,7 @@ _FRAME = """
 """
 _LIVE = f"""
 SELECT w.n::int - 1, e.seq, e.type IN ('run.completed', 'run.failed', 'run.cancelled'), convert_to({_FRAME.format(prefix="''")}, 'UTF8'),
-       e.payload ? 'from_seq'
+       CASE WHEN e.payload ? 'from_seq' THEN greatest((e.payload->>'from_seq')::bigint, w.after + 1) ELSE e.seq END
 FROM unnest(%s::uuid[], %s::bigint[]) WITH ORDINALITY AS w(run, after, n)
 CROSS JOIN LATERAL (
     SELECT * FROM longhaul_runs_event WHERE run_id = w.run AND seq > w.after ORDER BY seq LIMIT {MOST_A_TAIL}
@@ -91,7 +91,7 @@ class Fresh:
     seq: int
     terminal: bool
     frame: bytes
-    folded: bool = False  # a compacted one: it stands for several seqs, of which this is the last
+    first: int  # before `seq` where it is a compacted one, which stands for several
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
-import asyncio
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from datetime import timedelta
-from typing import Any
 from uuid import UUID
 
-import orjson
 import pytest
 
-from runs import Agent, events, housekeeping
+from runs import Agent, housekeeping
 from runs.housekeeping import Removed, keep_house
 from runs.models import Event, Run
 from runs.pytest_longhaul import ScriptedModel, assert_invariants, call, run_to_end
 from runs.replay import replay
-from runs.streams.log import Log
 from runs.verification import verify
 from tests.http.conftest import Api
 from tests.http.conftest import api as api
 from tests.http.conftest import api_of as api_of
 from tests.runs.invariant_cases import look_up
 from tests.runs.scenes import Cast
+from tests.streams.truth import Truth, from_read, from_stream
 from threads.clock import now
 
 pytestmark = pytest.mark.django_db
@@ -66,76 +63,6 @@ def long_ago(run: Run, days: float = 31) -> Run:
     return run
 
 
-def frames_of(body: bytes) -> list[dict[str, Any]]:
-    found = []
-    for frame in body.decode().split("\n\n"):
-        lines = dict(line.split(": ", 1) for line in frame.split("\n") if line)
-        if lines:
-            event = orjson.loads(lines["data"])
-            assert event["type"] == lines["event"]
-            assert lines.get("id") == (str(event["seq"]) if "seq" in event else None)
-            found.append(event)
-    return found
-
-
-def from_stream(run: UUID, after: int, most: int, *, live: bool) -> list[dict[str, Any]]:
-    """Read as streams do: all that is there, page by page."""
-
-    async def read() -> list[dict[str, Any]]:
-        log, at, found = Log("test"), after, b""
-        try:
-            while True:
-                if live:
-                    fresh = (await log.live([(run, at)])).get(0, [])
-                    page, last = b"".join(each.frame for each in fresh), fresh[-1].seq if fresh else at
-                else:
-                    [got] = await log.pages([(run, at, most, "")])
-                    page, last = got.body, got.last
-                if last == at:
-                    return frames_of(found)
-                at, found = last, found + page
-        finally:
-            await log.close()
-
-    return asyncio.run(read())
-
-
-def from_read(run: UUID, after: int, most: int) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = []
-    while batch := events.read(run, after, most):
-        found += [event.as_dict() for event in batch]
-        after = batch[-1].seq
-    return found
-
-
-class Truth:
-    """A log before anything was done to it. What a reader gets is held against it."""
-
-    def __init__(self, run: UUID) -> None:
-        rows = Event.objects.filter(run_id=run).order_by("seq").values_list("seq", "type", "payload")
-        self.events = {seq: {**payload, "type": type} for seq, type, payload in rows}
-
-    def holds(self, got: Iterable[dict[str, Any]], after: int, removed: int = 0, upto: int | None = None) -> None:
-        """Assert that each seq after the cursor is told once, in order, and each with its own text."""
-        at = after
-        for event in got:
-            if event["type"] == "resume_gap":
-                assert event["from"] == at + 1
-                assert at < event["to"] <= removed
-                at = event["to"]
-                continue
-            first = event.get("from_seq", event["seq"])
-            assert first == at + 1, f"{first} follows {at}"
-            stood = [self.events[seq] for seq in range(first, event["seq"] + 1)]
-            said = {name: value for name, value in event.items() if name not in ("seq", "run", "at", "from_seq")}
-            if "text" in said:
-                assert said.pop("text") == "".join(each["text"] for each in stood)
-            for each in stood:
-                assert {name: value for name, value in each.items() if name != "text"} == said
-            at = event["seq"]
-        assert at == (len(self.events) if upto is None else upto)
-
-
 @pytest.fixture
 def clerk(cast: Cast) -> Agent:
     return cast(name="clerk", tools=[look_up])
@@ -176,25 +103,25 @@ def test_a_fold_of_the_log_is_the_same_before_and_after(run: Run) -> None:
 
 def test_every_cursor_gets_what_follows_it(run: Run, api: Api) -> None:
     Run.objects.filter(pk=run.pk).update(owner=api.user)
-    truth = Truth(run.pk)
+    truth = Truth.of(run.pk)
     assert keep_house().compacted == 1
 
     for after in range(run.last_seq):
-        truth.holds(from_read(run.pk, after, 1000), after)
-        truth.holds(from_read(run.pk, after, 2), after)
+        for most in (1000, 2):
+            assert truth.holds(from_read(run.pk, after, most), after) == run.last_seq
     for after in range(0, run.last_seq, 17):
         page = api.get(f"/api/runs/{run.pk}/events?after={after}&limit=3")["results"]
-        truth.holds(page, after, upto=page[-1]["seq"])
+        assert truth.holds(page, after) == page[-1]["seq"]
         assert not any("pieces" in event for event in page)
 
 
 @pytest.mark.django_db(transaction=True)
 def test_streams_get_the_same(run: Run) -> None:
-    truth = Truth(run.pk)
+    truth = Truth.of(run.pk)
     keep_house()
 
     for after in range(0, run.last_seq, 11):
         for most, live in ((1000, False), (2, False), (1000, True)):
             got = from_stream(run.pk, after, most, live=live)
-            truth.holds(got, after)
+            assert truth.holds(got, after) == run.last_seq
             assert got == from_read(run.pk, after, 1000)

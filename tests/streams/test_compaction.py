@@ -168,7 +168,7 @@ class Life(RuleBasedStateMachine):
                 body, last = self.loop.run(asked)
                 got = frames_of(body)
                 assert last == max([at, *(event.get("seq") or event["to"] for event in got)])
-        reader.at = self.truth.holds(got, at, removed=self.removed if reader.way != "tail" else len(self.truth.events))
+        reader.at = self.truth.holds(got, at, removed=self.removed)
         reader.got += got
 
     def teardown(self) -> None:
@@ -194,7 +194,7 @@ class Life(RuleBasedStateMachine):
 def told(monkeypatch: pytest.MonkeyPatch, examples: int, steps: int) -> None:
     for name, value in (("BATCH", 7), ("MOST_PIECES", 4), ("MOST_BYTES", 24)):
         monkeypatch.setattr(compaction, name, value)
-    run_state_machine_as_test(  # type: ignore[no-untyped-call]
+    run_state_machine_as_test(
         Life,
         settings=settings(
             max_examples=examples, stateful_step_count=steps, deadline=None, suppress_health_check=list(HealthCheck)

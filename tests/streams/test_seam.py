@@ -92,7 +92,7 @@ class Memory:
         await self._away()
         return {
             place: [
-                Fresh(seq, run in ended and seq == there[run], frame("", seq))
+                Fresh(seq, run in ended and seq == there[run], frame("", seq), seq)
                 for seq in range(at + 1, there.get(run, 0) + 1)
             ]
             for place, (run, at) in enumerate(after)

@@ -70,8 +70,13 @@ def frames_of(body: bytes) -> list[dict[str, Any]]:
 
 
 async def tail(log: Log, run: UUID, after: int) -> tuple[bytes, int]:
-    """Read as those do who follow live. Returns the frames, and the cursor after them."""
+    """Read as those do who follow live, and from where something is missing a page. Returns the frames, and the cursor after them."""
     fresh = (await log.live([(run, after)])).get(0, [])
+    at = after
+    for each in fresh:
+        if each.first != at + 1:
+            return await history(log, run, after, 1000)
+        at = each.seq
     return b"".join(each.frame for each in fresh), fresh[-1].seq if fresh else after
 
 

@@ -168,6 +168,20 @@ def test_the_deltas_of_all_runs_are_written_together(world: World, through: Flus
     assert len(rung) == 1
 
 
+def test_what_is_said_is_stored_letter_by_letter(world: World, through: Flusher) -> None:
+    awkward = ['"', "\\", '{"a", NULL}', "NULL", "", " ", "\n\t", "'%s%b'", "\u2028 \U0001f600 é", "x" * 70_000]
+    one, other = Speaker(world, through), Speaker(world, through)
+    one.buffer.ordinal = 2**15  # two sizes of numbers in one batch
+    other.say("before")
+    for text in awkward:  # by turns, so that none are joined
+        one.say(text)
+        one.say(text, kind="reasoning.delta")
+    through.flush()
+    assert one.written() == [text for text in awkward for _ in range(2)]
+    assert other.written() == ["before"]
+    assert one.whole()
+
+
 def test_what_has_only_just_come_waits_a_round(world: World, through: Flusher) -> None:
     waits, comes = Speaker(world, through), Speaker(world, through)
     waits.say("old")

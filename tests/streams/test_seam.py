@@ -1,4 +1,4 @@
-"""The seam between history and live, over interleavings of a writer, readers, lost bells and an absent Postgres.
+"""The seam between history and live, over interleavings of a writer, readers, lost bells, compaction, retention and an absent Postgres.
 
 The broadcast is the real one; its log is one in memory, whose answers are what was there when it was asked, and come later.
 """
@@ -6,6 +6,7 @@ The broadcast is the real one; its log is one in memory, whose answers are what 
 from __future__ import annotations
 
 import asyncio
+import copy
 import random
 from collections.abc import Sequence
 from typing import Any
@@ -23,8 +24,12 @@ from runs.streams.visitors import Visitor
 NOBODY = Visitor(user=None, key=None, session=None)
 
 
-def frame(prefix: str, seq: int) -> bytes:
-    return f"id: {prefix}{seq}\nevent: data\n\n".encode()
+def frame(prefix: str, seq: int, first: int) -> bytes:
+    return f"id: {prefix}{seq}\nevent: data\ndata: {first}\n\n".encode()
+
+
+def gap(first: int, to: int) -> bytes:
+    return f"event: resume_gap\ndata: {first} {to}\n\n".encode()
 
 
 class Story:
@@ -34,6 +39,9 @@ class Story:
         self.chance = random.Random(seed)
         self.written: dict[UUID, int] = {}
         self.ended: set[UUID] = set()
+        self.rows: dict[
+            UUID, list[tuple[int, int]]
+        ] = {}  # the log: of each row the seqs that it stands for, first and last
         self.length = {uuid4(): self.chance.randint(1, 60) for _ in range(self.chance.randint(1, 3))}
 
     async def pause(self, most: int = 6) -> None:
@@ -42,13 +50,26 @@ class Story:
 
     async def write(self, run: UUID, now: Broadcast) -> None:
         while self.written.get(run, 0) < self.length[run]:
-            more = self.chance.choice([1, 1, 2, 7, 40])
-            self.written[run] = min(self.written.get(run, 0) + more, self.length[run])
+            before = self.written.get(run, 0)
+            self.written[run] = min(before + self.chance.choice([1, 1, 2, 7, 40]), self.length[run])
+            self.rows.setdefault(run, []).extend((seq, seq) for seq in range(before + 1, self.written[run] + 1))
             if self.written[run] == self.length[run]:
                 self.ended.add(run)
             if self.chance.random() < 0.7:  # else it is lost
                 now.rang(run)
             await self.pause(12)
+        while self.chance.random() < 0.7:
+            self.keep_house(run)
+            await self.pause(12)
+
+    def keep_house(self, run: UUID) -> None:
+        """Fold some rows, or remove the oldest: never the last one."""
+        rows = self.rows[run]
+        a, b = sorted(self.chance.choices(range(len(rows)), k=2))
+        if self.chance.random() < 0.2:
+            self.rows[run] = rows[a:]
+        elif a < b:
+            self.rows[run] = [*rows[:a], (rows[a][0], rows[b - 1][1]), *rows[b:]]
 
     async def read(self, run: UUID, now: Broadcast) -> None:
         """Read to the end, cut and come back as often as chance will have it; miss nothing, get nothing twice."""
@@ -61,9 +82,16 @@ class Story:
             try:
                 while piece := await reader.next():
                     for each in piece.split(b"\n\n"):
-                        if each.startswith(b"id: "):
-                            at += 1
-                            assert int(each[4 : each.index(b"\n")]) == at
+                        said = dict(
+                            line.split(b": ") for line in each.split(b"\n") if line and not line.startswith(b":")
+                        )
+                        if said.get(b"event") == b"resume_gap":
+                            first, to = map(int, said[b"data"].split())
+                            assert first == at + 1 <= to < self.rows[run][0][0]
+                            at = to
+                        elif b"id" in said:
+                            assert int(said[b"data"]) == at + 1 <= int(said[b"id"])
+                            at = int(said[b"id"])
                     await self.pause()
                     if self.chance.random() < 0.1:
                         break
@@ -88,25 +116,32 @@ class Memory:
             raise TimeoutError
 
     async def live(self, after: Sequence[tuple[UUID, int]]) -> dict[int, list[Fresh]]:
-        there, ended = dict(self.story.written), set(self.story.ended)
+        rows, ended = copy.deepcopy(self.story.rows), set(self.story.ended)
         await self._away()
         return {
             place: [
-                Fresh(seq, run in ended and seq == there[run], frame("", seq), seq)
-                for seq in range(at + 1, there.get(run, 0) + 1)
+                Fresh(last, run in ended and last == rows[run][-1][1], frame("", last, first), first)
+                for first, last in self._behind(rows, run, at)
             ]
             for place, (run, at) in enumerate(after)
-            if there.get(run, 0) > at
+            if self._behind(rows, run, at)
         }
 
+    def _behind(self, rows: dict[UUID, list[tuple[int, int]]], run: UUID, at: int) -> list[tuple[int, int]]:
+        return [(max(first, at + 1), last) for first, last in rows.get(run, []) if last > at]
+
     async def pages(self, wanted: Sequence[tuple[UUID, int, int, str]]) -> list[Page]:
-        there, ended = dict(self.story.written), set(self.story.ended)
+        there, ended, rows = dict(self.story.written), set(self.story.ended), copy.deepcopy(self.story.rows)
         await self._away()
         found = []
         for run, after, most, prefix in wanted:
-            last = min(after + most, there.get(run, 0))
-            body = b"".join(frame(prefix, seq) for seq in range(after + 1, last + 1))
-            found.append(Page(True, last, last - after, body, run in ended and last == there[run], there.get(run, 0)))
+            behind = self._behind(rows, run, after)[:most]
+            last = behind[-1][1] if behind else after
+            body = b"".join(frame(prefix, seq, first) for first, seq in behind)
+            if behind and behind[0][0] > after + 1:
+                body = gap(after + 1, behind[0][0] - 1) + body
+            over = run in ended and last == there[run]
+            found.append(Page(True, last, len(behind), body, over, there.get(run, 0)))
         return found
 
     async def there(self, runs: Sequence[UUID]) -> set[UUID]:

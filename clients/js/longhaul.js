@@ -272,10 +272,20 @@ class Api {
           throw new ConnectionLost("The answer is not JSON: is this the address of the API?", "unexpected_answer");
         }
       } catch (error) {
-        if (!passes(error) || backoff.failures + 1 >= tries) throw error;
+        if (!passes(error) || backoff.failures + 1 >= this.bound(error, tries)) throw error;
         await backoff.wait(error, signal);
       }
     }
+  }
+
+  /**
+   * How often to try, after this. A wrong address answers, too: that must be told in the end.
+   * @param {unknown} error
+   * @param {number} tries
+   */
+  bound(error, tries) {
+    const wrong = error instanceof ConnectionLost && error.code === "unexpected_answer";
+    return wrong ? Math.min(tries, this.patience.tries) : tries;
   }
 
   /**
@@ -571,7 +581,7 @@ async function* follow(api, { open, take, done, signal, onConnection = () => {} 
     if (signal?.aborted) return;
     onConnection("reconnecting");
     if (woken) continue;
-    if (backoff.failures + 1 >= api.patience.streamTries) throw failure;
+    if (backoff.failures + 1 >= api.bound(failure, api.patience.streamTries)) throw failure;
     try {
       await backoff.wait(failure, signal);
     } catch {
@@ -1332,6 +1342,7 @@ export class Thread {
     this.#changed();
     const path = `threads/${this.#id}/messages?order=desc&limit=${this.#options.pageSize ?? 100}`;
     const page = await this.#api.json("GET", path, { signal }, this.#api.patience.streamTries);
+    if (signal.aborted) throw closed();
     this.#older = queryOf(page.next);
     this.#paces.clear();
     this.#fold.reset(page.results.reverse());
@@ -1347,6 +1358,7 @@ export class Thread {
     const known = this.#fold.run;
     try {
       const page = await this.#api.json("GET", `runs?thread=${this.#id}&limit=20`, { signal });
+      if (signal.aborted) return;
       /** @type {Run[]} */
       const runs = page.results;
       for (const run of runs) if (run.status === "held") this.#accepted(run);
@@ -1366,6 +1378,7 @@ export class Thread {
    */
   async #stream(after, signal, backoff) {
     const onConnection = (/** @type {Connecting} */ state) => {
+      if (signal.aborted) return;
       this.#connection = state;
       this.#changed();
     };

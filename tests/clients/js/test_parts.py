@@ -17,7 +17,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.needs_node, needs_node]
 
 @pytest.mark.parametrize("name", sorted(path.name for path in HERE.glob("*.test.mjs")))
 def test_node_runs(name: str) -> None:
-    done = node("--test", "--test-reporter=tap", str(HERE / name))
+    done = node("--test", "--test-reporter=tap", "--test-timeout=60000", str(HERE / name))
     passed = re.search(r"^# pass (\d+)$", done.stdout, re.MULTILINE)
     assert done.returncode == 0, done.stdout + done.stderr
     assert passed is not None

@@ -1,0 +1,467 @@
+// The state of a thread, and the streams, against a server that is a function: each answer can be lost, late or refused.
+
+import assert from "node:assert/strict";
+import { afterEach, test } from "node:test";
+import { ConnectionLost, LogGap, Refused, openThread, request, streamRun, streamThread, textOf } from "../../../clients/js/longhaul.js";
+
+const AT = "2026-11-21T10:00:00Z";
+const unhandled = [];
+process.on("unhandledRejection", (error) => unhandled.push(error));
+
+/** As little of Longhaul as the module talks to. `faults` are functions for the next requests: each may throw, or answer. */
+class Server {
+  requests = [];
+  faults = [];
+  rows = [];
+  runs = new Map();
+  keys = new Map();
+  events = [];
+  streams = new Set();
+  refuses = null; // an answer to all
+  older = null;
+
+  fetch = async (url, init) => {
+    const { pathname, search } = new URL(url, "http://test");
+    const asked = { method: init.method, path: pathname.replace("/api/", ""), search, headers: init.headers, body: init.body && JSON.parse(init.body) };
+    this.requests.push(asked);
+    if (init.signal.aborted) throw new DOMException("aborted", "AbortError");
+    if (this.refuses) return this.refuses();
+    const fault = this.faults.length && this.faults[0].when(asked) ? this.faults.shift() : null;
+    if (fault?.before) return fault.before(asked, init);
+    const response = this.answer(asked, init);
+    return fault?.after ? fault.after(response) : response;
+  };
+
+  fault(path, parts) {
+    this.faults.push({ when: (asked) => asked.path.endsWith(path), ...parts });
+  }
+
+  answer(asked, { signal }) {
+    const { method, path, headers, body } = asked;
+    if (path.endsWith("/stream")) return this.stream(headers.get("Last-Event-ID"), path, signal);
+    if (method === "GET" && path.endsWith("/messages")) {
+      const before = asked.search.includes("cursor=older");
+      const rows = before ? this.older : this.rows;
+      const next = !before && this.older ? "https://elsewhere.example/api/threads/t/messages?cursor=older" : null;
+      return Response.json({ results: [...rows].reverse(), next, previous: null, cursor: this.cursor });
+    }
+    if (method === "GET" && path === "runs") return Response.json({ results: [...this.runs.values()].reverse(), next: null });
+    if (method === "GET") return Response.json(this.runs.get(path.split("/")[1]));
+    const key = headers.get("Idempotency-Key");
+    const made = this.keys.get(key) ?? this.create(path, body);
+    if (key) this.keys.set(key, made);
+    return body.stream ? this.stream("0", `runs/${made.id}/stream`, signal) : Response.json(made, { status: 202 });
+  }
+
+  create(path, body) {
+    if (path === "threads") return { id: "t", agent: body.agent };
+    if (path.endsWith("/cancel")) {
+      const run = this.runs.get(path.split("/")[1]);
+      run.status = "cancelled";
+      this.say(run.id, { type: "run.cancelled", stop_reason: "cancelled" });
+      return run;
+    }
+    const run = { id: `r${this.runs.size + 1}`, thread: "t", status: "queued", stop_reason: null, error: null, output: null, last_seq: 0 };
+    this.runs.set(run.id, run);
+    if (body.input) this.said = { type: "message.completed", message: `u${this.runs.size}`, role: "user", content: [{ type: "text", text: body.input }], client_id: body.client_id };
+    if (this.tells) this.tell(run.id);
+    return run;
+  }
+
+  tells = true;
+  tell(run) {
+    this.say(run, { type: "run.queued", reason: "start" }, this.said);
+  }
+
+  get cursor() {
+    const last = this.at ?? this.events.at(-1);
+    return last ? { run: last.run, seq: last.seq } : { run: null, seq: 0 };
+  }
+
+  say(run, ...events) {
+    for (const event of events) {
+      const seq = this.events.filter((each) => each.run === run).length + 1;
+      this.events.push({ seq, run, at: AT, ...event });
+    }
+    for (const stream of this.streams) stream();
+  }
+
+  stream(after, path, signal) {
+    const ofRun = path.startsWith("runs/");
+    const [run, seq] = ofRun ? [path.split("/")[1], after ?? "0"] : (after ?? ":0").split(":");
+    let next = this.events.findIndex((each) => each.run === run && each.seq === Number(seq)) + 1;
+    let send;
+    const body = new ReadableStream({
+      start: (controller) => {
+        send = () => {
+          if (signal.aborted) return void this.streams.delete(send);
+          for (; next < this.events.length; next += 1) {
+            const { raw, ...event } = this.events[next];
+            if (ofRun && event.run !== run) continue;
+            controller.enqueue(new TextEncoder().encode(raw ?? `id: ${event.run}:${event.seq}\nevent: ${event.type}\ndata: ${JSON.stringify(event)}\n\n`));
+          }
+        };
+        send.cut = () => controller.error(new TypeError("terminated"));
+        send.close = () => controller.close();
+        signal.addEventListener("abort", () => {
+          this.streams.delete(send);
+          try { send.cut(); } catch { /* it was closed */ }
+        });
+        this.streams.add(send);
+        controller.enqueue(new TextEncoder().encode(": longhaul\nretry: 1000\n\n"));
+        send();
+      },
+    });
+    return new Response(body, { headers: { "Content-Type": "text/event-stream", "X-Run-Id": run } });
+  }
+
+  cut() {
+    for (const stream of [...this.streams]) {
+      this.streams.delete(stream);
+      stream.cut();
+    }
+  }
+}
+
+const open = [];
+function opened(server, options = {}) {
+  const patience = { baseMs: 5, maxMs: 20, answerMs: 2000, ...options.patience };
+  const thread = openThread({ baseUrl: "http://test/api", thread: "t", agent: "a", smooth: false, fetch: server.fetch, ...options, patience });
+  open.push(thread);
+  return thread;
+}
+
+afterEach(async () => {
+  for (const thread of open.splice(0)) thread.close();
+  await new Promise((resolve) => setImmediate(resolve));
+  assert.deepEqual(unhandled, []);
+});
+
+/** Return the first state that satisfies. */
+function until(thread, what) {
+  return new Promise((resolve, reject) => {
+    let leave = () => {};
+    const timer = setTimeout(() => reject(new Error(`never: ${what}\n${JSON.stringify(thread.getSnapshot(), null, 1)}`)), 20_000);
+    leave = thread.subscribe((state) => {
+      if (!what(state)) return;
+      clearTimeout(timer);
+      queueMicrotask(() => leave());
+      resolve(state);
+    });
+  });
+}
+
+const row = (id, text, more = {}) => ({ id, thread: "t", run: "r1", step: 1, role: "assistant", status: "completed", content: [{ type: "text", text }], metadata: {}, client_id: null, created_at: AT, ...more });
+const delta = (text, message = "m") => ({ type: "text.delta", message, text });
+const texts = (state) => state.messages.map(textOf);
+const lost = () => { throw new TypeError("fetch failed"); };
+const status = (code, headers = {}) => () => Response.json({ type: "error", errors: [{ code: "told", detail: `It is ${code}.`, attr: null }] }, { status: code, headers });
+
+test("snapshot, then stream: each character once, over cuts", async () => {
+  const server = new Server();
+  server.runs.set("r1", { id: "r1", status: "running", stop_reason: null, error: null, output: null });
+  server.say("r1", { type: "leg.started" }, { type: "message.created", message: "m", role: "assistant", step: 1 }, delta("Hel"));
+  server.rows = [row("u", "Hi", { role: "user" }), row("m", "Hel", { status: "pending" })];
+  const thread = opened(server);
+  const first = await until(thread, (state) => state.connection === "open" && state.run);
+  assert.deepEqual([texts(first), first.status, first.isRunning], [["Hi", "Hel"], "running", true]);
+  server.say("r1", delta("lo"));
+  const second = await until(thread, (state) => texts(state)[1] === "Hello");
+  assert.equal(second.messages[0], first.messages[0]);
+  for (const piece of [" you", ", ", "th", "ere"]) {
+    server.cut();
+    server.say("r1", delta(piece));
+    await until(thread, (state) => texts(state)[1].endsWith(piece));
+  }
+  server.say("r1", { type: "message.completed", message: "m", role: "assistant", content: [{ type: "text", text: "Hello you, there" }] });
+  server.say("r1", { type: "run.completed", stop_reason: "end_turn", output: "Hello you, there" });
+  const last = await until(thread, (state) => !state.isRunning);
+  assert.deepEqual([texts(last), last.status, last.run.output], [["Hi", "Hello you, there"], "completed", "Hello you, there"]);
+  assert.equal(thread.getSnapshot(), thread.getSnapshot());
+});
+
+test("what is sent is shown at once, and what was saved takes its place", async () => {
+  const server = new Server();
+  const thread = opened(server);
+  await until(thread, (state) => state.connection === "open");
+  const sent = thread.send("Where is it?");
+  const before = thread.getSnapshot();
+  assert.deepEqual([texts(before), before.messages[0].status, before.isRunning], [["Where is it?"], "sending", true]);
+  assert.equal((await sent).id, "r1");
+  const after = await until(thread, (state) => state.messages[0]?.status === "completed");
+  assert.deepEqual([after.messages.length, after.messages[0].id, after.messages[0].key], [1, "u1", before.messages[0].key]);
+  assert.deepEqual([after.status, after.isRunning], ["queued", true]);
+});
+
+test("a send whose answer is lost is sent again under its key, and is there once", async () => {
+  const server = new Server();
+  const thread = opened(server);
+  server.fault("/runs", { after: lost });
+  server.fault("/runs", { before: lost });
+  server.fault("/runs", { before: status(503) });
+  await thread.send("One");
+  const posts = server.requests.filter(({ method }) => method === "POST");
+  assert.equal(posts.length, 4);
+  assert.equal(new Set(posts.map(({ headers }) => headers.get("Idempotency-Key"))).size, 1);
+  assert.equal(server.runs.size, 1);
+  assert.deepEqual(texts(await until(thread, (state) => state.messages[0]?.status === "completed")), ["One"]);
+});
+
+test("a send that has failed says so, and goes out again under the same key", async () => {
+  const server = new Server();
+  const thread = opened(server, { patience: { tries: 2 } });
+  await until(thread, (state) => state.connection === "open");
+  server.tells = false;
+  server.fault("/runs", { after: lost }); // it has taken effect
+  server.fault("/runs", { before: lost });
+  const sent = thread.send("One");
+  await assert.rejects(sent, (error) => error instanceof ConnectionLost && error.code === "connection_lost");
+  const failed = thread.getSnapshot();
+  assert.deepEqual([failed.messages[0].status, failed.messages[0].error.code, failed.isRunning, failed.error], ["failed", "connection_lost", false, null]);
+  assert.equal((await thread.resend(failed.messages[0].key)).id, "r1");
+  const again = thread.getSnapshot();
+  assert.deepEqual([again.messages[0].status, again.messages[0].error, server.runs.size], ["sent", undefined, 1]);
+  server.tell("r1");
+  await until(thread, (state) => state.messages[0].status === "completed");
+  assert.equal(await thread.resend(failed.messages[0].key), null, "it has arrived");
+  // Of one that was saved so long ago that its key is forgotten, the list says so.
+  server.fault("/runs", { before: lost });
+  server.fault("/runs", { before: lost });
+  await assert.rejects(thread.send("Two"));
+  const key = thread.getSnapshot().messages[1].key;
+  server.rows = [row("u2", "Two", { role: "user", client_id: key })];
+  assert.equal(await thread.resend(key), null);
+  assert.equal(server.runs.size, 1);
+});
+
+test("a refused send is not tried again, and can be taken away", async () => {
+  const server = new Server();
+  const thread = opened(server);
+  server.fault("/runs", { before: status(400) });
+  thread.send("One"); // whoever ignores the promise is not punished for it
+  const failed = await until(thread, (state) => state.messages[0]?.status === "failed");
+  assert.deepEqual([failed.messages[0].error.status, failed.messages[0].error.detail], [400, "It is 400."]);
+  thread.discard(failed.messages[0].key);
+  assert.deepEqual(thread.getSnapshot().messages, []);
+});
+
+test("an event that comes before the answer, or in its place", async () => {
+  const server = new Server();
+  const thread = opened(server, { patience: { tries: 1 } });
+  await until(thread, (state) => state.connection === "open");
+  server.fault("/runs", { after: async () => {
+    await until(thread, (state) => state.messages[0]?.status === "completed");
+    return lost();
+  } });
+  assert.equal((await thread.send("One")).id, "r1");
+  assert.deepEqual(thread.getSnapshot().messages.map(({ status }) => status), ["completed"]);
+});
+
+test("the first send makes the thread, once, and messages keep their order", async () => {
+  const server = new Server();
+  const thread = opened(server, { thread: null, newThread: { title: "T" } });
+  assert.deepEqual([thread.getSnapshot().connection, thread.id], ["idle", null]);
+  server.fault("threads", { after: lost });
+  const sent = [thread.send("One"), thread.send("Two")];
+  await Promise.all(sent);
+  const made = server.requests.filter(({ method, path }) => method === "POST" && path === "threads");
+  assert.equal(new Set(made.map(({ headers }) => headers.get("Idempotency-Key"))).size, 1);
+  assert.deepEqual(made[0].body, { agent: "a", title: "T" });
+  const state = await until(thread, (state) => state.messages.every(({ status }) => status === "completed"));
+  assert.deepEqual([state.thread, texts(state)], ["t", ["One", "Two"]]);
+});
+
+test("stop cancels what lives, also what is just being sent", async () => {
+  const server = new Server();
+  const thread = opened(server);
+  await until(thread, (state) => state.connection === "open");
+  assert.equal(await thread.stop(), null, "nothing lives");
+  thread.send("One");
+  assert.equal((await thread.stop("enough")).status, "cancelled");
+  assert.deepEqual(server.requests.at(-1).body, { reason: "enough" });
+  const state = await until(thread, (state) => state.status === "cancelled");
+  assert.equal(state.isRunning, false);
+  assert.equal((await thread.resume("go on")).id, "r2");
+  assert.equal(server.requests.at(-1).path, "runs/r1/resume");
+  assert.equal((await until(thread, (state) => state.run.id === "r2")).isRunning, true);
+});
+
+test("an action that fails stands in the state", async () => {
+  const server = new Server();
+  const thread = opened(server);
+  await until(thread, (state) => state.connection === "open");
+  await thread.send("One");
+  server.fault("/cancel", { before: status(403) });
+  thread.stop();
+  const state = await until(thread, (state) => state.error);
+  assert.deepEqual([state.error.status, state.connection], [403, "open"]);
+  await thread.stop();
+  assert.equal(thread.getSnapshot().error, null);
+});
+
+for (const code of [400, 401, 403, 404]) {
+  test(`a stream ends for good with ${code}, until it is opened again`, async () => {
+    const server = new Server();
+    const thread = opened(server);
+    await until(thread, (state) => state.connection === "open");
+    server.refuses = status(code);
+    server.cut();
+    const state = await until(thread, (state) => state.connection === "closed");
+    assert.deepEqual([state.error instanceof Refused, state.error.status, state.error.code], [true, code, "told"]);
+    const asked = server.requests.length;
+    await new Promise((resolve) => setTimeout(resolve, 60)); // several times the longest wait
+    assert.equal(server.requests.length, asked);
+    server.refuses = null;
+    thread.open();
+    assert.equal((await until(thread, (state) => state.connection === "open")).error, null);
+  });
+}
+
+test("what passes is tried again, not before the server allows it", async () => {
+  const server = new Server();
+  for (const code of [500, 502, 503]) server.fault("/stream", { before: status(code) });
+  server.fault("/stream", { before: status(429, { "Retry-After": "1" }) });
+  const begun = performance.now();
+  const thread = opened(server);
+  await until(thread, (state) => state.connection === "open");
+  assert.ok(performance.now() - begun >= 990);
+  assert.equal(server.requests.filter(({ path }) => path.endsWith("/stream")).length, 5);
+});
+
+test("a stream without a byte is dead", async () => {
+  const server = new Server();
+  const thread = opened(server, { patience: { stallMs: 40 } });
+  await until(thread, (state) => state.connection === "reconnecting");
+  await until(thread, (state) => state.connection === "open");
+  await assert.rejects(async () => {
+    for await (const _ of streamRun({ baseUrl: "http://test/api", run: "r", fetch: server.fetch, patience: { stallMs: 20, streamTries: 1 } }));
+  }, (error) => error.code === "stalled");
+});
+
+test("after a gap the messages are loaded anew", async () => {
+  const server = new Server();
+  server.say("r1", { type: "leg.started" });
+  const thread = opened(server);
+  await until(thread, (state) => state.connection === "open");
+  server.rows = [row("m", "All of it")];
+  server.events.push({ run: "r1", seq: 2, type: "x" }, { run: "r1", seq: 3, type: "x", raw: 'event: resume_gap\ndata: {"type":"resume_gap","from":2,"to":3}\n\n' });
+  server.at = { run: "r1", seq: 3 };
+  server.events.splice(1, 1);
+  server.say("r1");
+  assert.deepEqual(texts(await until(thread, (state) => state.messages.length)), ["All of it"]);
+  await until(thread, (state) => state.connection === "open");
+  assert.equal(server.requests.at(-1).headers.get("Last-Event-ID") ?? server.requests.at(-2).headers.get("Last-Event-ID"), "r1:3");
+});
+
+test("older messages are loaded when they are asked for, and from the same server", async () => {
+  const server = new Server();
+  server.rows = [row("3", "three")];
+  server.older = [row("1", "one"), row("2", "two")];
+  const thread = opened(server);
+  assert.equal((await until(thread, (state) => state.messages.length)).hasOlder, true);
+  assert.equal(await thread.loadOlder(), false);
+  assert.deepEqual([texts(thread.getSnapshot()), thread.getSnapshot().hasOlder], [["one", "two", "three"], false]);
+  assert.ok(server.requests.some(({ path, search }) => path === "threads/t/messages" && search === "?cursor=older"));
+});
+
+test("text comes at an even pace, and the end of a message flushes it", async () => {
+  const server = new Server();
+  const thread = opened(server, { smooth: true });
+  await until(thread, (state) => state.connection === "open");
+  const shown = [];
+  thread.subscribe((state) => state.messages.length && shown.push(textOf(state.messages[0]).length));
+  const long = "\u{1f600}".repeat(100);
+  server.say("r1", { type: "message.created", message: "m", role: "assistant" }, delta(long));
+  const partly = await until(thread, (state) => state.messages[0] && textOf(state.messages[0]));
+  assert.ok(textOf(partly.messages[0]).length < long.length);
+  await until(thread, (state) => textOf(state.messages[0]) === long);
+  assert.ok(new Set(shown).size >= 5, `${shown}`);
+  assert.deepEqual(shown.filter((length) => length % 2), [], "no half of a pair");
+  server.say("r1", delta("x".repeat(500)));
+  server.say("r1", { type: "message.completed", message: "m", role: "assistant", content: [{ type: "text", text: "Done" }] });
+  await until(thread, (state) => textOf(state.messages[0]) === "Done");
+  const now = thread.getSnapshot();
+  await new Promise((resolve) => setTimeout(resolve, 50)); // three frames
+  assert.equal(thread.getSnapshot(), now);
+});
+
+test("a subscriber hears the state of now, and nothing after it has left", async () => {
+  const server = new Server();
+  const thread = opened(server);
+  const heard = [];
+  const leave = thread.subscribe((state) => heard.push(state));
+  assert.deepEqual(heard, [thread.getSnapshot()]);
+  leave();
+  await until(thread, (state) => state.connection === "open");
+  assert.equal(heard.length, 1);
+  thread.close();
+  assert.equal(thread.getSnapshot().connection, "closed");
+  assert.equal(server.streams.size, 0);
+});
+
+test("an abort ends all, at any moment", async () => {
+  for (let wait = 0; wait < 12; wait += 1) {
+    const server = new Server();
+    const controller = new AbortController();
+    const thread = opened(server, { signal: controller.signal });
+    for (let n = 0; n < wait; n += 1) await Promise.resolve();
+    controller.abort();
+    await new Promise((resolve) => setImmediate(resolve));
+    assert.deepEqual([thread.getSnapshot().connection, thread.getSnapshot().error, server.streams.size], ["closed", null, 0]);
+  }
+});
+
+test("a run is streamed to its end, over cuts, each event once", async () => {
+  const server = new Server();
+  const base = { baseUrl: "http://test/api", fetch: server.fetch, patience: { baseMs: 2, maxMs: 5 } };
+  server.said = { type: "usage" };
+  server.fault("runs", { after: lost });
+  const seen = [];
+  const told = [];
+  for await (const event of streamRun({ ...base, start: { agent: "a", input: "Hi" }, onRun: (run) => told.push(run) })) {
+    seen.push(event.seq);
+    if (seen.length < 20) {
+      server.say("r1", delta("x"));
+      if (seen.length % 3 === 0) server.cut();
+    } else if (seen.length === 20) server.say("r1", { type: "run.completed" });
+  }
+  assert.deepEqual(seen, server.events.map(({ seq }) => seq));
+  assert.deepEqual([told, server.runs.size], [["r1"], 1]);
+  // One that has been told whole already.
+  server.fault("/stream", { before: () => new Response(null, { status: 204 }) });
+  for await (const event of streamRun({ ...base, run: "r1", after: seen.length })) assert.fail(event);
+});
+
+test("events that are missing are not passed over in silence", async () => {
+  const server = new Server();
+  server.say("r1", delta("a"), delta("b"), delta("c"));
+  server.events.splice(1, 1);
+  const base = { baseUrl: "http://test/api", fetch: server.fetch };
+  const seen = [];
+  await assert.rejects(async () => {
+    for await (const event of streamRun({ ...base, run: "r1" })) seen.push(event.seq);
+  }, (error) => error instanceof LogGap && error.from === 2 && error.to === 2);
+  assert.deepEqual(seen, [1]);
+  await assert.rejects(async () => {
+    for await (const _ of streamThread({ ...base, thread: "t" }));
+  }, LogGap);
+});
+
+test("no error holds the key", async () => {
+  const secret = "lh_secret";
+  const server = new Server();
+  const base = { baseUrl: "http://user:lh_secret@nowhere.invalid/api", apiKey: `${secret}\n${secret}` };
+  const errors = [];
+  const tried = async (options) => request({ patience: { tries: 1 }, ...options }, "GET", "runs").catch((error) => errors.push(error));
+  await tried(base);
+  await tried({ ...base, apiKey: secret });
+  await tried({ apiKey: secret, baseUrl: "http://127.0.0.1:1/api" });
+  await tried({ apiKey: secret, baseUrl: "http://test/api", fetch: server.fetch, headers: { "X-\u00e4": secret } });
+  server.refuses = status(401);
+  await tried({ apiKey: secret, baseUrl: "http://test/api", fetch: server.fetch });
+  assert.equal(errors.length, 5);
+  for (const error of errors) {
+    const told = [error.message, error.stack, String(error.cause), JSON.stringify(error)].join();
+    assert.ok(!told.includes(secret), told);
+  }
+});

@@ -31,11 +31,13 @@ ID = re.compile(rb"^id: (\S+)$", re.MULTILINE)
 class Process:
     """One uvicorn process on the tests' database. It may be killed, and started again on its port."""
 
-    def __init__(self, folder: Path, *options: str, **environment: str) -> None:
+    def __init__(
+        self, folder: Path, *options: str, application: str = "agents_project.asgi:application", **environment: str
+    ) -> None:
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self._log = folder / f"uvicorn-{self.port}.log"
-        self._options = options
+        self._command = ["-m", "uvicorn", application, "--port", str(self.port), "--no-access-log", *options]
         parts = urlsplit(os.environ["DATABASE_URL"])
         self._environment: dict[str, Any] = {
             **os.environ,
@@ -46,10 +48,9 @@ class Process:
         self.start()
 
     def start(self) -> None:
-        command = ["-m", "uvicorn", "agents_project.asgi:application", "--port", str(self.port), "--no-access-log"]
         with self._log.open("ab") as out:
             self.process = subprocess.Popen(
-                [sys.executable, *command, *self._options], env=self._environment, stdout=out, stderr=out
+                [sys.executable, *self._command], env=self._environment, stdout=out, stderr=out
             )
 
     def up(self) -> None:
@@ -90,9 +91,9 @@ class Process:
 
 
 @contextmanager
-def processes(folder: Path, count: int, *options: str, **environment: str) -> Iterator[list[Process]]:
+def processes(folder: Path, count: int, *options: str, **given: str) -> Iterator[list[Process]]:
     """Serve by this many processes for the block."""
-    made = [Process(folder, *options, **environment) for _ in range(count)]
+    made = [Process(folder, *options, **given) for _ in range(count)]
     try:
         for each in made:
             each.up()
@@ -129,7 +130,7 @@ class Connection:
             wire.close()
             raise
         reader, writer = await asyncio.open_connection(sock=wire, limit=2**16 if receives is None else receives)
-        said = {"Host": "127.0.0.1", "Authorization": f"Bearer {key}", **(headers or {})}
+        said = {"Host": "127.0.0.1", **({"Authorization": f"Bearer {key}"} if key else {}), **(headers or {})}
         sent, method = b"", "GET"
         if last is not None:
             said["Last-Event-ID"] = str(last)

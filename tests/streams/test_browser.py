@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from django.test import Client
 from runs.models import Run
 from runs.run_log import DatabaseRunLog
 from tests.http.conftest import Api
+from tests.streams.cutting import CuttingProxy
 from tests.streams.outside import Process, processes
 
 CHROMIUM = Path("/usr/bin/chromium")
@@ -79,6 +81,39 @@ async def test_an_event_source_resumes_by_itself(api: Api, live: Run, tmp_path: 
             if "runs" in address:  # a thread has no end
                 await page.wait_for_function("source.readyState == EventSource.CLOSED", timeout=20_000)
             assert await page.evaluate("told.length") == len(log), "and nothing twice"
+            await browser.close()
+
+
+async def test_an_event_source_is_cut_anywhere_and_loses_nothing(api: Api, live: Run, tmp_path: Path) -> None:
+    """Through a proxy that resets, closes, hangs, refuses, and lets requests stay without an answer, with the page's own cookie."""
+    from playwright.async_api import async_playwright
+
+    signed_in = await session(api)
+    with (
+        processes(tmp_path, 1) as (web,),
+        CuttingProxy(web.port, seed=11, mean_bytes=2500, hang=timedelta(milliseconds=500)) as proxy,
+    ):
+        proxy.pause()
+        async with async_playwright() as playwright:
+            browser = await playwright.chromium.launch(executable_path=str(CHROMIUM), args=["--no-sandbox"])
+            context = await browser.new_context()
+            await context.add_cookies([{"name": "sessionid", "value": signed_in, "url": proxy.url}])
+            page = await context.new_page()
+            await page.goto(f"{proxy.url}/healthz")
+            await page.evaluate(FOLLOW, f"/api/runs/{live.pk}/stream")
+            await has(page, 2)
+            proxy.go_on()
+            count = 2
+            while sum(proxy.cuts.values()) < 5:
+                await record(live, *["größer 日本語 🙂 " * 5] * 5)
+                count += 5
+                await has(page, count)
+            await sync_to_async(live.cancel)()
+            await page.wait_for_function("source.readyState == EventSource.CLOSED", timeout=60_000)
+            told: list[Any] = await page.evaluate("told")
+            log = await sync_to_async(lambda: [event.as_dict() for event in live.events()])()
+            assert [json.loads(data) for _, _, data in told] == json.loads(json.dumps(log))
+            assert [id for id, _, _ in told] == [str(event["seq"]) for event in log]
             await browser.close()
 
 

@@ -6,6 +6,8 @@ import asyncio
 import random
 import time
 from collections.abc import AsyncIterator, Iterator
+from datetime import UTC, datetime
+from functools import cache, partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -13,7 +15,9 @@ from typing import Any
 import pytest
 import redis
 from asgiref.sync import sync_to_async
-from django.conf import settings as django_settings
+from django.contrib.auth.models import User
+from django.contrib.sessions.models import Session
+from django.test import Client
 
 from runs import bells
 from runs.agents import Agent
@@ -22,6 +26,8 @@ from runs.run_log import DatabaseRunLog
 from tests.http.conftest import Api
 from tests.streams.outside import Connection, Process, Wire, opened, processes, seq_of
 from tests.workers.conftest import eventually
+from threads import clock
+from threads.models import ApiKey
 
 pytestmark = [pytest.mark.django_db(transaction=True), pytest.mark.slow, pytest.mark.timeout(240)]
 
@@ -187,33 +193,41 @@ def wire() -> Iterator[Wire]:
     made.close()
 
 
-async def test_redis_is_only_a_bell(api: Api, live: Run, tmp_path: Path, wire: Wire) -> None:
-    """Down, hung or flushed: events come by looking once a second. When it is back, at once."""
-    count = 2
+async def test_redis_is_only_a_bell(
+    api: Api, live: Run, tmp_path: Path, wire: Wire, settings: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Down, hung or flushed: events come by looking once a second, and are written. When it is back, at once."""
+    count, waited = 2, 0.0
+    settings.REDIS_URL = wire.url  # the writer's, too
+    monkeypatch.setattr(bells, "_client", cache(bells._client.__wrapped__))
 
     with processes(tmp_path, 1, REDIS_URL=wire.url) as (web,):
-        connection = await Connection.open(web.port, stream(live), api.key)
-        told = connection.frames()
-        for _ in range(2):
-            await anext(told)
+        crowd = [await Connection.open(web.port, stream(live), api.key) for _ in range(50)]
+        told = [each.frames() for each in crowd]
+
+        async def all_have(seq: int) -> None:
+            async with asyncio.timeout(20):
+                assert {seq_of(each) for each in await asyncio.gather(*map(anext, told))} == {seq}
+
+        for seq in (1, 2):
+            await all_have(seq)
 
         async def delay() -> float:
-            """Seconds from the commit of an event to its reader."""
-            nonlocal count
+            """Seconds from the commit of an event until the last reader has it."""
+            nonlocal count, waited
             bells._unheard.clear()
             begin = time.monotonic()
             await record(live, "word")
+            wrote = time.monotonic()
+            waited = max(waited, wrote - begin)
             count += 1
-            async with asyncio.timeout(20):
-                assert seq_of(await anext(told)) == count
-            return time.monotonic() - begin
-
-        async def is_live() -> bool:
-            return median([await delay() for _ in range(5)]) < 0.25
+            await all_have(count)
+            return time.monotonic() - wrote
 
         async def live_again() -> None:
+            """Below a poll's interval, as it was before."""
             async with asyncio.timeout(40):
-                while not await is_live():
+                while median([await delay() for _ in range(5)]) >= 0.25:
                     pass
 
         await live_again()
@@ -221,9 +235,8 @@ async def test_redis_is_only_a_bell(api: Api, live: Run, tmp_path: Path, wire: W
         assert max([await delay() for _ in range(4)]) < 5
         # Who comes meanwhile is served as well.
         second = await Connection.open(web.port, f"{stream(live)}?starting_after={count}", api.key)
-        others = second.frames()
         await delay()
-        assert seq_of(await anext(others)) == count
+        assert seq_of(await anext(second.frames())) == count
         wire.back()
         await live_again()
         wire.stand_still()
@@ -233,10 +246,73 @@ async def test_redis_is_only_a_bell(api: Api, live: Run, tmp_path: Path, wire: W
         assert seq_of(await anext(third.frames())) == count
         wire.back()
         await live_again()
-        redis.Redis.from_url(django_settings.REDIS_URL).flushall()
+        redis.Redis.from_url(wire.url).flushall()
         await live_again()
+        assert waited < 10, "a write waits for one answer of Redis, of 2 s, and no longer"
         await cancel(live)
-        assert b"run.cancelled" in (await _drain(told))[-1]
-        for each in (connection, second, third):
-            each.close()
+        for each in told:
+            assert b"run.cancelled" in (await _drain(each))[-1]
+        for one in (*crowd, second, third):
+            one.close()
+        assert "Traceback" not in web.said()
+
+
+@sync_to_async
+def credentials(api_of: Any, helper: Agent) -> dict[str, dict[str, Any]]:
+    """Somebody for each way to lose sight of a run, with a run of theirs, and what takes it from them."""
+    found: dict[str, dict[str, Any]] = {}
+    for name in ("key revoked", "key expired", "permission", "user", "thread", "session", "nothing"):
+        theirs = api_of(name.replace(" ", "_"))
+        reader = api_of("staff", is_staff=True, is_superuser=True) if name == "permission" else theirs
+        run = helper.start("x", owner=theirs.user)
+        found[name] = {"key": reader.key, "headers": {}, "run": run}
+        keys, users = ApiKey.objects.filter(owner=reader.user), User.objects.filter(pk=reader.user.pk)
+        if name == "session":
+            client = Client()
+            client.force_login(reader.user)
+            found[name] |= {"key": "", "headers": {"Cookie": f"sessionid={client.cookies['sessionid'].value}"}}
+        found[name]["takes"] = {
+            "key revoked": partial(keys.update, revoked_at=clock.Now()),
+            "key expired": partial(keys.update, expires_at=datetime(2026, 1, 1, tzinfo=UTC)),
+            "permission": partial(users.update, is_superuser=False),
+            "user": partial(users.update, is_active=False),
+            "thread": lambda run=run: run.thread.delete(),
+            "session": Session.objects.all().delete,
+            "nothing": bool,
+        }[name]
+    return found
+
+
+async def test_who_may_no_longer_see_a_run_is_sent_away_and_told_why(
+    api_of: Any, helper: Agent, tmp_path: Path
+) -> None:
+    people = await credentials(api_of, helper)
+    with processes(tmp_path, 1, application="tests.streams.app.asgi:application") as (web,):
+
+        async def begin(one: dict[str, Any], address: str) -> Connection:
+            return await Connection.open(web.port, address, one["key"], headers=one["headers"])
+
+        for name, one in people.items():
+            addresses = [stream(one["run"]), f"/api/threads/{one['run'].thread_id}/stream"]
+            streams = [await begin(one, address) for address in addresses]
+            told = [each.frames() for each in streams]
+            for each in told:
+                assert seq_of(await anext(each)) == 1
+            await sync_to_async(one["takes"])()
+            if name == "nothing":
+                await cancel(one["run"])
+                assert b"run.cancelled" in (await _drain(told[0]))[-1]
+                streams[1].close()
+                continue
+            async with asyncio.timeout(
+                30
+            ):  # asked every second; thread and run are looked for after some seconds of silence
+                for each in told:
+                    await _drain(each)
+            assert [each.ended for each in streams] == [True, True], name
+            again = [await begin(one, address) for address in addresses]
+            refused = 404 if name in ("permission", "thread") else 401
+            assert {each.status for each in again} <= {refused, 403 if name == "session" else refused}, name
+            for opened_once in (*streams, *again):
+                opened_once.close()
         assert "Traceback" not in web.said()

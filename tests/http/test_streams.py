@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
@@ -191,11 +192,11 @@ async def test_it_goes_on_without_the_bell(api: Api, live: Run, monkeypatch: pyt
 
 async def test_a_redis_that_hangs_holds_nobody_up(api: Api, live: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each of many readers would wait for a time-out in turn, and only then read its first row."""
-    tried: list[float] = []
+    tried: list[str] = []  # in which threads
 
     class Hangs:
         def subscribe(self, *_: str) -> None:
-            tried.append(time.monotonic())
+            tried.append(threading.current_thread().name)
             time.sleep(0.5)
             raise redis.TimeoutError("no answer")
 
@@ -210,16 +211,15 @@ async def test_a_redis_that_hangs_holds_nobody_up(api: Api, live: Run, monkeypat
     monkeypatch.setattr(events, "LOOK_SECONDS", 0.05)
     ear = bells.Ear()
     monkeypatch.setattr(bells, "ear", lambda: ear)
-    begin = time.monotonic()
 
     async def listened(number: int) -> None:
         async with ear.alisten(f"longhaul.run.{number}"):
             pass
 
     await asyncio.gather(*(listened(number) for number in range(40)))
-    # In seconds; one after another they take 20. Nor are the loop's threads kept busy by them for so long.
-    await sync_to_async(eventually)(lambda: not ear._events, within=10)
-    assert time.monotonic() - begin < 10
+    # One after another they would all try, for 20 s. Nor are the loop's threads kept busy by them for so long.
+    await sync_to_async(eventually)(lambda: not ear._events, why="all have left")
+    assert 0 < len([name for name in tried if name != "longhaul-ear"]) < 20  # of 40
     told = await begun(api, live)
     await cancel(live)
     assert [each async for each in told][-1].event == "run.cancelled"
@@ -286,8 +286,6 @@ async def gone(response: Any) -> None:
 
 
 async def test_who_leaves_while_it_subscribes_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    import threading
-
     ear, entered, go_on = bells.Ear(), threading.Event(), threading.Event()
     add = ear.add
 

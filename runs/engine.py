@@ -11,11 +11,11 @@ import contextlib
 import logging
 import random
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
 from decimal import Decimal
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 from uuid import UUID
 
 from django.db import DatabaseError, InterfaceError, connection
@@ -55,6 +55,8 @@ logger = logging.getLogger("longhaul.engine")
 LONGEST_NAME = 200  # of a call, as a column holds it; the model may say anything
 MARGIN = timedelta(seconds=30)  # after model_timeout: what a commit may take
 LOOK_SECONDS = 1.0  # how often a lingering leg looks though no bell rang
+TURN = 8  # events of a model in a row, before the others of this process
+E = TypeVar("E")
 
 
 @dataclass
@@ -179,6 +181,19 @@ def advance(run_id: UUID, dispatch_seq: int, process: Process, *, task_id: str =
         finally:
             process.legs.discard(claim)
             logs.release(told)
+
+
+def in_turn(events: Iterable[E]) -> Iterator[E]:
+    """Yield the events, and let the other greenlets of this process have their turn every few of them.
+
+    A read that finds data does not wait, so a greenlet whose model is ahead of it would read on for ever, and the
+    flusher, and all other legs, would stand still meanwhile (measured: 200 streams of 100 chunks/s on a busy machine, not one
+    row in ten seconds). In a thread it costs nothing.
+    """
+    for number, event in enumerate(events, 1):
+        yield event
+        if not number % TURN:
+            time.sleep(0)
 
 
 class Leg:
@@ -356,7 +371,7 @@ class Leg:
         self.usage = None
         stream = self.provider.stream(request)
         with contextlib.closing(stream), self.claim.interruptible():  # type: ignore[type-var]
-            for event in stream:
+            for event in in_turn(stream):
                 self.claim.check()
                 self._hear(turn, answer, event)
         return answer

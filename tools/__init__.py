@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tools.context import ToolContext
-    from tools.exceptions import ApprovalRequired, ModelRetry, ToolFailed
+    from tools.exceptions import AlreadySettled, ApprovalRequired, ModelRetry, ToolFailed
     from tools.models import ToolCall
     from tools.registry import Tool, tool
     from tools.retry import RetryPolicy
 
 __all__ = [
+    "AlreadySettled",
     "ApprovalRequired",
     "ModelRetry",
     "RetryPolicy",
@@ -25,6 +26,7 @@ __all__ = [
 ]
 
 _HOME = {
+    "AlreadySettled": "tools.exceptions",
     "ApprovalRequired": "tools.exceptions",
     "ModelRetry": "tools.exceptions",
     "RetryPolicy": "tools.retry",

@@ -36,6 +36,7 @@ lint: .venv/ready ## style, types, imports, migrations, Django's and Longhaul's 
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m mypy $(TESTED) tests $(wildcard benchmarks)
+	$(PYTHON) -m mypy --strict clients/python/src
 	cd examples/support_desk && ../../$(PYTHON) -m mypy --cache-dir ../../.mypy_cache/support_desk .
 	$(PYTHON) -c 'from importlinter.cli import lint_imports_command as lint; lint()' --no-logo
 	$(PYTHON) -W "ignore:Got an error checking:RuntimeWarning" manage.py makemigrations --check --dry-run

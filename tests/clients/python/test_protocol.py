@@ -345,7 +345,7 @@ def delta(text: str, kind: str = "text") -> tuple[str, dict[str, Any]]:
     return f"{kind}.delta", {"message": "m", "text": text}
 
 
-CREATED = ("message.created", {"message": "m", "role": "assistant", "step": 1})
+CREATED: tuple[str, dict[str, Any]] = ("message.created", {"message": "m", "role": "assistant", "step": 1})
 CALL = {"tool_call": "c", "name": "look", "message": "m"}
 
 
@@ -379,7 +379,7 @@ def test_a_discarded_message_takes_its_calls_along() -> None:
 
 def test_a_call_is_as_its_last_event_says() -> None:
     made = Transcript()
-    told = [
+    told: list[tuple[tuple[str, dict[str, Any]], str]] = [
         (("tool_call.created", {**CALL, "arguments": {"n": 1}}), "requested"),
         (("tool_call.started", {**CALL, "attempt": 1}), "running"),
         (("tool_call.progress", {**CALL, "fraction": 0.5, "note": "half"}), "running"),
@@ -410,7 +410,10 @@ def test_how_the_run_stands() -> None:
         made.take_all(tell((type, {}), first=made.seq + 1))
         assert made.status == status
         assert made.is_running
-    end = ("run.failed", {"stop_reason": "error", "output": None, "error": {"code": "x"}, "usage": {"cost": "1"}})
+    end: tuple[str, dict[str, Any]] = (
+        "run.failed",
+        {"stop_reason": "error", "output": None, "error": {"code": "x"}, "usage": {"cost": "1"}},
+    )
     made.take_all(tell(end, first=made.seq + 1))
     assert (made.status, made.stop_reason, made.error, made.is_running) == ("failed", "error", {"code": "x"}, False)
     made.take_all(tell(("run.queued", {"superseded": "m"}), run=OTHER))

@@ -155,7 +155,8 @@ class AsyncStream:
     async def __aiter__(self) -> AsyncIterator[Event]:
         try:
             while await self._fill():
-                yield self._take()
+                while self._ready:
+                    yield self._take()
         finally:
             await self.close()
 

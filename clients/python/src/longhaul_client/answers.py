@@ -55,12 +55,12 @@ class NewMessage(TypedDict, total=False):
     client_id: str
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen: that costs a microsecond for each
 class Event:
     """A fact of a run's log. `event["text"]` is a field of its own; `data` holds all.
 
     `seq` counts from 1 within `run`; it is None of a `resume_gap`, and of nothing else. `id` is the cursor that goes on behind
-    this event: of a run's stream its seq, of a thread's `RUN:SEQ`.
+    this event: of a run's stream its seq, of a thread's `RUN:SEQ`. `raw` is the JSON of `data` as it was sent, to be passed on.
     """
 
     type: str
@@ -68,6 +68,7 @@ class Event:
     run: str
     data: Mapping[str, Any]
     id: str = ""
+    raw: bytes = field(default=b"", repr=False, compare=False)
 
     def __getitem__(self, name: str) -> Any:
         return self.data[name]

@@ -143,7 +143,7 @@ class Following:
                 if frame.type == "ping":
                     self._progress()
                     continue
-                event = self._event(frame.id, json.loads(frame.data))
+                event = self._event(frame.id, frame.data, json.loads(str(frame.data, "utf-8")))
                 if event is not None:
                     found.append(event)
                     self._progress()
@@ -156,7 +156,7 @@ class Following:
             self.fault = StreamBroken(f"Something in the stream is no event: {what}.")
         return found
 
-    def _event(self, id: str, data: Mapping[str, object]) -> Event | None:
+    def _event(self, id: str, raw: bytes, data: Mapping[str, object]) -> Event | None:
         """Return the event, and stand behind it; None when it came before. Raises StreamBroken when others are missing."""
         type = str(data["type"])
         if type == "resume_gap":
@@ -168,7 +168,7 @@ class Following:
                 return None
             else:
                 self.seq = to
-            return Event(type, None, "" if self.thread is not None else self.run or "", data, self.cursor)
+            return Event(type, None, "" if self.thread is not None else self.run or "", data, self.cursor, raw)
         seq, run = data["seq"], self.run
         if not isinstance(seq, int):
             raise TypeError
@@ -186,7 +186,7 @@ class Following:
         self.run, self.seq = run, seq
         if type in TERMINAL and self.thread is None:
             self.over = True
-        return Event(type, seq, run or "", data, id)
+        return Event(type, seq, run or "", data, id, raw)
 
     def _progress(self) -> None:
         self._failures = self._faults = 0

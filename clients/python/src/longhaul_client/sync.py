@@ -153,7 +153,8 @@ class Stream:
     def __iter__(self) -> Iterator[Event]:
         try:
             while self._fill():
-                yield self._take()
+                while self._ready:
+                    yield self._take()
         finally:
             self.close()
 

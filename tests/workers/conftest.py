@@ -23,8 +23,10 @@ from django.db import connection
 from agents_project.demo.model_server import Cut, ModelCall, ModelServer, Pause, Reply, Silence, Status, Text, ToolCall
 from runs import Run, invariants
 from runs.agents import registry
+from runs.sweep import SWEEP_LOCK
 from runs.verification import verify_all
 from tests.workers.app.agents import worker_test
+from threads.database import rows_of
 from tools.models import Worker
 
 POOLS = {
@@ -148,6 +150,37 @@ class Kit:
             self.processes[name] = subprocess.Popen(
                 [*command, *POOLS[kind], *quiet], env=environment, stdout=log, stderr=log, start_new_session=True
             )
+
+    @contextmanager
+    def who_sees_deaths_by_locks_alone(self) -> Iterator[None]:
+        """Within the block the one control worker takes nobody for dead by the time of silence, and has seen all locks.
+
+        Who dies then, and is missed at all, was missed by their lock: no stopwatch has to tell the two apart.
+        """
+        before = self.environment
+        self._end("control")
+        self.environment = {**before, "TESTS_PRESENCE_TTL_SECONDS": "600"}
+        try:
+            self.up(control=1)
+            self._await_look()
+            yield
+        finally:
+            self.environment = before
+            self._end("control")
+
+    def _end(self, kind: str) -> None:
+        for name in self.names(kind):
+            self.kill(self.processes[name])
+
+    def _await_look(self) -> None:
+        """Wait until who sweeps has looked at those who are present: a lock that it never saw held is no lost one."""
+        [[now]] = rows_of("SELECT clock_timestamp()")
+        looked = """
+            SELECT 1 FROM pg_locks l JOIN pg_stat_activity a USING (pid)
+            WHERE l.locktype = 'advisory' AND l.objsubid = 1 AND l.granted AND a.datname = current_database()
+              AND (l.classid::bigint << 32) | l.objid::bigint = %s
+              AND a.state = 'idle' AND a.query_start > %s AND a.query LIKE '%%FROM longhaul_tools_worker w%%'"""
+        eventually(lambda: rows_of(looked, (SWEEP_LOCK, now)), why="who sweeps has looked")
 
     def of(self, life: Any) -> subprocess.Popen[bytes]:
         """Return the process that holds a claim under this life."""

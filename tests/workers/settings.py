@@ -1,5 +1,7 @@
 """What the workers of these tests run with: the project, their agents, and short times."""
 
+import os
+
 from agents_project.settings import *  # noqa: F403
 from agents_project.settings import INSTALLED_APPS, LOGGING
 from agents_project.settings import LONGHAUL as SAID
@@ -9,7 +11,7 @@ LONGHAUL = {
     **SAID,
     "DRAIN_GRACE_SECONDS": 1,
     "MODEL_SILENCE_SECONDS": 60,
-    "PRESENCE_TTL_SECONDS": 6,
+    "PRESENCE_TTL_SECONDS": float(os.environ.get("TESTS_PRESENCE_TTL_SECONDS", "6")),
     "POISON_LIMIT": 3,
 }
 

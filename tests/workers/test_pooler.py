@@ -43,7 +43,6 @@ pytestmark = [
 
 TTL = 6.0  # seconds, in the settings of these workers
 BEAT = 2.0
-SOON = 3.5  # less than the TTL allows, for it counts from the last beat: what comes sooner was seen by its lock
 
 
 def direct_url() -> str:
@@ -262,26 +261,29 @@ def test_the_check_says_what_it_costs_and_the_hint_is_right(workers: Kit) -> Non
 
 def test_with_a_way_past_the_pooler_a_death_is_seen_at_once_and_the_pooled_are_left_alone(workers: Kit) -> None:
     """A mixed fleet: of the agents workers one shows itself by its beats alone."""
-    for kind in ("control", "agents"):
-        for name in workers.names(kind)[kind == "agents" :]:
-            workers.kill(workers.processes[name])
+    for name in workers.names("agents")[1:]:
+        workers.kill(workers.processes[name])
     before = workers.environment
     workers.environment = {**before, "DIRECT_DATABASE_URL": direct_url()}
     try:
-        workers.up(control=1, agents=2)
+        workers.up(agents=2)
+        with workers.who_sees_deaths_by_locks_alone():
+            one_of_each_kind(workers)
     finally:
         workers.environment = before
+    for name in workers.names("agents"):  # the next test has its own
+        workers.kill(workers.processes[name])
+
+
+def one_of_each_kind(workers: Kit) -> None:
     kinds = Worker.objects.filter(gone_at=None, kind="agents", name__in=[f"{n}@test" for n in workers.names("agents")])
     [pooled], [direct] = kinds.filter(lock_key=None), kinds.exclude(lock_key=None)
     while True:
         run = streaming(worker_test.start("tell me"))
         if run.holder == direct.pk:
             break
-    began = time.monotonic()
     killed(workers, run.holder)
-    resumed(run, run.legs)
-    assert time.monotonic() - began < SOON
     assert ended(run).output == SENTENCE
+    assert [leg.reason for leg in run.leg_set.order_by("number")] == ["lost", "finished"]
+    eventually(lambda: direct.pk not in present(), why="the dead one is closed")
     assert pooled.pk in present()
-    for name in (*workers.names("control"), *workers.names("agents")):  # the next test has its own
-        workers.kill(workers.processes[name])

@@ -20,6 +20,7 @@ from tests.http.conftest import ended as ended
 from tests.http.conftest import helper as helper
 from tests.http.conftest import live as live
 from tests.http.web import web as web
+from tests.streams import outside
 from tests.streams.inside import opened
 
 
@@ -48,6 +49,15 @@ def ears_are_free() -> Iterator[None]:
     """What waits to be heard no more is not heard, before the next test looks."""
     yield
     wait([broadcast._ear().submit(lambda: None)], timeout=20)
+
+
+@pytest.fixture
+async def nothing_stays_open() -> AsyncIterator[None]:
+    """No connection to a server outside is left to the next test."""
+    yield
+    for each in list(outside.opened):
+        each.close()
+    await asyncio.sleep(0.01)  # the loop closes their sockets
 
 
 @pytest.fixture(autouse=True)

@@ -10,13 +10,14 @@ import asyncio
 import os
 import random
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 import psycopg
 import pytest
@@ -32,10 +33,13 @@ from runs.models import Event, Run
 from tests.http.conftest import Api
 from tests.streams.app.agents import teller
 from tests.streams.cutting import CuttingProxy
-from tests.streams.outside import Connection, Process, Wire, opened, processes, seq_of
+from tests.streams.folding import Folded
+from tests.streams.outside import Connection, Process, Wire, processes, seq_of
 from tests.streams.reading import OVER, Reader, Site
 from tests.workers.conftest import Kit, eventually, kit_over
 from threads.models import Thread
+
+pytestmark = pytest.mark.usefixtures("nothing_stays_open")
 
 WORDS = ["word", "größer", "\u2028", "日本語", "🙂", "two\n\nlines", "data: x", '"quoted"', "id: 7", "e\u0301"]
 SETTINGS = "tests.streams.settings"
@@ -146,7 +150,8 @@ class World:
 
 
 @pytest.fixture
-def seed(request: pytest.FixtureRequest) -> int:
+def seed() -> int:
+    """CUTS_SEED, or one that is printed."""
     found = int(os.environ.get("CUTS_SEED", 0)) or random.SystemRandom().randrange(1, 2**31)
     print(f"CUTS_SEED={found}")
     return found
@@ -175,14 +180,6 @@ def world(transactional_db: None, tmp_path: Path, seed: int) -> Iterator[World]:
             run.cancel()
         report = invariants.check()
         assert not any(report.violations.values()), str(report)
-
-
-@pytest.fixture(autouse=True)
-async def nothing_stays_open() -> AsyncIterator[None]:
-    yield
-    for each in list(opened):
-        each.close()
-    await asyncio.sleep(0.01)  # the loop closes their sockets
 
 
 async def uncut(port: int, path: str, key: str, runs: int = 1) -> list[bytes]:
@@ -228,19 +225,20 @@ async def tell_and_read(
             case _:
                 one = Reader(site, own, thread=thread, runs=runs, forgets=True)
         following.append(one)
+    live = Run.objects.filter(finished_at=None).aexists
     tasks = [asyncio.create_task(each.follow()) for each in following]
     try:
-        async with asyncio.timeout(600):
+        async with asyncio.timeout(350):
             for deed in deeds:
                 cut = sum(each.cuts for each in following)
-                while sum(each.cuts for each in following) < cut + readers // 2 and not all(
-                    each.done() for each in tasks
-                ):
+                while sum(each.cuts for each in following) < cut + readers // 2 and await live():
                     await asyncio.sleep(0.1)  # between looks at a condition
                     _fail_early(tasks)
+                if not await live():
+                    break
                 print(f"{time.monotonic() - begin:6.1f} s: {_name(deed)}, {sum(each.over for each in following)} over")
                 await deed()
-            while await Run.objects.filter(finished_at=None).aexists():
+            while await live():
                 await asyncio.sleep(0.1)  # between looks at a condition
                 _fail_early(tasks)
             for proxy in world.proxies:
@@ -252,10 +250,13 @@ async def tell_and_read(
         for each in tasks:
             each.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        await site.close()
         cuts = sum((each.cuts for each in world.proxies), start=type(world.proxies[0].cuts)())
         print(f"{time.monotonic() - begin:6.1f} s: {sum(each.cuts for each in following)} times came back, {dict(cuts)},"
               f" {dict(site.checks)}, refused {dict(site.refused)}")  # fmt: skip
+    assert site.checks["at its place"] > readers, "many were compared in between"
+    assert await Event.objects.filter(type="message.discarded", run__thread__in=map(UUID, told)).aexists(), (
+        "some were told anew"
+    )
     for web in world.webs:
         await sync_to_async(web.up)()
     key, port = api.key, world.webs[0].port
@@ -266,6 +267,8 @@ async def tell_and_read(
             for frame in of_thread
         ]
         last = places[-1][0]
+        final = await site.snapshot(thread)
+        assert (final.run, final.seq) == places[-1]
         for run in [*known, last]:
             of_run = await uncut(port, f"/api/runs/{run}/stream", key)
             assert [seq_of(each) for each in of_run] == list(range(1, len(of_run) + 1))
@@ -281,6 +284,10 @@ async def tell_and_read(
                 if not reader.forgets:
                     assert len(reader.frames) == len(of_thread)
                 assert reader.at == places[-1]
+            if reader.thread == thread:
+                shown = Folded(final.of(None if reader.whole else reader.run))
+                assert reader.fold.messages == shown.messages
+    await site.close()
     for line in "".join(web.said() for web in world.webs).splitlines():
         assert "Traceback" not in line or any(word in line for word in ("OperationalError", "InterfaceError")), line
 

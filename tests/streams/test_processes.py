@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from functools import cache, partial
 from pathlib import Path
@@ -24,20 +24,15 @@ from runs.agents import Agent
 from runs.models import Run
 from runs.run_log import DatabaseRunLog
 from tests.http.conftest import Api
-from tests.streams.outside import Connection, Process, Wire, opened, processes, seq_of
+from tests.streams.outside import Connection, Process, Wire, processes, seq_of
 from tests.workers.conftest import eventually
 from threads import clock
 from threads.models import ApiKey
 
-pytestmark = [pytest.mark.django_db(transaction=True), pytest.mark.slow, pytest.mark.timeout(240)]
-
-
-@pytest.fixture(autouse=True)
-async def nothing_stays_open() -> AsyncIterator[None]:
-    yield
-    for each in list(opened):
-        each.close()
-    await asyncio.sleep(0.01)  # the loop closes their sockets
+pytestmark = [
+    pytest.mark.django_db(transaction=True), pytest.mark.slow, pytest.mark.timeout(240),
+    pytest.mark.usefixtures("nothing_stays_open"),
+]  # fmt: skip
 
 
 cancel = sync_to_async(Run.cancel)

@@ -159,7 +159,7 @@ async def test_two_hundred_who_wait_hold_up_nobody(api: Api, helper: Agent, web:
         assert await sync_to_async(connections_of_others)() <= 10 + 2 + 2
         print(f"a plain GET beside 200 that wait: median {statistics.median(beside) / alone:.1f} times as long,"
               f" the longest {max(beside) / alone:.1f} times")  # fmt: skip
-        assert max(beside) < 5  # seconds; were they served one after another, each look of 200 would come first
+        assert max(beside) < 20  # seconds; were they served one after another, each look of 200 would come first
         await cancel(run)
         begin = time.monotonic()
         answers = await asyncio.gather(*waiting)

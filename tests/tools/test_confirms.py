@@ -39,6 +39,9 @@ def node() -> Iterator[RabbitMQ]:
 def app(node: RabbitMQ, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     present = get_current_app()
     monkeypatch.setenv("CELERY_BROKER_URL", node.url)
+    monkeypatch.setattr(
+        confirms, "PATIENCE", 60.0
+    )  # seconds: what waits for an answer in vain is told from what does not
     made = Celery("host")
     made.set_current()
     yield made
@@ -58,8 +61,8 @@ def waiting(app: Any, count: int) -> None:
     wait_until(lambda: messages.depth(app, QUEUE) == count)
 
 
-def refused(within: float) -> str:
-    """A message that is refused, and so soon; what is said of it."""
+def refused(within: float = 20.0) -> str:
+    """A message that is refused, long before nobody would wait any more; what is said of it."""
     began = time.monotonic()
     with pytest.raises(OperationalError) as caught:
         send()
@@ -89,7 +92,7 @@ def test_a_message_for_a_queue_that_was_deleted_comes_back_and_the_next_declares
     send()
     with Connection(os.environ["CELERY_BROKER_URL"]) as connection:
         connection.channel().queue_delete(QUEUE)  # type: ignore[attr-defined]
-    assert "NO_ROUTE" in refused(within=2)
+    assert "NO_ROUTE" in refused()
     send()
     waiting(app, 1)
 
@@ -111,8 +114,8 @@ def test_a_broker_that_is_short_of_memory_refuses_at_once(app: Any, node: Rabbit
     node.control("set_vm_memory_high_watermark", "0.00001")
     try:
         wait_until(lambda: "memory" in node.control("list_connections", "state") or _is_refused(), 20)
-        assert "short of memory" in refused(within=2)
-        assert "short of memory" in refused(within=2)
+        assert "short of memory" in refused()
+        assert "short of memory" in refused()
     finally:
         node.control("set_vm_memory_high_watermark", "0.4")
     wait_until(lambda: not _is_refused(), 20)
@@ -133,12 +136,12 @@ def test_a_broker_that_hangs_is_waited_for_a_bounded_time(
     send()
     os.kill(node.pid, signal.SIGSTOP)
     try:
-        assert "timed out" in refused(within=2)
+        assert "timed out" in refused()
         began = time.monotonic()
         monkeypatch.setattr(confirms, "CONNECT_PATIENCE", 0.5)
         monkeypatch.setattr(messages, "_hang", None)  # a second on
         assert messages.depth(app, QUEUE) is None
-        assert time.monotonic() - began < 10  # two tries to connect
+        assert time.monotonic() - began < 20  # two tries to connect
     finally:
         os.kill(node.pid, signal.SIGCONT)
     wait_until(lambda: not _is_refused(), 20)
@@ -150,7 +153,7 @@ def test_nobody_queues_for_long_behind_those_who_wait_for_a_broker_that_hangs(
     monkeypatch.setattr(confirms, "PATIENCE", 0.2)
     pool = confirms._pool(app)
     waiting_for_it = [pool.acquire() for _ in range(pool.limit)]
-    assert "taken" in refused(within=2)
+    assert "taken" in refused()
     for producer in waiting_for_it:
         producer.release()
     send()
@@ -176,6 +179,6 @@ def test_a_broker_that_is_gone_is_given_up_at_once(app: Any, monkeypatch: pytest
     gone = Celery("away")
     monkeypatch.setenv("CELERY_BROKER_URL", "amqp://guest:guest@127.0.0.1:1//")
     gone.set_current()
-    refused(within=2)
+    refused(within=5)  # kombu by itself tries for 6 s
     assert messages.depth(gone, QUEUE) is None
     app.set_current()

@@ -266,7 +266,7 @@ DECLARE
 BEGIN
     SELECT run_id INTO v_run_id FROM longhaul_tools_toolcall WHERE id = p_call;
     IF NOT FOUND THEN RETURN NULL; END IF;
-    IF (longhaul_run_lock(v_run_id)).thread_id IS NULL THEN RETURN NULL; END IF;  -- it has ended, and closed its calls
+    IF (longhaul_run_lock(v_run_id)).thread_id IS NULL THEN RETURN NULL; END IF;  -- its run has ended, and closed it
     v_now := longhaul_now();
     SELECT * INTO v_call FROM longhaul_tools_toolcall WHERE id = p_call FOR NO KEY UPDATE;
     IF v_call.status = 'settled' THEN RETURN NULL; END IF;  -- somebody was first

@@ -20,6 +20,7 @@ GROUPS: tuple[Group, ...] = (
     calls.SETTLES,
     calls.ATTEMPTS,
     calls.ATOMIC,
+    calls.ANSWERS,
     calls.ORDER,
     ends.ENDS,
     ends.BUSY,

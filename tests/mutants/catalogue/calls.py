@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from tests.mutants.catalogue.places import (
+    ANSWER,
     CALL_RECLAIM,
     CALLS,
     CANCEL,
@@ -468,7 +469,106 @@ _SETTLE_LOCKS = (
     "    IF (longhaul_run_lock(v_run_id)).thread_id IS NOT NULL THEN\n        v_now := longhaul_now();\n        UPDATE"
 )
 _CALL_LOCK = "    PERFORM 1 FROM longhaul_tools_toolcall WHERE id = p_call FOR NO KEY UPDATE;\n"
+_ANSWER_LOCKS = "    IF (longhaul_run_lock(v_run_id)).thread_id IS NULL THEN RETURN NULL; END IF;  -- it has ended, and closed its calls\n"
+_RELEASE_LOCKS = _ANSWER_LOCKS.replace("it has ended, and closed its calls", "its run has ended, and closed it")
 _CHANGED = f"{LOCKS}a_locked_run_when_a_call_is_changed_then_it_waits_without_the_calls_lock"
+
+_FIRST = "    IF v_call.status = 'settled' THEN RETURN NULL; END IF;  -- somebody was first\n"
+_AWAITED = "    IF v_call.status <> ALL (p_from) THEN RETURN jsonb_build_object('refused', v_call.status); END IF;\n"
+_UNKNOWN_ONLY = "    IF v_call.status <> 'unknown' THEN RETURN jsonb_build_object('refused', v_call.status); END IF;\n"
+_SETTLED_FIRST = f"{ANSWER}a_call_that_somebody_settled_when_a_person_answers_then_nothing_changes"
+_RELEASED = f"{ANSWER}a_released_call_when_the_originals_late_result_comes_then_it_changes_nothing"
+_REFUSED = f"{ANSWER}a_call_that_waits_for_no_answer_when_a_person_answers_then_it_is_refused_by_name"
+
+ANSWERS = Group(
+    "A person's word",
+    [
+        one(
+            "answer_of_the_settled",
+            "A settled call takes no answer, and no cancel.",
+            CALLS,
+            _FIRST + _AWAITED,
+            _AWAITED,
+            f"{_SETTLED_FIRST}[an answer]",
+        ),
+        one(
+            "answer_of_what_nobody_asked",
+            "An answer is for a call that waits for it.",
+            CALLS,
+            _AWAITED,
+            "",
+            f"{_REFUSED}[running]",
+        ),
+        one(
+            "answer_after_the_end",
+            "Nor does a call whose run has ended.",
+            CALLS,
+            _ANSWER_LOCKS
+            + "    v_now := longhaul_now();\n    SELECT * INTO v_call FROM longhaul_tools_toolcall WHERE id = p_call FOR NO KEY UPDATE;\n"
+            + _FIRST
+            + _AWAITED,
+            "    v_now := longhaul_now();\n    SELECT * INTO v_call FROM longhaul_tools_toolcall WHERE id = p_call FOR NO KEY UPDATE;\n",
+            f"{_SETTLED_FIRST}[the end of its run]",
+        ),
+        one(
+            "release_of_what_runs",
+            "Only an unknown call is released.",
+            CALLS,
+            _FIRST + _UNKNOWN_ONLY,
+            _FIRST,
+            f"{_REFUSED}[running]",
+        ),
+        one(
+            "release_of_the_settled",
+            "A settled call is not released.",
+            CALLS,
+            _FIRST + _UNKNOWN_ONLY,
+            _UNKNOWN_ONLY,
+            f"{_SETTLED_FIRST}[an answer]",
+        ),
+        one(
+            "released_under_the_old_attempt",
+            "A release begins another attempt: what the lost one returns is refused from then on.",
+            CALLS,
+            "SET status = 'retrying', attempt = attempt + 1, max_attempts = greatest(max_attempts, attempt + 1), error = p_error,",
+            "SET status = 'retrying', error = p_error,",
+            _RELEASED,
+        ),
+        one(
+            "released_and_lost",
+            "The lost attempt is told apart from one that counts, for such a call starts at most once unless a person says so.",
+            CALLS,
+            "    UPDATE longhaul_tools_toolattempt SET outcome = 'released', error = p_error\n",
+            "    UPDATE longhaul_tools_toolattempt SET error = p_error\n",
+            _RELEASED,
+        ),
+        one(
+            "cancel_leaves_the_attempt_open",
+            "A cancelled call's attempt is closed with it.",
+            CALLS,
+            "    UPDATE longhaul_tools_toolattempt SET ended_at = v_now, outcome = p_outcome, error = p_error\n"
+            "    WHERE call_id = p_call AND ended_at IS NULL;\n",
+            "",
+            f"{ANSWER}a_running_call_when_it_is_cancelled_then_its_attempt_is_closed_and_its_result_refused",
+        ),
+        one(
+            "nobody_is_told",
+            "A tool that asks nobody has failed when its worker is lost, and the model is told.",
+            CALLS,
+            "CASE v_call.on_unknown WHEN 'ask' THEN 'unknown' ELSE 'unknown_outcome' END",
+            "'unknown'",
+            f"{ANSWER}a_tool_that_asks_nobody_when_its_worker_is_lost_then_it_is_settled_as_it_chose[tell_model-queued]",
+        ),
+        one(
+            "run_goes_on_without_it",
+            "Or its run fails with it.",
+            CALLS,
+            "        IF v_code = 'unknown_outcome' AND v_call.on_unknown = 'fail' THEN\n",
+            "        IF false THEN\n",
+            f"{ANSWER}a_tool_that_asks_nobody_when_its_worker_is_lost_then_it_is_settled_as_it_chose[fail-failed]",
+        ),
+    ],
+)
 
 ORDER = Group(
     "Lock order",
@@ -498,6 +598,22 @@ ORDER = Group(
             _CALL_LOCK
             + "    IF (longhaul_run_lock(v_run_id)).thread_id IS NULL THEN RETURN NULL; END IF;\n    v_now := longhaul_now();\n    SELECT",
             f"{_CHANGED}[reclaim]",
+        ),
+        one(
+            "answer_locks_the_call_first",
+            "by a person's answer,",
+            CALLS,
+            _ANSWER_LOCKS,
+            _CALL_LOCK + _ANSWER_LOCKS,
+            f"{_CHANGED}[answer]",
+        ),
+        one(
+            "release_locks_the_call_first",
+            "by its release,",
+            CALLS,
+            _RELEASE_LOCKS,
+            _CALL_LOCK + _RELEASE_LOCKS,
+            f"{_CHANGED}[release]",
         ),
         one(
             "claim_locks_the_call_first",

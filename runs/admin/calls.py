@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from typing import Any
+from uuid import UUID
 
-from django.contrib import admin
+from django.contrib import admin, messages
+from django.core.exceptions import PermissionDenied
 from django.db.models import QuerySet, TextField
 from django.db.models.functions import Cast, Left
-from django.http import HttpRequest
+from django.http import Http404, HttpRequest, HttpResponse, HttpResponseRedirect
+from django.urls import path, reverse
 
 from runs import access, flower
+from runs.admin import answer
 from runs.admin.followed import Followed, Section, is_page
 from runs.admin.run_page import attempt_shown, names_of
 from runs.models import Run
@@ -23,6 +27,7 @@ ATTEMPTS = 100  # on the page of a call
 
 @admin.register(ToolCall)
 class ToolCallAdmin(Followed):
+    change_form_template = "admin/longhaul_tools/toolcall/change_form.html"
     list_display = ("id", "name", "state", "outcome_", "begins", "run_link", "step", "tries", "created", "took")
     list_filter = (
         belonging("run", "run_id"),
@@ -82,7 +87,35 @@ class ToolCallAdmin(Followed):
         if call is not None:
             seen = access.visible(Run, request.user).filter(parent_call_id=call.pk)
             call._child = seen.values_list("pk", flat=True).first()
+            if answer.open_to(request, call):
+                context["answer_url"] = self._url("answer", call.pk)
         return super().render_change_form(request, context, *args, **options)
+
+    # --- what people say of a call whose worker died
+
+    def get_urls(self) -> list[Any]:
+        view = self.admin_site.admin_view(self.answer_view)
+        return [path("<uuid:call_id>/answer/", view, name="longhaul_tools_toolcall_answer"), *super().get_urls()]
+
+    def answer_view(self, request: HttpRequest, call_id: UUID) -> HttpResponse:
+        """Ask (GET), then say (POST) what became of an unknown call."""
+        call = self.get_queryset(request).filter(pk=call_id).first()
+        if call is None or not self.has_view_permission(request, call):
+            raise Http404
+        if not answer.allowed(request, call):
+            raise PermissionDenied
+        page = self._url("change", call.pk)
+        form = answer.AnswerForm(request.POST if request.method == "POST" else None)
+        if call.status != CallStatus.UNKNOWN:
+            self.message_user(request, f"The call waits for no answer: it is {call.status}.", messages.WARNING)
+            return HttpResponseRedirect(page)
+        if request.method == "POST" and form.is_valid():
+            answer.answer(request, self, call, form)
+            return HttpResponseRedirect(page)
+        return answer.ask(request, self, call, form, back=page)
+
+    def _url(self, page: str, pk: UUID) -> str:
+        return reverse(f"admin:longhaul_tools_toolcall_{page}", args=(pk,), current_app=self.admin_site.name)
 
     @admin.display(description="outcome")
     def outcome_(self, call: ToolCall) -> str:

@@ -137,6 +137,10 @@ async def test_stop_in_the_middle_and_resume(page: Any, proxy: CuttingProxy) -> 
 
 
 async def test_without_a_network_and_back(page: Any, proxy: CuttingProxy) -> None:
+    # By itself it would come back in some minutes: that the page is online again is why it does.
+    patience = {**PATIENCE, "baseMs": 900_000, "maxMs": 900_000}
+    await page.context.add_init_script(f"sessionStorage.setItem('options', '{json.dumps({'patience': patience})}')")
+    await page.reload()
     await say(page, "tell me")
     await until(page, "state.messages[1]?.content.length")
     await page.evaluate("window.connections = []; thread.subscribe(state => connections.push(state.connection))")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -46,12 +48,12 @@ def test_a_conversation_over_cuts_is_the_one_that_was_held(workers: Kit, api: Ap
     assert told["ofRuns"] == log
     # And what it shows is what the thread holds.
     listed = api.get(f"/api/threads/{told['thread']}/messages?limit=200")["results"]
-    fields = ("id", "role", "status", "content", "run", "step", "client_id")
-    assert [tuple(each[name] for name in fields) for each in told["messages"]] == [
-        tuple(each[name] for name in fields) for each in listed
-    ]
-    calls = [api.get(f"/api/runs/{run.pk}/tool-calls")["results"] for run in runs]
-    fields = ("id", "name", "status", "outcome", "result", "arguments")
-    assert [tuple(each[name] for name in fields) for each in told["toolCalls"].values()] == [
-        tuple(each[name] for name in fields) for page in calls for each in page
-    ]
+    names = ["id", "role", "status", "content", "run", "step", "client_id"]
+    assert of(told["messages"], names) == of(listed, names)
+    pages = [api.get(f"/api/runs/{run.pk}/tool-calls")["results"] for run in runs]
+    names = ["id", "name", "status", "outcome", "result", "arguments"]
+    assert of(told["toolCalls"].values(), names) == of(chain(*pages), names)
+
+
+def of(rows: Iterable[dict[str, Any]], names: list[str]) -> list[dict[str, Any]]:
+    return [{name: row[name] for name in names} for row in rows]

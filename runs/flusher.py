@@ -9,6 +9,7 @@ which ordinals it has. (A read-back would not do: a server may still be at work 
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from dataclasses import dataclass, field
@@ -52,6 +53,7 @@ class Buffer:
     answered: threading.Event = field(default_factory=threading.Event)
     ordinal: int = 0
     since: float = 0.0  # when the oldest unwritten chunk came, monotonic
+    begun: bool = False  # some of it was sent: what comes now is of a message that goes on
     lock: threading.Lock = field(default_factory=threading.Lock)  # leg and flusher are two threads where not greenlets
 
     def add(self, type: str, text: str, **fields: Any) -> None:
@@ -85,6 +87,7 @@ class Buffer:
             if not self.chunks:
                 return False
             self.in_flight, self.chunks = self.chunks, []
+            self.begun = True
             for chunk in self.in_flight:
                 chunk.sent = True
             self.answered.clear()
@@ -108,6 +111,7 @@ class Flusher:
         self._rung: set[str] = set()
         self._work = threading.Event()
         self._ended = False
+        self._due = math.inf  # when the round that was begun should be over, monotonic
         self._thread = threading.Thread(target=self._keep, name="longhaul-flusher", daemon=True)
 
     def start(self) -> None:
@@ -129,6 +133,11 @@ class Flusher:
     def wake(self) -> None:
         self._work.set()
 
+    @property
+    def is_late(self) -> bool:
+        """Whether a round takes longer than it should: legs that read on without a pause leave it no time."""
+        return time.monotonic() > self._due
+
     def ring(self, run_id: UUID) -> None:
         """Ring for a commit with the next batch: many in one round trip."""
         self._rung.add(bells.run_channel(run_id))
@@ -138,22 +147,24 @@ class Flusher:
         while not self._ended:
             self._work.wait()
             self._work.clear()
+            self._due = time.monotonic() + 2 * self._interval
             time.sleep(self._interval)
             try:
                 self.flush(older_than=self._interval * 0.9)
             except Exception:
                 logger.exception("The flusher goes on after an error")
                 connection.close()
+            self._due = math.inf
 
     def flush(self, older_than: float = 0.0) -> None:
-        """Write what has been buffered for so many seconds, in one transaction, then ring.
+        """Write what has been buffered, in one transaction, then ring.
 
-        In its own rhythm the flusher lets what has only just come wait a round: a step that ends meanwhile writes it with
-        its commit, at no cost.
+        A message that has only just begun, less than `older_than` seconds ago, waits a round: a step that ends meanwhile writes it
+        with its commit, at no cost. One that goes on does not wait: it would be late by a round each time.
         """
         waiting = [buffer for buffer in list(self._buffers.values()) if buffer.chunks and not buffer.in_flight]
         due = time.monotonic() - older_than
-        batch = [buffer for buffer in waiting if buffer.since <= due]
+        batch = [buffer for buffer in waiting if buffer.begun or buffer.since <= due]
         if len(batch) < len(waiting):
             self._work.set()
         batch = [buffer for buffer in batch if buffer.send()]

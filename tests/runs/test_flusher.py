@@ -182,7 +182,9 @@ def test_what_is_said_is_stored_letter_by_letter(world: World, through: Flusher)
     assert one.whole()
 
 
-def test_what_has_only_just_come_waits_a_round(world: World, through: Flusher) -> None:
+def test_a_message_that_has_only_just_begun_waits_a_round_and_one_that_goes_on_does_not(
+    world: World, through: Flusher
+) -> None:
     waits, comes = Speaker(world, through), Speaker(world, through)
     waits.say("old")
     comes.say("new")
@@ -195,6 +197,9 @@ def test_what_has_only_just_come_waits_a_round(world: World, through: Flusher) -
     comes.buffer.since -= 60
     through.flush(older_than=30)
     assert comes.written() == ["newer"]
+    comes.say("still")
+    through.flush(older_than=30)
+    assert comes.written() == ["newer", "still"]
 
 
 def test_a_process_that_began_a_new_life_writes_for_its_legs_of_both(world: World, through: Flusher) -> None:

@@ -48,6 +48,7 @@ def client(web: Web, api: Api) -> Iterator[Longhaul]:
         yield made
 
 
+@pytest.mark.slow
 def test_a_run_is_started_looked_at_waited_for_and_cancelled(client: Longhaul) -> None:
     assert client.alive()["status"] == "alive"
     thread = client.threads.create(agent="worker_test", title="Orders", metadata={"a": 1})
@@ -110,6 +111,7 @@ async def test_the_same_with_await(web: Web, api: Api) -> None:
             _ = [event async for event in client.stream(run, after=99)]
 
 
+@pytest.mark.slow
 def test_pages_are_turned(client: Longhaul) -> None:
     made = [client.threads.create(title=str(number)).id for number in range(5)]
     found, cursor = [], None
@@ -140,6 +142,7 @@ def test_a_stream_that_ended_is_told_whole_from_any_cursor(client: Longhaul, end
     assert (made.status, made.output, made.text) == ("completed", "It is on its way.", "It is on its way.")
 
 
+@pytest.mark.slow
 def test_a_stream_that_was_left_goes_on_where_it_was(client: Longhaul, ended: Run) -> None:
     stream = client.stream(str(ended.pk))
     first = next(iter(stream))
@@ -151,6 +154,7 @@ def test_a_stream_that_was_left_goes_on_where_it_was(client: Longhaul, ended: Ru
         assert [len(batch) for batch in other.batches()] == [len(rest) + 1]
 
 
+@pytest.mark.slow
 def test_a_conversation_is_the_thread_as_it_is_and_as_it_becomes(
     client: Longhaul, helper: Agent, ended: Run, scripted_model: ScriptedModel
 ) -> None:
@@ -306,6 +310,7 @@ def test_no_key_is_said_when_it_fails(web: Web, api: Api, caplog: pytest.LogCapt
     assert "The stream of run x" in caplog.text
 
 
+@pytest.mark.slow
 def test_a_client_of_ones_own_signs_in_as_it_does(web: Web, api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LONGHAUL_URL", web.url)
     with httpx2.Client(headers={"Authorization": f"Bearer {api.key}"}) as http:

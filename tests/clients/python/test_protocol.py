@@ -273,6 +273,8 @@ def test_a_gap_is_told_and_what_follows_it_is_no_hole() -> None:
     found = thread.take(gap + frame(41, run=OTHER, prefix=f"{OTHER}:"))
     assert [(each.type, each.id) for each in found] == [("resume_gap", f"{RUN}:2"), ("data", f"{OTHER}:41")]
     assert thread.fault is None
+    assert seqs(following.take(frame(43))) == []
+    assert following.fault is not None, "but a hole behind what follows it is"
 
 
 def test_events_that_are_missing_are_asked_for_again_and_then_said() -> None:
@@ -420,6 +422,12 @@ def test_how_the_run_stands() -> None:
     assert (made.run, made.status, made.error, made.cursor) == (OTHER, "queued", None, f"{OTHER}:1")
 
 
+def test_a_retry_takes_away_what_it_does_again() -> None:
+    made = Transcript().take_all(tell(CREATED, delta("No.")))
+    made.take_all(tell(("run.queued", {"superseded": "m"}), run=OTHER))
+    assert made.messages == []
+
+
 def snapshot(*rows: dict[str, Any], seq: int = 3) -> Any:
     usual = {
         "thread": "t",
@@ -435,7 +443,7 @@ def snapshot(*rows: dict[str, Any], seq: int = 3) -> Any:
 def test_a_snapshot_and_what_follows_it_make_each_character_once() -> None:
     page = snapshot({"id": "m", "role": "assistant", "status": "pending", "content": [{"type": "text", "text": "Or"}]})
     made = Transcript(page)
-    made.take_all(tell(CREATED, delta("O"), delta("r"), delta("der")))
+    made.take_all(tell(delta("O"), delta("r"), delta("der"), first=2))
     assert made.text == "Order"
     assert page.results[0].text == "Or", "the snapshot stays what it was"
     assert page.cursor == f"{RUN}:3"

@@ -172,10 +172,15 @@ class Relay:
 
     def __init__(self, rig: Rig, workers: Workers, gather_ms: float) -> None:
         self._rig = rig
-        rig.start("relay", "relay", ["-m", "benchmarks.relay"], {"LONGHAUL_BENCH_GATHER_MS": str(gather_ms)})
+        self._gather_ms = gather_ms
+        self._start()
         self.port = serve(rig, workers, self.web, "benchmarks.relay:application", "/")
         self._runs: list[str] = []
         self._number = 0
+
+    def _start(self) -> None:
+        environment = {"LONGHAUL_BENCH_GATHER_MS": str(self._gather_ms)}
+        self._rig.start("relay", "relay", ["-m", "benchmarks.relay"], environment)
 
     def begin(self, load: Load) -> list[str]:
         self._number += 1
@@ -188,7 +193,7 @@ class Relay:
     def end(self, *, whole: bool) -> None:
         if not whole:  # what it still says has nobody to hear it
             self._rig.kill("relay")
-            self._rig.start("relay", "relay", ["-m", "benchmarks.relay"])
+            self._start()
         for run in self._runs:
             self._rig.valkey.delete(relay.stream_key(run))
 

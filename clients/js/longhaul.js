@@ -1140,8 +1140,6 @@ export class Thread {
   #life = null;
   /** Sends go out one after another. @type {Promise<unknown>} */
   #sends = Promise.resolve();
-  /** @type {Promise<string> | null} */
-  #making = null;
   #threadKey = uuid();
   /** @type {Set<(state: ThreadState) => void>} */
   #listeners = new Set();
@@ -1451,12 +1449,8 @@ export class Thread {
     if (this.#id) return this.#id;
     const { agent, newThread } = this.#options;
     const body = { ...(agent ? { agent } : {}), ...newThread };
-    this.#making ??= this.#api.json("POST", "threads", { body, idempotencyKey: this.#threadKey }).then(({ id }) => id);
-    try {
-      this.#id = await this.#making;
-    } finally {
-      this.#making = null;
-    }
+    // Under one key, for this may be the second message, after a first one that has failed.
+    this.#id = (await this.#api.json("POST", "threads", { body, idempotencyKey: this.#threadKey })).id;
     if (this.#life) void this.#live(this.#life.signal);
     return /** @type {string} */ (this.#id);
   }

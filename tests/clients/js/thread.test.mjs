@@ -17,6 +17,8 @@ class Server {
   keys = new Map();
   events = [];
   streams = new Set();
+  threads = 0;
+  status = "queued";
   refuses = null; // an answer to all
   older = null;
 
@@ -54,14 +56,17 @@ class Server {
   }
 
   create(path, body) {
-    if (path === "threads") return { id: "t", agent: body.agent };
+    if (path === "threads") {
+      this.threads += 1;
+      return { id: "t", agent: body.agent };
+    }
     if (path.endsWith("/cancel")) {
       const run = this.runs.get(path.split("/")[1]);
       run.status = "cancelled";
       this.say(run.id, { type: "run.cancelled", stop_reason: "cancelled" });
       return run;
     }
-    const run = { id: `r${this.runs.size + 1}`, thread: "t", status: "queued", stop_reason: null, error: null, output: null, last_seq: 0 };
+    const run = { id: `r${this.runs.size + 1}`, thread: "t", status: this.status, stop_reason: null, error: null, output: null, last_seq: 0 };
     this.runs.set(run.id, run);
     if (body.input) this.said = { type: "message.completed", message: `u${this.runs.size}`, role: "user", content: [{ type: "text", text: body.input }], client_id: body.client_id };
     if (this.tells) this.tell(run.id);
@@ -173,6 +178,8 @@ test("snapshot, then stream: each character once, over cuts", async () => {
     server.say("r1", delta(piece));
     await until(thread, (state) => texts(state)[1].endsWith(piece));
   }
+  const cursors = server.requests.filter(({ path }) => path.endsWith("/stream")).map(({ headers }) => headers.get("Last-Event-ID"));
+  assert.deepEqual(cursors, ["r1:3", "r1:4", "r1:5", "r1:6", "r1:7"], "nothing is asked for twice");
   server.say("r1", { type: "message.completed", message: "m", role: "assistant", content: [{ type: "text", text: "Hello you, there" }] });
   server.say("r1", { type: "run.completed", stop_reason: "end_turn", output: "Hello you, there" });
   const last = await until(thread, (state) => !state.isRunning);
@@ -262,13 +269,39 @@ test("the first send makes the thread, once, and messages keep their order", asy
   const thread = opened(server, { thread: null, newThread: { title: "T" } });
   assert.deepEqual([thread.getSnapshot().connection, thread.id], ["idle", null]);
   server.fault("threads", { after: lost });
+  server.fault("/runs", { before: async (asked, init) => {
+    await new Promise((resolve) => setTimeout(resolve, 30)); // so that the second one could overtake it
+    return server.answer(asked, init);
+  } });
   const sent = [thread.send("One"), thread.send("Two")];
-  await Promise.all(sent);
+  assert.deepEqual((await Promise.all(sent)).map(({ id }) => id), ["r1", "r2"]);
   const made = server.requests.filter(({ method, path }) => method === "POST" && path === "threads");
   assert.equal(new Set(made.map(({ headers }) => headers.get("Idempotency-Key"))).size, 1);
   assert.deepEqual(made[0].body, { agent: "a", title: "T" });
   const state = await until(thread, (state) => state.messages.every(({ status }) => status === "completed"));
   assert.deepEqual([state.thread, texts(state)], ["t", ["One", "Two"]]);
+});
+
+test("a thread whose making has failed is made under the same key", async () => {
+  const server = new Server();
+  const thread = opened(server, { thread: null, patience: { tries: 1 } });
+  server.fault("threads", { after: lost });
+  await assert.rejects(thread.send("One"));
+  await thread.send("Two");
+  await thread.resend(thread.getSnapshot().messages.find(({ status }) => status === "failed").key);
+  const state = await until(thread, (state) => state.messages.every(({ status }) => status === "completed"));
+  assert.deepEqual([texts(state), server.threads], [["Two", "One"], 1]);
+});
+
+test("stop cancels what waits for its turn, where nothing lives", async () => {
+  const server = new Server();
+  server.tells = false;
+  server.status = "held";
+  const thread = opened(server);
+  await thread.send("One");
+  assert.deepEqual([thread.getSnapshot().status, thread.getSnapshot().isRunning], [null, true]);
+  assert.equal((await thread.stop()).id, "r1");
+  assert.equal((await until(thread, (state) => state.status === "cancelled")).isRunning, false);
 });
 
 test("stop cancels what lives, also what is just being sent", async () => {
@@ -378,8 +411,10 @@ test("text comes at an even pace, and the end of a message flushes it", async ()
   assert.ok(new Set(shown).size >= 5, `${shown}`);
   assert.deepEqual(shown.filter((length) => length % 2), [], "no half of a pair");
   server.say("r1", delta("x".repeat(500)));
-  server.say("r1", { type: "message.completed", message: "m", role: "assistant", content: [{ type: "text", text: "Done" }] });
-  await until(thread, (state) => textOf(state.messages[0]) === "Done");
+  const whole = `${long}${"x".repeat(500)}`;
+  server.say("r1", { type: "message.completed", message: "m", role: "assistant", content: [{ type: "text", text: whole }] });
+  const done = await until(thread, (state) => state.messages[0].status === "completed");
+  assert.equal(textOf(done.messages[0]), whole);
   const now = thread.getSnapshot();
   await new Promise((resolve) => setTimeout(resolve, 50)); // three frames
   assert.equal(thread.getSnapshot(), now);
@@ -400,20 +435,20 @@ test("a subscriber hears the state of now, and nothing after it has left", async
 });
 
 test("an abort ends all, at any moment", async () => {
-  for (let wait = 0; wait < 12; wait += 1) {
+  for (let wait = 0; wait < 80; wait += 1) {
     const server = new Server();
     const controller = new AbortController();
     const thread = opened(server, { signal: controller.signal });
     for (let n = 0; n < wait; n += 1) await Promise.resolve();
     controller.abort();
-    await new Promise((resolve) => setImmediate(resolve));
+    for (let n = 0; n < 5; n += 1) await new Promise((resolve) => setImmediate(resolve));
     assert.deepEqual([thread.getSnapshot().connection, thread.getSnapshot().error, server.streams.size], ["closed", null, 0]);
   }
 });
 
 test("a run is streamed to its end, over cuts, each event once", async () => {
   const server = new Server();
-  const base = { baseUrl: "http://test/api", fetch: server.fetch, patience: { baseMs: 2, maxMs: 5 } };
+  const base = { baseUrl: "http://test/api", fetch: server.fetch, patience: { baseMs: 2, maxMs: 5, streamTries: 3 } };
   server.said = { type: "usage" };
   server.fault("runs", { after: lost });
   const seen = [];
@@ -445,6 +480,35 @@ test("events that are missing are not passed over in silence", async () => {
   await assert.rejects(async () => {
     for await (const _ of streamThread({ ...base, thread: "t" }));
   }, LogGap);
+});
+
+/** Return what a run's stream yields when its answers are these, one a connection; an answer is one piece. */
+async function yielded(answers, options = {}) {
+  const asked = [];
+  const fetch = async (url, { headers }) => {
+    asked.push(headers.get("Last-Event-ID"));
+    return new Response(answers.shift().map((event) => `data: ${JSON.stringify(event)}\n\n`).join(""), { headers: { "Content-Type": "text/event-stream" } });
+  };
+  const seen = [];
+  let error = null;
+  try {
+    const base = { baseUrl: "http://test/api", fetch, patience: { baseMs: 1, maxMs: 1 } };
+    for await (const event of streamRun({ ...base, run: "r1", ...options })) seen.push(event.seq ?? event.type);
+  } catch (raised) {
+    error = raised;
+  }
+  return { seen, asked, error };
+}
+
+test("ranges follow one another, and what comes twice is passed over", async () => {
+  const event = (seq, more = {}) => ({ seq, run: "r1", type: "text.delta", ...more });
+  const last = event(9, { type: "run.completed" });
+  const ranges = await yielded([[event(1), event(4, { from_seq: 2 })], [event(4), event(5), event(8, { from_seq: 6 }), last]]);
+  assert.deepEqual([ranges.seen, ranges.asked, ranges.error], [[1, 4, 5, 8, 9], ["0", "4"], null]);
+  const gap = await yielded([[event(1), event(2), event(6, { from_seq: 4 })]]);
+  assert.deepEqual([gap.seen, gap.error.from, gap.error.to], [[1, 2], 3, 5], "what came before the gap is not lost with it");
+  const told = await yielded([[{ type: "resume_gap", from: 3, to: 8 }], [last]], { after: 2 });
+  assert.deepEqual([told.seen, told.asked], [["resume_gap", 9], ["2", "8"]]);
 });
 
 test("no error holds the key", async () => {

@@ -46,5 +46,19 @@ def once(seconds: float, ctx: ToolContext) -> str:
     return "done"
 
 
-TOOLS: list[Any] = [atomic, idempotent, plain, once]
+@tool(idempotent=False, on_unknown="tell_model")
+def once_told(seconds: float, ctx: ToolContext) -> str:
+    """Work that must not start twice; the model is told when nobody knows whether it is done."""
+    _begin(ctx, seconds)
+    return "done"
+
+
+@tool(idempotent=False, on_unknown="fail")
+def once_fails(seconds: float, ctx: ToolContext) -> str:
+    """Work that must not start twice, and without which nothing goes on."""
+    _begin(ctx, seconds)
+    return "done"
+
+
+TOOLS: list[Any] = [atomic, idempotent, plain, once, once_told, once_fails]
 worker_test = Agent(name="worker_test", model="openai:test", instructions="Do as told.", tools=TOOLS)

@@ -476,6 +476,12 @@ class Cell:
     kind: str
     rule: Rule
 
+    @property
+    def repeats(self) -> bool:
+        """Whether another cell of the rule shows the same for another tool, or another of the statuses of later issues."""
+        same = not self.rule.only and self.kind not in (self.rule.kinds[0], "once" if self.status == "unknown" else "")
+        return same or self.status in LATER[1:]
+
     def __str__(self) -> str:
         return " | ".join([self.event, self.status, self.kind, *([self.rule.case] if self.rule.case else [])])
 

@@ -393,7 +393,10 @@ def table(
         agents.registry._agents.pop(AGENT.name)
 
 
-@pytest.mark.parametrize("cell", list(cells()), ids=str)
+@pytest.mark.parametrize(
+    "cell",
+    [pytest.param(cell, id=str(cell), marks=[pytest.mark.slow] if cell.repeats else []) for cell in cells()],
+)
 def test_the_table(cell: Cell, table: dict[Cell, Played]) -> None:
     rule, played = cell.rule, table[cell]
     if played.raised is not None:

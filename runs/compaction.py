@@ -24,7 +24,7 @@ from psycopg.errors import LockNotAvailable
 
 from threads import database
 
-BATCH = 20_000  # events that one transaction reads
+BATCH = 20_000  # seqs of the events that one transaction reads
 MOST_BYTES = 16 * 1024  # of text: an event is folded of less than twice as much, and a larger delta stays as it is
 MOST_PIECES = 4096  # less than BATCH: what the end of a batch cuts is folded by the next one, as a whole
 
@@ -39,7 +39,7 @@ _COUNT = f"SELECT count(*) {_DUE}"
 _FOLD = """
 WITH held AS MATERIALIZED (
     SELECT id, seq, type, message_id, epoch, payload FROM longhaul_runs_event
-    WHERE run_id = %(run)s AND seq > %(after)s ORDER BY seq LIMIT {batch} FOR UPDATE NOWAIT
+    WHERE run_id = %(run)s AND seq > %(after)s AND seq <= %(upto)s FOR UPDATE NOWAIT
 ), deltas AS (
     SELECT seq, type, message_id, epoch, payload->>'text' AS text, payload - 'text' AS rest FROM held
     WHERE type IN ('text.delta', 'reasoning.delta', 'tool_call.arguments_delta')
@@ -58,10 +58,8 @@ WITH held AS MATERIALIZED (
     SELECT min(seq) AS first, max(seq) AS last, string_agg(text, '' ORDER BY seq) AS text,
            string_agg(char_length(text)::text, ',' ORDER BY seq) AS pieces
     FROM sized GROUP BY stretch, many_bytes, many
-), bounds AS (
-    SELECT min(seq) AS first, max(seq) AS last, count(*) = {batch} AS full FROM held
 ), cut AS (
-    SELECT folds.first FROM folds JOIN bounds ON bounds.full AND folds.last = bounds.last AND folds.first > bounds.first
+    SELECT first FROM folds WHERE %(more)s AND last = %(upto)s AND first > %(after)s + 1
 ), chosen AS (
     SELECT * FROM folds WHERE first < last AND first NOT IN (SELECT first FROM cut)
 ), kept AS (
@@ -72,9 +70,7 @@ WITH held AS MATERIALIZED (
     DELETE FROM longhaul_runs_event e USING chosen, held
     WHERE held.seq >= chosen.first AND held.seq < chosen.last AND e.id = held.id RETURNING 1
 )
-SELECT (SELECT count(*) FROM kept) + (SELECT count(*) FROM folded),
-       CASE WHEN bounds.full THEN coalesce((SELECT first - 1 FROM cut), bounds.last) END
-FROM bounds
+SELECT (SELECT count(*) FROM kept) + (SELECT count(*) FROM folded), (SELECT first - 1 FROM cut)
 """
 _MARK = "UPDATE longhaul_runs_run SET compacted_at = longhaul_now() WHERE id = %s RETURNING 1"
 
@@ -113,22 +109,24 @@ class Compaction:
 
     def _compact(self, run_id: UUID, last: int, removed: int) -> Batch:
         after = self._within[1] if self._within is not None and self._within[0] == run_id else removed
-        folded, upto = fold(run_id, after)
+        folded, upto = fold(run_id, after, last)
         self._within = None if upto is None else (run_id, upto)
         if upto is None:
             database.rows_of(_MARK, (run_id,))
         return Batch(folded, upto is None)
 
 
-def fold(run_id: UUID, after: int) -> tuple[int, int | None]:
-    """Fold what follows a seq, one batch. In a transaction that holds the run, which has ended.
+def fold(run_id: UUID, after: int, last: int) -> tuple[int, int | None]:
+    """Fold what follows a seq, one batch. In a transaction that holds the run, which has ended, and whose last seq this is.
 
     Returns how many deltas were folded, and after which seq to go on, None at the end of the log.
     Raises OperationalError (LockNotAvailable) where somebody holds a row of it.
     """
-    statement = _FOLD.format(batch=BATCH, pieces=MOST_PIECES, bytes=MOST_BYTES)
-    folded, upto = database.rows_of(statement, {"run": run_id, "after": after})[0]
-    return folded, upto
+    upto = after + BATCH
+    statement = _FOLD.format(pieces=MOST_PIECES, bytes=MOST_BYTES)
+    given = {"run": run_id, "after": after, "upto": upto, "more": upto < last}
+    folded, cut = database.rows_of(statement, given)[0]
+    return folded, None if upto >= last else upto if cut is None else cut
 
 
 def due(before: datetime) -> int:

@@ -66,6 +66,18 @@ FROM (
     FROM picked r JOIN longhaul_runs_event e ON e.run_id = r.id) AS spans
 WHERE first <> before + 1;
 
+-- 2: A log is compacted of an ended run only, and a compacted event knows how many characters each seq of its range had.
+SELECT r.id, e.type || ' at seq ' || e.seq || ' from seq ' || (e.payload->>'from_seq') || ' stands for ' || pieces.many || ' pieces of '
+             || coalesce(pieces.characters, 0) || ' characters, and has ' || coalesce(char_length(e.payload->>'text'), 0)
+FROM picked r JOIN longhaul_runs_event e ON e.run_id = r.id AND e.payload ? 'from_seq'
+CROSS JOIN LATERAL (
+    SELECT count(*) AS many, sum(had::bigint) AS characters FROM string_to_table(e.payload->>'pieces', ',') AS had) AS pieces
+WHERE pieces.many <> e.seq - (e.payload->>'from_seq')::bigint + 1
+   OR pieces.characters IS DISTINCT FROM char_length(e.payload->>'text')
+UNION ALL
+SELECT r.id, r.status || ', compacted at ' || r.compacted_at FROM picked r
+WHERE r.compacted_at IS NOT NULL AND r.status NOT IN ('completed', 'failed', 'cancelled');
+
 -- 2: Events are removed of an ended run only, and never its last one.
 SELECT r.id, r.status || ' with ' || r.last_seq || ' events, removed up to ' || r.events_removed_through
 FROM picked r

@@ -13,7 +13,7 @@ from django.http import HttpRequest
 from django.utils.html import format_html_join
 from django.utils.safestring import mark_safe
 
-from runs import access
+from runs import access, compaction
 from runs.admin import parts
 from runs.admin.followed import Section, task_link
 from runs.models import Event, Leg, Run, Step, Usage
@@ -185,7 +185,7 @@ def _events(site: AdminSite, request: HttpRequest, run: Run) -> Section:
             "seq": marks.link(site, Event, event.pk, event.seq),
             "type": event.type,
             "at": marks.moment(event.at),
-            "payload": marks.compact(event.payload),
+            "payload": marks.compact(compaction.told(event.payload, 0)),
         }
         for event in reversed(rows)
     ]

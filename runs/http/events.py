@@ -188,6 +188,7 @@ class ToolCallArgumentsDeltaEvent(OfCall):
 
     type: Literal["tool_call.arguments_delta"]
     text: str
+    from_seq: Annotated[int | None, Field(description="as of a text's delta")] = None
 
 
 class ToolCallStartedEvent(OfCall):

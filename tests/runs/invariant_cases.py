@@ -213,6 +213,18 @@ CORRUPTIONS = [
     Corruption("1", "an end in time exactly", "running", _run("finished_at = longhaul_now()")),
     Corruption("2", "seq is contiguous", "completed", _event("seq > 3", "seq = seq + 1000") + ";" + _run("last_seq = last_seq + 1000")),
     Corruption("2", "seq is contiguous", "completed", _run("events_removed_through = 3")),
+    Corruption("2", "A log is compacted of an ended run only", "running", _run("compacted_at = longhaul_now()")),
+    Corruption(
+        "2", "A log is compacted of an ended run only", "completed",
+        _event(_FIRST_TYPE.format("text.delta"), "payload = payload || jsonb_build_object('from_seq', seq, 'pieces', '1')"),
+    ),
+    Corruption(
+        "2", "A log is compacted of an ended run only", "completed",
+        _event(
+            _FIRST_TYPE.format("text.delta"),
+            "payload = payload || jsonb_build_object('from_seq', seq, 'pieces', char_length(payload->>'text') || ',0')",
+        ),
+    ),
     Corruption(
         "2", "Events are removed of an ended run only", "waiting",
         "DELETE FROM longhaul_runs_event WHERE run_id = %(run)s AND seq = 1;" + _run("events_removed_through = 1"),

@@ -1229,6 +1229,7 @@ export class Thread {
     const body = { ...(agent ? { agent } : {}), ...this.#options.run, ...run, input, client_id };
     const outgoing = { message, body };
     this.#outgoing.set(client_id, outgoing);
+    if (this.#error && !this.#life) this.open(); // else nobody would hear the answer
     this.#changed();
     return this.#queued(() => this.#deliver(outgoing));
   };
@@ -1400,7 +1401,7 @@ export class Thread {
       }
       backoff.reset();
       if (more || !this.#framed) this.#draw(); // else the next frame shows it
-      for (const event of events) this.#options.onEvent?.(event);
+      for (const event of events) tell(this.#options.onEvent, event);
     }
   }
 
@@ -1607,7 +1608,7 @@ export class Thread {
     const state = /** @type {any} */ (this.#made());
     if (Object.keys(state).every((name) => state[name] === before[name])) return;
     this.#state = state;
-    for (const listener of [...this.#listeners]) listener(state);
+    for (const listener of [...this.#listeners]) tell(listener, state);
   }
 }
 
@@ -1616,6 +1617,23 @@ const queryOf = (url) => (url?.includes("?") ? url.slice(url.indexOf("?") + 1) :
 
 /** @param {readonly any[]} one @param {readonly any[]} other */
 const sameItems = (one, other) => one.length === other.length && one.every((item, n) => item === other[n]);
+
+/**
+ * Call a function of the page. What it throws is the page's affair: the stream goes on, and so do the other listeners.
+ * @template T
+ * @param {((given: T) => void) | undefined} callback
+ * @param {T} given
+ */
+function tell(callback, given) {
+  try {
+    callback?.(given);
+  } catch (error) {
+    if (typeof reportError === "function") return reportError(error);
+    queueMicrotask(() => {
+      throw error;
+    });
+  }
+}
 
 /** Milliseconds that only go forwards. */
 const clock = () => (typeof performance === "undefined" ? Date.now() : performance.now());

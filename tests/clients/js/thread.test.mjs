@@ -214,6 +214,33 @@ test("a send whose answer is lost is sent again under its key, and is there once
   assert.deepEqual(texts(await until(thread, (state) => state.messages[0]?.status === "completed")), ["One"]);
 });
 
+test("messages arrive in the order in which they were sent", async () => {
+  const server = new Server();
+  const thread = opened(server);
+  server.fault("/runs", { before: async (asked, init) => {
+    await new Promise((resolve) => setTimeout(resolve, 30)); // so that the second one could overtake it
+    return server.answer(asked, init);
+  } });
+  await Promise.all([thread.send("One"), thread.send("Two")]);
+  assert.deepEqual(texts(await until(thread, (state) => state.messages.every(({ status }) => status === "completed"))), ["One", "Two"]);
+});
+
+test("a listener that throws does not end the stream, nor keep others from hearing", async () => {
+  const server = new Server();
+  const reported = [];
+  globalThis.reportError = (error) => reported.push(error.message);
+  const thread = opened(server, { onEvent: () => { throw new Error("of an event"); } });
+  let calls = 0;
+  thread.subscribe(() => { if ((calls += 1) > 1) throw new Error("of a state"); });
+  thread.send("One");
+  await until(thread, (state) => state.messages[0]?.status === "completed");
+  thread.send("Two");
+  await until(thread, (state) => state.messages[1]?.status === "completed");
+  thread.close();
+  delete globalThis.reportError;
+  assert.deepEqual([...new Set(reported)].sort(), ["of a state", "of an event"]);
+});
+
 test("a send that has failed says so, and goes out again under the same key", async () => {
   const server = new Server();
   const thread = opened(server, { patience: { tries: 2 } });
@@ -269,10 +296,6 @@ test("the first send makes the thread, once, and messages keep their order", asy
   const thread = opened(server, { thread: null, newThread: { title: "T" } });
   assert.deepEqual([thread.getSnapshot().connection, thread.id], ["idle", null]);
   server.fault("threads", { after: lost });
-  server.fault("/runs", { before: async (asked, init) => {
-    await new Promise((resolve) => setTimeout(resolve, 30)); // so that the second one could overtake it
-    return server.answer(asked, init);
-  } });
   const sent = [thread.send("One"), thread.send("Two")];
   assert.deepEqual((await Promise.all(sent)).map(({ id }) => id), ["r1", "r2"]);
   const made = server.requests.filter(({ method, path }) => method === "POST" && path === "threads");
@@ -345,7 +368,8 @@ for (const code of [400, 401, 403, 404]) {
     await new Promise((resolve) => setTimeout(resolve, 60)); // several times the longest wait
     assert.equal(server.requests.length, asked);
     server.refuses = null;
-    thread.open();
+    if (code === 401) thread.send("Hi"); // signed in again
+    else thread.open();
     assert.equal((await until(thread, (state) => state.connection === "open")).error, null);
   });
 }

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import hashlib
 import secrets
+from collections.abc import Iterable
 from datetime import timedelta
 from typing import Any
+from uuid import UUID
 
 from django.contrib.auth.models import AbstractBaseUser
 from django.db import transaction
@@ -50,8 +52,13 @@ def revoke(key: ApiKey) -> bool:
 
 def holds(key: ApiKey) -> bool:
     """Return whether a key that was taken would be taken still: neither revoked nor expired since."""
+    return key.pk in holding([key.pk])
+
+
+def holding(keys: Iterable[UUID]) -> set[UUID]:
+    """Return those of the keys that would be taken still."""
     lasts = Q(expires_at=None) | Q(expires_at__gt=Now())
-    return ApiKey.objects.filter(lasts, pk=key.pk, revoked_at=None).exists()
+    return set(ApiKey.objects.filter(lasts, pk__in=list(keys), revoked_at=None).values_list("pk", flat=True))
 
 
 def digest(key: str) -> str:

@@ -14,25 +14,25 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Coroutine, Hashable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from typing import Any
 from uuid import UUID
 from weakref import WeakKeyDictionary
 
-import psycopg
 from django.db import InterfaceError, OperationalError
 from django.db.models import Model
 
 from runs import bells
 from runs.models import Run
-from runs.streams import departure
+from runs.streams import departure, outage
 from runs.streams.app import PING
 from runs.streams.log import MOST_A_TAIL, Fresh, Log, Page
+from runs.streams.questions import Questions
 from runs.streams.visitors import Visitor
-from threads.database import apart
+from threads.authentication import holding
 from threads.models import Thread
 
 logger = logging.getLogger("longhaul.streams")
@@ -50,11 +50,11 @@ PAGE_ROWS = 2000  # events of all pages of one statement, as far as can be fores
 PAGES = 100  # of one statement
 SHORT = 100  # events: a page of no more goes before those of long histories
 IDLE_SECONDS = 5.0  # without a reader, then the connections are closed
+AGAIN_SECONDS = 60.0  # until a question is asked again that Postgres refuses
 QUIET_SECONDS = 5.0  # then it is asked whether the run is there at all
 KEPT, KEPT_BYTES = 64, 16 * 1024  # of a tail: its newest events, for readers whose history ended just before them
 _TICK_SECONDS = 0.25
 _PAUSE_SECONDS = 1.0  # after a question that Postgres did not answer
-_AWAY = (psycopg.Error, OSError, TimeoutError)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,7 +74,7 @@ class Reader:
     """One open stream."""
 
     __slots__ = (
-        "asked", "at", "batch", "before", "broadcast", "checked", "cut", "joined", "over", "pieces", "ping", "run", "sending", "sent",
+        "asked", "at", "batch", "before", "broadcast", "checked", "cut", "joined", "led", "over", "pieces", "ping", "run", "sending", "sent",
         "size", "task", "thread", "visitor", "wake", "wanted",
     )  # fmt: skip
 
@@ -90,6 +90,7 @@ class Reader:
         self.wanted = max(plan.known - plan.after, 0) + SHORT // 4  # events that its next page will have, about
         self.asked = False  # for a page, or the next run
         self.joined = False
+        self.led = False  # it is asked whether it may see its thread's next run
         self.over = False  # what is queued is the last
         self.cut = False  # and not even that is to be sent
         self.pieces: deque[bytes] = deque()
@@ -227,6 +228,8 @@ class Broadcast:
         self._rung: deque[UUID] = deque()
         self._told = False  # that something rang
         self._work: asyncio.Task[None] | None = None
+        self._questions = Questions()
+        self._asking: set[asyncio.Task[None]] = set()
         self._empty_since = time.monotonic()
         departure.listen(self)
 
@@ -390,6 +393,7 @@ class Broadcast:
         finally:
             if self._work is asyncio.current_task():
                 self._work = None  # who comes from now on begins it anew
+            tasks += self._asking
             for each in tasks:
                 each.cancel()
             try:
@@ -416,16 +420,28 @@ class Broadcast:
             last = time.monotonic()
             cursors = [(run, self.tails[run].at) for run in due]
             try:
-                found = await log.live(cursors)
-            except _AWAY as error:
+                found = await outage.apart(partial(_live, log), cursors)
+            except outage.ERRORS as error:
                 await self._pause(error)
                 for run in due:
                     if run in self.tails:
                         self._make_due(run)
                 continue
             now = time.monotonic()
-            for place, (run, after) in enumerate(cursors):
-                self._tell(run, after, found.get(place, []), now)
+            for (run, after), fresh in zip(cursors, found, strict=True):
+                if fresh is None:
+                    self._give_up(run)
+                else:
+                    self._tell(run, after, fresh, now)
+
+    def _give_up(self, run: UUID) -> None:
+        """Close the streams of a run whose log cannot be read. Who comes back may find that it can."""
+        tail = self.tails.get(run)
+        if tail is None:
+            return
+        for reader in list(tail.joined):
+            reader.finish()
+            self._part(reader, tail)
 
     def _tell(self, run: UUID, after: int, fresh: list[Fresh], now: float) -> None:
         """Give a tail's new events to all who follow it."""
@@ -459,17 +475,18 @@ class Broadcast:
                 self._wanted.clear()
             if not readers:
                 continue
+            wanted = [(reader.run, reader.at, reader.batch, reader.prefix) for reader in readers if reader.run]
             try:
-                pages = await log.pages(
-                    [(reader.run, reader.at, reader.batch, reader.prefix) for reader in readers if reader.run]
-                )
-            except _AWAY as error:
+                pages = await outage.apart(log.pages, wanted)
+            except outage.ERRORS as error:
                 await self._pause(error)
                 for reader in readers:
                     self.want(reader)
                 continue
             for reader, page in zip(readers, pages, strict=True):
-                if not reader.cut:
+                if page is None:
+                    reader.finish()
+                elif not reader.cut:
                     self._turned(reader, page)
 
     def _turn(self) -> list[Reader]:
@@ -535,7 +552,10 @@ class Broadcast:
                 if time.monotonic() - looked >= LOOK_SECONDS:
                     looked = time.monotonic()
                     await self._close_deleted(log)
-            except _AWAY as error:
+            except outage.ERRORS as error:
+                if not outage.passes(error):
+                    logger.exception("Runs that were deleted cannot be looked for")
+                    looked += AGAIN_SECONDS
                 await self._pause(error)
 
     async def _close_deleted(self, log: Log) -> None:
@@ -555,22 +575,32 @@ class Broadcast:
 
     async def _lead_on(self, log: Log) -> None:
         """Begin the next run of each thread's reader who waits for it, or pass it over if it is not theirs to see."""
-        waiting = [reader for readers in self._between.values() for reader in readers]
-        found = await log.next_runs([(reader.thread, reader.before) for reader in waiting if reader.thread])
+        waiting = [reader for readers in self._between.values() for reader in readers if not reader.led]
+        asked = [(reader.thread, reader.before) for reader in waiting if reader.thread]
+        found = await outage.apart(log.next_runs, asked)
         groups: dict[Any, list[tuple[Reader, UUID]]] = {}
-        for reader, (there, run) in zip(waiting, found, strict=True):
+        for reader, next_run in zip(waiting, found, strict=True):
+            there, run = next_run or (False, None)
             if not there:
                 self._no_longer_between(reader)
                 reader.finish()
             elif run is not None:
                 groups.setdefault(reader.visitor.same, []).append((reader, run))
         for led in groups.values():
+            for reader, _ in led:
+                reader.led = True
+            self._begin_to_ask(self._lead(led))
+
+    async def _lead(self, led: list[tuple[Reader, UUID]]) -> None:
+        """Lead the readers of one visitor on, if they may see the run."""
+        try:
             seen = await self._seen(led[0][0].visitor, {Run: {run for _, run in led}})
-            if seen is None:
-                continue
-            for reader, run in led:
-                if not reader.cut:
-                    self._lead_to(reader, run, run in seen)
+        finally:
+            for reader, _ in led:
+                reader.led = False
+        for reader, run in led if seen is not None else ():
+            if not reader.cut:
+                self._lead_to(reader, run, run in (seen or ()))
 
     def _lead_to(self, reader: Reader, run: UUID, seen: bool) -> None:
         reader.before = run
@@ -584,39 +614,79 @@ class Broadcast:
         reader.wake.set()
 
     async def _admit(self) -> None:
-        """Ask again whether readers may see what they are shown."""
+        """Ask again whether readers may see what they are shown: keys all at once, then what the policy says of each visitor.
+
+        A policy that hangs for one visitor holds up nobody else's question, and not the end of a key.
+        """
+        asking: set[Hashable] = set()
+
+        async def ask(readers: list[Reader]) -> None:
+            try:
+                await self._ask_again(readers)
+            finally:
+                asking.discard(readers[0].visitor.same)
+
         while True:
             await asyncio.sleep(min(1.0, CHECK_SECONDS / 4) or 0.01)
             now = time.monotonic()
             due = [reader for reader in self.readers if now - reader.checked >= CHECK_SECONDS]
             groups: dict[Any, list[Reader]] = {}
             for reader in due:
-                groups.setdefault(reader.visitor.same, []).append(reader)
-            for readers in groups.values():
-                await self._ask_again(readers)
+                if now - reader.checked >= UNCHECKED_SECONDS:
+                    # What the policy asks may be away alone, another database or a pool, while the log is read and shown.
+                    reader.finish(unsent=False)
+                else:
+                    groups.setdefault(reader.visitor.same, []).append(reader)
+            if groups:
+                await self._end_revoked(groups.values())
+            for same, readers in groups.items():
+                if same not in asking:
+                    asking.add(same)
+                    self._begin_to_ask(ask(readers))
+
+    async def _end_revoked(self, groups: Iterable[list[Reader]]) -> None:
+        keys = {readers[0].visitor.key: readers for readers in groups if readers[0].visitor.key is not None}
+        if not keys:
+            return
+        try:
+            held = await self._questions.ask("keys", partial(holding, [key for key in keys if key is not None]))
+        except (InterfaceError, OperationalError):
+            return
+        for key, readers in keys.items() if held is not None else ():
+            for reader in readers if key not in (held or ()) else ():
+                reader.finish(unsent=False)
+
+    def _begin_to_ask(self, question: Coroutine[Any, Any, None]) -> None:
+        task = self.loop.create_task(question)
+        self._asking.add(task)
+        task.add_done_callback(self._asked)
+
+    def _asked(self, task: asyncio.Task[None]) -> None:
+        self._asking.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            logger.error("Who may see what could not be asked", exc_info=error)
 
     async def _ask_again(self, readers: list[Reader]) -> None:
         shown: dict[type[Model], set[UUID]] = {
             Run: {reader.run for reader in readers if reader.run is not None},
             Thread: {reader.thread for reader in readers if reader.thread is not None},
         }
+        asked = [(reader, {reader.run, reader.thread}) for reader in readers]
         seen = await self._seen(readers[0].visitor, {model: ids for model, ids in shown.items() if ids})
-        now = time.monotonic()
         if seen is None:
-            # What the policy asks may be away alone, another database or a pool, while the log is read and shown.
-            for reader in readers:
-                if now - reader.checked >= UNCHECKED_SECONDS:
-                    reader.finish(unsent=False)
             return
-        for reader in readers:
-            reader.checked = now
-            if not {id for id in (reader.run, reader.thread) if id is not None} <= seen:
+        now = time.monotonic()
+        for reader, about in asked:
+            # A run that it was led on to meanwhile was asked about then.
+            if {id for id in about & {reader.run, reader.thread} if id is not None} <= seen:
+                reader.checked = now
+            else:
                 reader.finish(unsent=False)  # who comes back is told why
 
     async def _seen(self, visitor: Visitor, rows: dict[type[Model], set[UUID]]) -> set[UUID] | None:
-        """Return what of this the visitor may see; None while the database cannot be asked."""
+        """Return what of this the visitor may see; None while nobody can say."""
         try:
-            return await apart(visitor.sees)(rows)
+            return await self._questions.ask(visitor.same, partial(visitor.sees, rows))
         except (InterfaceError, OperationalError):
             return None
         except Exception:
@@ -644,6 +714,11 @@ class Broadcast:
     def _cut_all(self) -> None:
         for reader in list(self.readers):
             reader.cut_off()
+
+
+async def _live(log: Log, cursors: Sequence[tuple[UUID, int]]) -> list[list[Fresh]]:
+    found = await log.live(cursors)
+    return [found.get(place, []) for place in range(len(cursors))]
 
 
 @cache

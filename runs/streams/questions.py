@@ -1,0 +1,75 @@
+"""Questions to code of the host's, which may hang: each in a thread of its own, a few at a time.
+
+Neither in asgiref's one thread, where everybody would stand behind one who hangs, nor in a pool's, which a process waits for
+before it ends.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from collections.abc import Callable, Hashable
+from typing import Any, TypeVar
+
+from threads.database import release
+
+logger = logging.getLogger("longhaul.streams")
+
+AT_ONCE = 4
+ANSWER_SECONDS = 5.0  # then a question hangs, and makes room for others
+MOST_HANGING = 50  # then nobody is asked anything: the next would hang as well
+
+R = TypeVar("R")
+
+
+class Questions:
+    """Asks in threads, for one event loop."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._turn = asyncio.Semaphore(AT_ONCE)
+        self._open: set[Hashable] = set()  # subjects of questions whose thread still runs
+
+    async def ask(self, subject: Hashable, question: Callable[[], R]) -> R | None:
+        """Return the answer; None when there is none in time, or the last question of this subject hangs still.
+
+        Raises what the question raises.
+        """
+        async with self._turn:
+            if subject in self._open or len(self._open) >= MOST_HANGING:
+                return None
+            self._open.add(subject)
+            answer: asyncio.Future[R] = self._loop.create_future()
+            thread = threading.Thread(
+                target=self._run, args=(subject, question, answer), name="longhaul-streams-question", daemon=True
+            )
+            thread.start()
+            done, _ = await asyncio.wait([answer], timeout=ANSWER_SECONDS)
+            if done:
+                return answer.result()
+            answer.cancel()
+            logger.warning("The access policy has not answered in %g s", ANSWER_SECONDS)
+            return None
+
+    def _run(self, subject: Hashable, question: Callable[[], Any], answer: asyncio.Future[Any]) -> None:
+        found, error = None, None
+        try:
+            found = question()
+        except Exception as raised:
+            error = raised
+        finally:
+            release()
+        try:
+            self._loop.call_soon_threadsafe(self._answered, subject, answer, found, error)
+        except RuntimeError:
+            pass  # the loop was closed
+
+    def _answered(self, subject: Hashable, answer: asyncio.Future[Any], found: Any, error: Exception | None) -> None:
+        self._open.discard(subject)
+        if answer.done():
+            return  # nobody waits for it any more
+        if error is None:
+            answer.set_result(found)
+        else:
+            answer.set_exception(error)

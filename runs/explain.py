@@ -342,7 +342,7 @@ def _ended(run: Run, facts: Facts) -> Explanation:
     first = {
         StopReason.CONFIGURATION: "correct what it says, restart the agents workers, then go on with a new run: ",
         StopReason.POISON: "look into the logs of its workers for what killed them, then go on with a new run: ",
-        StopReason.TOOL_UNKNOWN: "see whether the tool took effect, for the model is told that nobody knows, then go on: ",
+        StopReason.TOOL_UNKNOWN: "see whether the tool took effect, for the model is told that nobody knows, then go on with a new run: ",
         StopReason.MODEL_ERROR: "when the model service is well, go on with a new run: ",
     }.get(StopReason(run.stop_reason), "go on with a new run: ")
     if run.error and run.error.get("code") == "auth":

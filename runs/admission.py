@@ -231,8 +231,13 @@ def tell(run: Run, message: Message) -> None:
 
 
 def _said(message: Message) -> tuple[str, dict[str, Any]]:
-    said = {"message": str(message.pk), "role": message.role, "content": message.content}
-    return "message.completed", {**said, "client_id": message.client_id}
+    said = {
+        "message": str(message.pk),
+        "role": message.role,
+        "content": message.content,
+        "client_id": message.client_id,
+    }
+    return "message.completed", said if message.shown else {**said, "shown": False}
 
 
 def _admit_held(run: Run, thread: Thread) -> None:

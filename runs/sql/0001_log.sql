@@ -52,6 +52,12 @@ BEGIN
     UPDATE longhaul_runs_run SET last_seq = last_seq - 1 WHERE id = p_run;
 END $$;
 
+-- What the event of a message says beside the message: `shown` is false when the thread does not show it to its readers and to
+-- later runs.
+CREATE OR REPLACE FUNCTION longhaul_message_mark(p_shown boolean) RETURNS jsonb LANGUAGE sql IMMUTABLE AS $$
+    SELECT CASE WHEN p_shown THEN '{}'::jsonb ELSE '{"shown": false}' END
+$$;
+
 -- One tool message a call of the run's last step, in call order, unless they are there already, with their events after p_seq.
 -- Returns the last seq. The caller holds the run, every call is settled, and the caller writes last_seq.
 CREATE OR REPLACE FUNCTION longhaul_calls_say(p_run longhaul_runs_run, p_seq bigint, p_now timestamptz)
@@ -78,6 +84,7 @@ BEGIN
     INSERT INTO longhaul_runs_event (run_id, seq, type, at, message_id, payload)
     SELECT p_run.id, p_seq + row_number() OVER (ORDER BY position), 'message.completed', p_now, id,
            jsonb_build_object('message', id, 'role', 'tool', 'step', p_run.steps, 'content', content)
+               || longhaul_message_mark(p_run.save_mode <> 'none')
     FROM said;
     GET DIAGNOSTICS v_count = ROW_COUNT;
     RETURN p_seq + v_count;

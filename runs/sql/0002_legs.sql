@@ -65,7 +65,8 @@ BEGIN
             position = (SELECT coalesce(max(position), 0) + 1 FROM longhaul_threads_message WHERE thread_id = p_thread)
         WHERE id = v_message.id;
         PERFORM longhaul_run_record(p_run, 'message.completed', jsonb_build_object(
-            'message', v_message.id, 'role', v_message.role, 'content', v_message.content, 'client_id', v_message.client_id));
+            'message', v_message.id, 'role', v_message.role, 'content', v_message.content, 'client_id', v_message.client_id)
+            || longhaul_message_mark(v_message.shown));
     END LOOP;
 END $$;
 
@@ -205,7 +206,8 @@ BEGIN
             p_run.save_mode <> 'none', p_now);
     INSERT INTO longhaul_runs_event (run_id, seq, type, at, epoch, message_id, payload)
     VALUES (p_run.id, v_seq + 1, 'message.created', p_now, p_epoch, p_message,
-            jsonb_build_object('message', p_message, 'role', 'assistant', 'step', p_run.steps + 1));
+            jsonb_build_object('message', p_message, 'role', 'assistant', 'step', p_run.steps + 1)
+                || longhaul_message_mark(p_run.save_mode <> 'none'));
     RETURN jsonb_build_object('epoch', p_epoch, 'steps', p_run.steps, 'bad_calls', p_run.bad_calls,
                               'context', v_context, 'pinned', v_pinned);
 END $$;
@@ -355,7 +357,7 @@ BEGIN
         FROM longhaul_threads_message WHERE thread_id = v_run.thread_id;
         PERFORM longhaul_run_record(p_run, 'message.completed', jsonb_build_object(
             'message', p_step_row->'correction'->'id', 'role', 'user', 'step', v_step,
-            'content', p_step_row->'correction'->'content'), p_epoch);
+            'content', p_step_row->'correction'->'content') || longhaul_message_mark(v_run.save_mode <> 'none'), p_epoch);
     END IF;
     IF p_end IS NOT NULL THEN
         RETURN longhaul_run_end(p_run, p_end->>'status', p_end->>'stop_reason', nullif(p_end->'error', 'null'::jsonb), p_end->'output',

@@ -19,16 +19,22 @@ class Folded:
 
     def __init__(self, messages: Iterable[dict[str, Any]] = ()) -> None:
         self.messages: dict[str, dict[str, Any]] = {
-            each["id"]: {"status": each["status"], "role": each["role"], "content": list(each["content"])}
+            each["id"]: {
+                "status": each["status"],
+                "role": each["role"],
+                "content": list(each["content"]),
+                "shown": True,
+            }
             for each in messages
         }
         self.calls: dict[str, dict[str, Any]] = {}
 
     def take(self, event: dict[str, Any]) -> None:
         id: str = event.get("message", "")
+        shown = self.messages[id]["shown"] if id in self.messages else event.get("shown", True)
         match event["type"]:
             case "message.created":
-                self.messages[id] = {"status": "pending", "role": event["role"], "content": []}
+                self.messages[id] = {"status": "pending", "role": event["role"], "content": [], "shown": shown}
             case "text.delta" | "reasoning.delta":
                 kind = event["type"].partition(".")[0]
                 parts = self.messages[id]["content"]
@@ -38,7 +44,8 @@ class Folded:
                     parts.append({"type": kind, "text": event["text"]})
             case "message.completed":
                 status = "partial" if event.get("partial") else "completed"
-                self.messages[id] = {"status": status, "role": event["role"], "content": event["content"]}
+                said = {"status": status, "role": event["role"], "content": event["content"]}
+                self.messages[id] = {**said, "shown": shown}
             case "message.discarded":
                 self.messages.pop(id, None)
                 self.calls = {call: each for call, each in self.calls.items() if each["message"] != id}

@@ -127,6 +127,7 @@ async def test_the_query_counts_before_the_body_and_the_header_before_both(api: 
         ("", None, "-1", "Last-Event-ID"),
         ("", None, "x", "Last-Event-ID"),
         ("", None, "1.0", "Last-Event-ID"),
+        ("", None, "01990000-0000-7000-8000-000000000000:1", "Last-Event-ID"),  # of a thread's stream
         ("", None, "9" * 40, "Last-Event-ID"),
     ],
 )

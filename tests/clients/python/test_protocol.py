@@ -379,6 +379,22 @@ def test_a_discarded_message_takes_its_calls_along() -> None:
     assert (made.messages, made.tool_calls, made.text) == ([], {}, "")
 
 
+def test_what_the_thread_does_not_show_is_told_so_once() -> None:
+    made = Transcript().take_all(
+        tell(
+            ("message.completed", {"message": "u", "role": "user", "content": [], "shown": False}),
+            ("message.created", {"message": "m", "role": "assistant", "step": 1, "shown": False}),
+            delta("Hush."),
+            (
+                "message.completed",
+                {"message": "m", "role": "assistant", "content": [{"type": "text", "text": "Hush."}]},
+            ),
+            ("message.completed", {"message": "v", "role": "user", "content": []}),
+        )
+    )
+    assert {each.id: each.shown for each in made.messages} == {"u": False, "m": False, "v": True}
+
+
 def test_a_call_is_as_its_last_event_says() -> None:
     made = Transcript()
     told: list[tuple[tuple[str, dict[str, Any]], str]] = [

@@ -159,6 +159,7 @@ class Message:
     """One entry of a thread. In a `Transcript` it changes while it is written.
 
     `thread` and `metadata` are empty where the log does not tell them; `created_at` is then the time of its first event.
+    `shown` is false of what a run said or was given that its thread does not show, neither in its list nor to later runs.
     """
 
     id: str
@@ -171,6 +172,7 @@ class Message:
     thread: str = ""
     metadata: dict[str, Any] = field(default_factory=dict)
     created_at: datetime | None = None
+    shown: bool = True
 
     @property
     def text(self) -> str:
@@ -184,7 +186,8 @@ class Message:
     @classmethod
     def of(cls, raw: Mapping[str, Any]) -> Message:
         said: dict[str, Any] = {name: raw.get(name) for name in _names(cls)}
-        return cls(**{**said, "content": list(raw["content"]), "created_at": time(raw.get("created_at"))})
+        own = {"content": list(raw["content"]), "created_at": time(raw.get("created_at")), "shown": True}
+        return cls(**{**said, **own})
 
 
 @dataclass(frozen=True, slots=True)

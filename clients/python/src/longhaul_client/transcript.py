@@ -153,6 +153,7 @@ class Transcript:
         return Message(
             data["message"], data.get("role", "assistant"), "pending", [],
             run=event.run, step=data.get("step"), client_id=data.get("client_id") or None, created_at=event.at,
+            shown=data.get("shown", True),
         )  # fmt: skip
 
     def _append(self, event: Event, kind: str, text: str) -> None:

@@ -35,7 +35,8 @@ SELECT id, last_seq, events_removed_through {_DUE} AND NOT id = ANY (%s::uuid[])
 ORDER BY finished_at LIMIT 1 FOR NO KEY UPDATE SKIP LOCKED
 """
 _COUNT = f"SELECT count(*) {_DUE}"
-# A fold ends where its texts pass a multiple of MOST_BYTES. One that the end of the batch may have cut is left to the next.
+# What is folded already is like no other, for its `from_seq`. A fold ends where its texts pass a multiple of MOST_BYTES. One that
+# the end of the batch may have cut is left to the next.
 _FOLD = """
 WITH held AS MATERIALIZED (
     SELECT id, seq, type, message_id, epoch, payload FROM longhaul_runs_event
@@ -43,7 +44,7 @@ WITH held AS MATERIALIZED (
 ), deltas AS (
     SELECT seq, type, message_id, epoch, payload->>'text' AS text, payload - 'text' AS rest FROM held
     WHERE type IN ('text.delta', 'reasoning.delta', 'tool_call.arguments_delta')
-      AND NOT payload ? 'from_seq' AND octet_length(payload->>'text') <= {bytes}
+      AND octet_length(payload->>'text') <= {bytes}
 ), begun AS (
     SELECT *, (lag(seq) OVER w = seq - 1 AND lag(type) OVER w = type AND lag(rest) OVER w = rest
                AND lag(message_id) OVER w IS NOT DISTINCT FROM message_id AND lag(epoch) OVER w IS NOT DISTINCT FROM epoch

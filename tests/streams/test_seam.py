@@ -182,7 +182,6 @@ def test_whatever_is_written_at_the_seam_comes_once(seed: int) -> None:
         patched.setattr(broadcast, "Log", Memory)
         patched.setattr("runs.bells.ear", Deaf)
         patched.setattr("runs.streams.departure.listen", lambda tell: None)
-        patched.setattr(broadcast, "_AWAY", (TimeoutError,))
         for name, value in (
             ("LOOK_SECONDS", 0.005),
             ("GATHER_SECONDS", 0.0),

@@ -74,7 +74,14 @@ async def say(page: Any, text: str) -> None:
 
 
 async def until(page: Any, what: str) -> None:
-    await page.wait_for_function(f"(() => {{ const state = thread.getSnapshot(); return {what}; }})()", timeout=60_000)
+    from playwright.async_api import TimeoutError
+
+    condition = f"(() => {{ const state = thread.getSnapshot(); return {what}; }})()"
+    try:
+        await page.wait_for_function(condition, timeout=60_000)
+    except TimeoutError as error:
+        state = await page.evaluate("JSON.stringify(thread.getSnapshot(), null, 1)")
+        raise AssertionError(f"never: {what}\n{state}") from error
 
 
 async def texts(page: Any) -> list[str]:

@@ -127,6 +127,9 @@ class OfMessage(Logged):
     role: Literal["user", "assistant", "tool", "system"]
     step: Annotated[int | None, Field(description="the model turn; an input has none")] = None
     client_id: Annotated[str | None, Field(description="of an input: what its start called it")] = None
+    shown: Annotated[
+        bool | None, Field(description="false in its first event: the thread's list of messages leaves it out")
+    ] = None
 
 
 class MessageCreatedEvent(OfMessage):

@@ -1150,6 +1150,7 @@ export class Thread {
   /** @type {ThreadState["connection"]} */
   #connection = "idle";
   #loading = false;
+  #loads = 0;
   #awaken = () => {};
   #cancelFrame = () => {};
   #framed = false;
@@ -1348,6 +1349,7 @@ export class Thread {
     for (const message of this.#fold.messages) this.#arrives(message.client_id, message.run);
     const { run, seq } = page.cursor;
     this.#loading = false;
+    this.#loads += 1;
     this.#changed();
     return run ? `${run}:${seq}` : undefined;
   }
@@ -1360,10 +1362,16 @@ export class Thread {
       if (signal.aborted) return;
       /** @type {Run[]} */
       const runs = page.results;
-      for (const run of runs) if (run.status === "held") this.#accepted(run);
+      for (const run of runs) {
+        if (run.status === "held") this.#accepted(run);
+        else if (ENDED.has(run.status)) this.#upcoming.delete(run.id); // before the cursor: the stream will not tell of it
+      }
       const begun = runs.filter((run) => run.status !== "held");
       const now = begun.find((run) => !ENDED.has(run.status)) ?? begun[0];
-      if (now && this.#fold.run === known) this.#goesOn(now); // else the stream has told something newer
+      const run = this.#fold.run;
+      // Else the stream has told something newer, or one was started since.
+      const older = run === known || !run || (!this.#told.has(run.id) && runs.some(({ id }) => id === run.id));
+      if (now && older) this.#goesOn(now);
       this.#changed();
     } catch {
       // The stream says what becomes of it.
@@ -1428,12 +1436,15 @@ export class Thread {
   /** @param {Outgoing} outgoing @returns {Promise<Run>} */
   async #deliver(outgoing) {
     const key = outgoing.message.key;
+    const loads = this.#loads;
     try {
       const thread = await this.#thread();
       const { body } = outgoing;
       const run = await this.#api.json("POST", `threads/${thread}/runs`, { body, idempotencyKey: key });
       if (this.#outgoing.has(key)) outgoing.message = { ...outgoing.message, status: "sent", run: run.id };
       this.#accepted(run);
+      // An answer that took long may be older than what was loaded meanwhile: the first one is told again.
+      if (this.#life && loads !== this.#loads) void this.#discover(this.#life.signal);
       this.#changed();
       return run;
     } catch (error) {

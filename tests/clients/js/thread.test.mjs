@@ -305,6 +305,30 @@ test("the first send makes the thread, once, and messages keep their order", asy
   assert.deepEqual([state.thread, texts(state)], ["t", ["One", "Two"]]);
 });
 
+test("runs that are over before the messages are loaded are over", async () => {
+  const server = new Server();
+  const thread = opened(server, { thread: null });
+  let over = () => {};
+  const ended = new Promise((resolve) => (over = resolve));
+  server.fault("/messages", { before: async (asked, init) => {
+    await ended; // the list comes so late that its cursor is behind all of them
+    return server.answer(asked, init);
+  } });
+  await thread.send("One");
+  server.status = "held";
+  await thread.send("Two");
+  await thread.send("Three");
+  assert.equal(thread.getSnapshot().isRunning, true);
+  for (const run of server.runs.values()) {
+    server.say(run.id, { type: "run.completed" });
+    run.status = "completed";
+  }
+  server.rows = server.events.filter(({ message }) => message).map((event) => row(event.message, textOf(event), { role: "user", client_id: event.client_id }));
+  over();
+  const state = await until(thread, (state) => !state.isRunning && state.connection === "open");
+  assert.deepEqual([texts(state), state.status, state.run.id], [["One", "Two", "Three"], "completed", "r3"]);
+});
+
 test("a thread whose making has failed is made under the same key", async () => {
   const server = new Server();
   const thread = opened(server, { thread: null, patience: { tries: 1 } });

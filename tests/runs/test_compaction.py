@@ -228,6 +228,7 @@ def test_beside_another_one_and_beside_who_deletes_the_thread_it_waits_for_nobod
     before, fold = rows_of(run), compaction.fold
 
     def dies(*given: Any) -> Any:
+        patched.undo()
         assert beside() is None  # the run is held
         assert fold(*given)[0] > 0
         raise ZeroDivisionError

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.mutants.catalogue import calls, claims, dispatch, ends, legs, presence
+from tests.mutants.catalogue import calls, claims, dispatch, ends, legs, logs, presence
 from tests.mutants.mutant import Group, Later
 
 GROUPS: tuple[Group, ...] = (
@@ -25,6 +25,7 @@ GROUPS: tuple[Group, ...] = (
     ends.ENDS,
     ends.BUSY,
     presence.DEADLINES,
+    logs.COMPACTED,
 )
 MUTANTS = tuple(mutant for group in GROUPS for mutant in group.mutants)
 LATER: tuple[Later, ...] = (
@@ -40,6 +41,5 @@ LATER: tuple[Later, ...] = (
     Later(
         "room", "At most `max_dispatched` runs have a message out; the others are released in fair order.", "admission"
     ),
-    Later("compaction", "A fold of the log gives the same before and after.", "retention"),
     Later("child_end_in_two", "A child run ends in the transaction that settles the call.", "child runs"),
 )

@@ -39,7 +39,7 @@ _COUNT = f"SELECT count(*) {_DUE}"
 # the end of the batch may have cut is left to the next.
 _FOLD = """
 WITH held AS MATERIALIZED (
-    SELECT id, seq, type, message_id, epoch, payload FROM longhaul_runs_event
+    SELECT seq, type, message_id, epoch, payload FROM longhaul_runs_event
     WHERE run_id = %(run)s AND seq > %(after)s AND seq <= %(upto)s FOR UPDATE NOWAIT
 ), deltas AS (
     SELECT seq, type, message_id, epoch, payload->>'text' AS text, payload - 'text' AS rest FROM held
@@ -68,8 +68,8 @@ WITH held AS MATERIALIZED (
     SET payload = e.payload || jsonb_build_object('from_seq', chosen.first, 'text', chosen.text, 'pieces', chosen.pieces)
     FROM chosen WHERE e.run_id = %(run)s AND e.seq = chosen.last RETURNING 1
 ), folded AS (
-    DELETE FROM longhaul_runs_event e USING chosen, held
-    WHERE held.seq >= chosen.first AND held.seq < chosen.last AND e.id = held.id RETURNING 1
+    DELETE FROM longhaul_runs_event e USING chosen
+    WHERE e.run_id = %(run)s AND e.seq >= chosen.first AND e.seq < chosen.last RETURNING 1
 )
 SELECT (SELECT count(*) FROM kept) + (SELECT count(*) FROM folded), (SELECT first - 1 FROM cut)
 """

@@ -61,6 +61,10 @@ export type MessageFields = {
      */
     created_at: string;
     /**
+     * false: said by a run that its thread does not show, as with `save: "none"`
+     */
+    shown: boolean;
+    /**
      * why it could not be sent
      */
     error?: LonghaulError;
@@ -355,6 +359,8 @@ export declare class Fold {
     constructor(messages?: Iterable<any>);
     /** The messages in their order; those that wait for their place are the last. @returns {readonly Message[]} */
     get messages(): readonly Message[];
+    /** Those of the messages that the thread shows. @returns {readonly Message[]} */
+    get shown(): readonly Message[];
     /** The tool calls by their ids. @returns {Readonly<Record<string, ToolCall>>} */
     get toolCalls(): Readonly<Record<string, ToolCall>>;
     /**

@@ -48,6 +48,7 @@
  * @property {string | null} client_id
  * @property {Readonly<Record<string, any>>} metadata
  * @property {string} created_at RFC 3339
+ * @property {boolean} shown false: said by a run that its thread does not show, as with `save: "none"`
  * @property {LonghaulError} [error] why it could not be sent
  */
 /** @typedef {Readonly<MessageFields>} Message */
@@ -785,6 +786,8 @@ export class Fold {
   #calls = new Map();
   /** @type {Message[] | null} */
   #list = null;
+  /** @type {readonly Message[] | null} */
+  #listShown = null;
   /** @type {Record<string, ToolCall> | null} */
   #table = null;
   /** @type {RunTold | null} the run whose events came last */
@@ -802,6 +805,12 @@ export class Fold {
       this.#list = [...all.filter((each) => each.status !== "waiting"), ...all.filter((each) => each.status === "waiting")];
     }
     return this.#list;
+  }
+
+  /** Those of the messages that the thread shows. @returns {readonly Message[]} */
+  get shown() {
+    const all = this.messages;
+    return (this.#listShown ??= all.every(({ shown }) => shown) ? all : all.filter(({ shown }) => shown));
   }
 
   /** The tool calls by their ids. @returns {Readonly<Record<string, ToolCall>>} */
@@ -823,7 +832,7 @@ export class Fold {
     this.#messages = new Map();
     this.#calls = new Map();
     for (const row of messages) this.#add(saved(row), before.get(row.id));
-    this.#list = this.#table = null;
+    this.#list = this.#listShown = this.#table = null;
   }
 
   /** Put older messages before all that are there. @param {Iterable<any>} messages */
@@ -835,7 +844,7 @@ export class Fold {
     for (const row of messages) this.#add(saved(row), before.get(row.id));
     for (const [id, message] of before) this.#messages.set(id, message);
     for (const [id, call] of calls) this.#calls.set(id, { ...this.#calls.get(id), ...call });
-    this.#list = this.#table = null;
+    this.#list = this.#listShown = this.#table = null;
   }
 
   /**
@@ -877,7 +886,7 @@ export class Fold {
       case "message.created":
         // Where a lingering worker goes on, nothing else says that the run runs again.
         this.#runIs(event.run, "running");
-        this.#say({ ...begun(event), status: "pending", content: [] });
+        this.#say({ ...begun(event), shown: this.#messages.get(event.message)?.shown ?? event.shown !== false });
         break;
       case "text.delta":
       case "reasoning.delta": {
@@ -909,14 +918,14 @@ export class Fold {
   /** @param {Message} message */
   #say(message) {
     this.#messages.set(message.id, message);
-    this.#list = null;
+    this.#list = this.#listShown = null;
   }
 
   /** @param {string} id of a message; its calls go with it */
   #takeAway(id) {
     this.#messages.delete(id);
     for (const call of this.#calls.values()) if (call.message === id) this.#calls.delete(call.id);
-    this.#list = this.#table = null;
+    this.#list = this.#listShown = this.#table = null;
   }
 
   /** @param {RunEvent} event */
@@ -970,14 +979,15 @@ export function textOf(message) {
 }
 
 /** @param {any} row @returns {Message} */
-function saved({ id, role, status, content, run, step, client_id, metadata, created_at }) {
-  return { key: client_id || id, id, role, status, content, run, step, client_id: client_id || null, metadata, created_at };
+function saved({ id, role, status, content, run, step, client_id, metadata, created_at, shown = true }) {
+  const key = client_id || id;
+  return { key, id, role, status, content, run, step, client_id: client_id || null, metadata, created_at, shown };
 }
 
 /** @param {RunEvent} event @returns {Message} */
-function begun({ message: id, role, run, step, client_id, at }) {
+function begun({ message: id, role, run, step, client_id, at, shown = true }) {
   const known = { id, role: role ?? "assistant", run, step: step ?? null, client_id: client_id || null, created_at: at };
-  return { ...known, key: client_id || id, status: "pending", content: [], metadata: {} };
+  return { ...known, key: client_id || id, status: "pending", content: [], metadata: {}, shown };
 }
 
 /** @param {any} one @param {any} other */
@@ -1224,7 +1234,7 @@ export class Thread {
     /** @type {Message} */
     const message = {
       key: client_id, id: client_id, role: "user", status: "sending", content, run: null, step: null, client_id,
-      metadata: {}, created_at: new Date().toISOString(),
+      metadata: {}, created_at: new Date().toISOString(), shown: true,
     };
     const { agent } = this.#options;
     const body = { ...(agent ? { agent } : {}), ...this.#options.run, ...run, input, client_id };
@@ -1593,7 +1603,7 @@ export class Thread {
   #made() {
     const now = clock();
     const before = this.#state;
-    const saved = this.#fold.messages;
+    const saved = this.#fold.shown;
     let messages = this.#paces.size ? saved.map((message) => this.#shown(message, now)) : saved;
     if (this.#outgoing.size) messages = [...messages, ...[...this.#outgoing.values()].map((each) => each.message)];
     if (before && sameItems(before.messages, messages)) messages = before.messages;

@@ -125,6 +125,19 @@ test("a run is what its last event says, and a retry takes away what it replaces
   assert.deepEqual([made.run, made.messages], [{ id: "s", status: "queued", stop_reason: null, error: null, output: null }, []]);
 });
 
+test("what its thread does not show is known, and not shown", () => {
+  const made = new Fold();
+  const hidden = { type: "message.completed", message: "u", role: "user", content: [{ type: "text", text: "Hi" }], shown: false };
+  const answer = { message: "a", role: "assistant", step: 1 };
+  for (const event of log(
+    hidden, { type: "message.created", ...answer, shown: false }, { type: "text.delta", message: "a", text: "Yes" },
+    { type: "message.completed", ...answer, content: [{ type: "text", text: "Yes" }] },
+    { type: "message.completed", message: "v", role: "user", content: [] },
+  )) made.apply(event);
+  assert.deepEqual(made.messages.map(({ id }) => id), ["u", "a", "v"]);
+  assert.deepEqual(made.shown.map(({ id }) => id), ["v"]);
+});
+
 /** Feed a pace with bursts, look at it each 16 ms; return what was shown when. */
 function played(bursts, until) {
   const pace = new Pace();

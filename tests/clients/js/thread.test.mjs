@@ -340,6 +340,14 @@ test("a thread whose making has failed is made under the same key", async () => 
   assert.deepEqual([texts(state), server.threads], [["Two", "One"], 1]);
 });
 
+test("what the thread does not show is not shown", async () => {
+  const server = new Server();
+  const thread = opened(server);
+  await until(thread, (state) => state.connection === "open");
+  server.say("r1", { type: "message.completed", message: "u", role: "user", content: [], shown: false }, { type: "run.completed" });
+  assert.deepEqual((await until(thread, (state) => state.status === "completed")).messages, []);
+});
+
 test("stop cancels what waits for its turn, where nothing lives", async () => {
   const server = new Server();
   server.tells = false;

@@ -235,6 +235,5 @@ def test_whatever_is_done_to_a_log_its_readers_get_it_once(monkeypatch: pytest.M
 @pytest.mark.timeout(1800)
 @pytest.mark.django_db(transaction=True)
 def test_whatever_is_done_to_a_log_its_readers_get_it_once_over_many_lives(monkeypatch: pytest.MonkeyPatch) -> None:
-    told(monkeypatch, 1000, 60)
-    print(dict(seen))
-    assert min(seen[way, "within a range"] for way in WAYS) >= 100
+    told(monkeypatch, 300, 60)
+    assert min(seen[way, "within a range"] for way in WAYS) >= 20

@@ -13,7 +13,7 @@ import secrets
 from collections.abc import Awaitable, Callable, Container, Hashable, Mapping, MutableMapping
 from typing import TYPE_CHECKING, Any
 
-from runs.streams import seats
+from runs.streams import departure, seats
 
 if TYPE_CHECKING:
     from runs.streams.broadcast import Broadcast, Plan, Reader
@@ -39,9 +39,10 @@ _OF_THE_BODY = frozenset({b"content-length", b"content-encoding", b"transfer-enc
 class Handover:
     """Where the view of one request leaves its plan."""
 
-    __slots__ = ("plan", "seat", "turned_away", "word")
+    __slots__ = ("over", "plan", "seat", "turned_away", "word")
 
     def __init__(self) -> None:
+        self.over = False
         self.plan: Plan | None = None
         self.seat: Seat | None = None
         self.turned_away = False
@@ -51,6 +52,14 @@ class Handover:
         """Take a seat for this request's stream, once. It is given up with the request. Raises NoSeat."""
         if self.seat is None:
             self.seat = seats.here.take(owner)
+        if self.over:  # its client has left meanwhile, and the thread of its view has not heard of it
+            self.seat.leave()
+
+    def end(self) -> None:
+        """The request is over: give up its seat, also one that is still to be taken."""
+        self.over = True
+        if self.seat is not None:
+            self.seat.leave()
 
     def turn_away(self) -> None:
         """Note that this client should go elsewhere, and so not come back on this connection."""
@@ -78,9 +87,16 @@ def handover_of(request: Any) -> Handover | None:
 def with_streams(application: Application) -> Application:
     """Return an ASGI application that serves streams itself and leaves all else to this one."""
 
+    listens = False
+
     async def serve(scope: Scope, receive: Receive, send: Send) -> None:
+        nonlocal listens
         if scope["type"] != "http":
             return await application(scope, receive, send)
+        if not listens:
+            # Not with the first stream only: that one may come when the process was asked to end already.
+            listens = True
+            departure.hear()
         handover = Handover()
         held: list[Message] = []
         gone = False
@@ -112,8 +128,7 @@ def with_streams(application: Application) -> Application:
                 start = {**held[0], "headers": [*_without(held[0], _OF_THE_BODY), *elsewhere()]}
                 await _stream(handover.plan, start, receive, send)
         finally:
-            if handover.seat is not None:
-                handover.seat.leave()
+            handover.end()
 
     return serve
 

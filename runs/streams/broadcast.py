@@ -127,15 +127,23 @@ class Reader:
         return piece
 
     def push(self, piece: bytes) -> None:
-        """Queue a piece. With one that is too much the reader is cut off."""
+        """Queue what came live. With a piece that is too much the reader is cut off."""
         if self.over or self.cut:
             return
-        if self.pieces and self.size + len(piece) > MOST_QUEUED:
+        if self.size and self.size + len(piece) > MOST_QUEUED:
             logger.info("A reader of run %s does not read, and is cut off", self.run)
             self.cut_off()
             return
-        self.pieces.append(piece)
         self.size += len(piece)
+        self._queue(piece)
+
+    def page(self, page: bytes) -> None:
+        """Queue a page of history. It counts for nothing: it is here because all before it was sent."""
+        if page and not self.over and not self.cut:
+            self._queue(page)
+
+    def _queue(self, piece: bytes) -> None:
+        self.pieces.append(piece)
         self.wake.set()
 
     def finish(self, *, unsent: bool = True) -> None:
@@ -228,7 +236,7 @@ class Broadcast:
         self._rung: deque[UUID] = deque()
         self._told = False  # that something rang
         self._work: asyncio.Task[None] | None = None
-        self._questions = Questions()
+        self._questions, self._of_keys = Questions(), Questions()  # a policy that hangs holds up no question after keys
         self._asking: set[asyncio.Task[None]] = set()
         self._empty_since = time.monotonic()
         departure.listen(self)
@@ -508,8 +516,7 @@ class Broadcast:
         reader.asked = False
         reader.wanted = max(page.last_seq - page.last, 0) + SHORT // 4
         reader.at = page.last
-        if page.body:
-            reader.push(page.body)
+        reader.page(page.body)
         if page.over or not page.there:
             self._run_over(reader)
         elif page.last >= page.last_seq:
@@ -649,7 +656,7 @@ class Broadcast:
         if not keys:
             return
         try:
-            held = await self._questions.ask("keys", partial(holding, [key for key in keys if key is not None]))
+            held = await self._of_keys.ask("keys", partial(holding, [key for key in keys if key is not None]))
         except (InterfaceError, OperationalError):
             return
         for key, readers in keys.items() if held is not None else ():

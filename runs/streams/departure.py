@@ -32,11 +32,16 @@ def leaving() -> bool:
 
 
 def listen(departing: Departing) -> None:
-    """Tell it when a signal asks the process to end. It is kept by its own loop only: each that serves streams has one.
+    """Tell it when a signal asks the process to end. It is kept by its own loop only: each that serves streams has one."""
+    _told.add(departing)
+    hear()
+
+
+def hear() -> None:
+    """Hear the signals from now on.
 
     Outside of the main thread, where no signal can be heard, this does nothing: the server's own cut ends the streams there.
     """
-    _told.add(departing)
     if threading.current_thread() is not threading.main_thread():
         return
     for number in SIGNALS:

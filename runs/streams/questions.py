@@ -7,6 +7,7 @@ before it ends.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import threading
 from collections.abc import Callable, Hashable
@@ -29,44 +30,68 @@ class Questions:
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
         self._turn = asyncio.Semaphore(AT_ONCE)
-        self._open: set[Hashable] = set()  # subjects of questions whose thread still runs
+        self._open: dict[Hashable, asyncio.Future[None]] = {}  # by their subjects those whose thread still runs
 
     async def ask(self, subject: Hashable, question: Callable[[], R]) -> R | None:
         """Return the answer; None when there is none in time, or the last question of this subject hangs still.
 
         Raises what the question raises.
         """
-        async with self._turn:
-            if subject in self._open or len(self._open) >= MOST_HANGING:
+        until = self._loop.time() + ANSWER_SECONDS
+        while True:
+            async with self._turn:
+                before = self._open.get(subject)
+                if before is None:
+                    return None if len(self._open) >= MOST_HANGING else await self._ask(subject, question)
+            # One thread for a subject: this comes behind the one that is under way, which is answered soon, or hangs.
+            left = until - self._loop.time()
+            if left <= 0:
                 return None
-            self._open.add(subject)
-            answer: asyncio.Future[R] = self._loop.create_future()
-            thread = threading.Thread(
-                target=self._run, args=(subject, question, answer), name="longhaul-streams-question", daemon=True
-            )
+            await asyncio.wait([before], timeout=left)
+
+    async def _ask(self, subject: Hashable, question: Callable[[], R]) -> R | None:
+        answer: asyncio.Future[R] = self._loop.create_future()
+        thread = threading.Thread(
+            target=self._run, args=(subject, question, answer), name="longhaul-streams-question", daemon=True
+        )
+        self._open[subject] = self._loop.create_future()
+        try:
             thread.start()
-            done, _ = await asyncio.wait([answer], timeout=ANSWER_SECONDS)
-            if done:
-                return answer.result()
-            answer.cancel()
-            logger.warning("The access policy has not answered in %g s", ANSWER_SECONDS)
+        except RuntimeError as error:
+            self._over(subject)
+            logger.warning("The access policy cannot be asked: %s", error)  # there are too many threads
             return None
+        try:
+            done, _ = await asyncio.wait([answer], timeout=ANSWER_SECONDS)
+        finally:
+            if not answer.done():
+                answer.cancel()
+        if done:
+            return answer.result()
+        logger.warning("The access policy has not answered in %g s", ANSWER_SECONDS)
+        return None
 
     def _run(self, subject: Hashable, question: Callable[[], Any], answer: asyncio.Future[Any]) -> None:
-        found, error = None, None
+        found: Any = None
+        error: Exception | None = None
         try:
             found = question()
         except Exception as raised:
             error = raised
-        finally:
+        except BaseException as raised:  # SystemExit is a policy's that is broken, and ends no server
+            error = RuntimeError(repr(raised))
+        with contextlib.suppress(Exception):  # whatever it is, the question was answered
             release()
         try:
             self._loop.call_soon_threadsafe(self._answered, subject, answer, found, error)
         except RuntimeError:
             pass  # the loop was closed
 
+    def _over(self, subject: Hashable) -> None:
+        self._open.pop(subject).set_result(None)
+
     def _answered(self, subject: Hashable, answer: asyncio.Future[Any], found: Any, error: Exception | None) -> None:
-        self._open.discard(subject)
+        self._over(subject)
         if answer.done():
             return  # nobody waits for it any more
         if error is None:

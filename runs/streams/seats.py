@@ -22,18 +22,17 @@ class NoSeat(Exception):
 
 
 class Seat:
-    """Room for one stream. To `leave` it twice is once."""
+    """Room for one stream. To `leave` it twice is once, from whatever threads."""
 
-    __slots__ = ("_owner", "_seats")
+    __slots__ = ("_seats", "is_left", "owner")
 
     def __init__(self, seats: Seats, owner: Hashable) -> None:
-        self._seats: Seats | None = seats
-        self._owner = owner
+        self._seats = seats
+        self.owner = owner
+        self.is_left = False
 
     def leave(self) -> None:
-        seats, self._seats = self._seats, None
-        if seats is not None:
-            seats.left(self._owner)
+        self._seats.leave(self)
 
 
 class Seats:
@@ -59,12 +58,15 @@ class Seats:
             self._taken += 1
         return Seat(self, owner)
 
-    def left(self, owner: Hashable) -> None:
+    def leave(self, seat: Seat) -> None:
         with self._lock:
+            if seat.is_left:
+                return
+            seat.is_left = True
             self._taken -= 1
-            self._owned[owner] -= 1
-            if not self._owned[owner]:
-                del self._owned[owner]
+            self._owned[seat.owner] -= 1
+            if not self._owned[seat.owner]:
+                del self._owned[seat.owner]
 
 
 here = Seats()

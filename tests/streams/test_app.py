@@ -7,6 +7,7 @@ import gc
 import secrets
 import signal
 import statistics
+import threading
 import time
 import weakref
 from collections.abc import Callable, Sequence
@@ -18,14 +19,17 @@ import orjson
 import pytest
 from asgiref.sync import sync_to_async
 from django.core.asgi import get_asgi_application
-from django.db import OperationalError, ProgrammingError, connection
+from django.db import OperationalError, ProgrammingError, connection, connections
+from django.db.models import Model
 from django.http import HttpRequest, HttpResponse, HttpResponseBase
 
 from runs import bells, with_streams
-from runs.agents import Agent
+from runs.agents import Agent, registry
+from runs.http import streams
 from runs.models import Event, Run
+from runs.pytest_longhaul import ScriptedModel, call, run_to_end
 from runs.run_log import DatabaseRunLog
-from runs.streams import app, broadcast, departure, log, seats
+from runs.streams import app, broadcast, departure, log, questions, seats
 from runs.streams.app import Application
 from runs.streams.visitors import Visitor
 from tests.http.conftest import Api
@@ -34,6 +38,7 @@ from tests.streams.inside import Answer, ask
 from tests.workers.conftest import eventually
 from threads import clock
 from threads.models import ApiKey
+from tools import tool
 
 pytestmark = pytest.mark.django_db(transaction=True)
 
@@ -364,6 +369,42 @@ async def test_history_then_live_then_closed(
     assert answer.ended
 
 
+@pytest.mark.slow
+async def test_what_rang_is_read_once_for_all_its_readers(
+    application: Application, api: Api, helper: Agent, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One subscription to a run, and one query for all runs that rang meanwhile."""
+    monkeypatch.setattr(broadcast, "LOOK_SECONDS", FAR)
+    first, *others = [await sync_to_async(helper.start)("x", owner=api.user) for _ in range(4)]
+    told = [(await begun(application, api, run))[1] for run in (first, *others) for _ in range(3)]
+    for run in (first, *others):
+        await heard(run)
+        assert len(bells.ear()._events[bells.run_channel(run.pk)]) == 1
+    asked: list[list[UUID]] = []
+    reached, go_on, real = asyncio.Event(), asyncio.Event(), log.Log.live
+
+    async def live(self: log.Log, after: Sequence[tuple[UUID, int]]) -> Any:
+        asked.append([run for run, _ in after])
+        reached.set()
+        await go_on.wait()
+        return await real(self, after)
+
+    monkeypatch.setattr(log.Log, "live", live)
+    await record(first, "word")
+    await asyncio.wait_for(reached.wait(), 20)
+    for run in others:
+        await record(run, "word")
+    async with asyncio.timeout(20):
+        while not {run.pk for run in others} <= set(broadcast.here()._due):
+            await asyncio.sleep(0.01)  # between looks at a condition
+    go_on.set()
+    assert [(await anext(each)).data["data"] for each in told] == ["word"] * 12
+    assert len(asked) == 2
+    assert {run.pk for run in others} <= set(asked[1])
+    for runs in asked:
+        assert len(runs) == len(set(runs))
+
+
 async def heard(run: Run) -> None:
     """Wait until the process listens for the run's bell, and its writers know that somebody does."""
     channel = bells.run_channel(run.pk)
@@ -453,6 +494,51 @@ async def test_pings(
 
 
 @pytest.mark.slow
+async def test_pings_come_also_while_a_tool_runs_for_long(
+    application: Application, api: Api, scripted_model: ScriptedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(broadcast, "PING_SECONDS", 0.0)
+    monkeypatch.setattr(registry, "_agents", dict(registry.all()))
+    over = threading.Event()
+
+    @tool(idempotent=True)
+    def count_stock() -> int:
+        """Count what is there."""
+        assert over.wait(60)
+        return 7
+
+    clerk = registry.add(Agent(name="clerk", model="openai:test", tools=[count_stock]))
+    scripted_model.say(call("count_stock"), "There are seven.")
+    run = await sync_to_async(clerk.start)("How many are there?", owner=api.user)
+
+    def work() -> None:
+        try:
+            run_to_end(run)
+        finally:
+            connections.close_all()
+
+    answer = await ask(application, "GET", stream(run), api.key)
+    told = answer.frames()
+    working = asyncio.create_task(asyncio.to_thread(work))
+    try:
+        while (await anext(told)).event != "tool_call.started":
+            pass
+        assert [(await anext(told)).comment for _ in range(5)] == ["ping"] * 5
+    finally:
+        over.set()
+        await working
+    assert [each async for each in told if each.comment is None][-1].event == "run.completed"
+
+
+def test_what_is_promised_in_seconds() -> None:
+    """The tests of these have made them short."""
+    for module in (broadcast, streams):
+        assert module.PING_SECONDS == 15
+        assert module.CHECK_SECONDS <= 30  # with the time of an answer less than a minute
+    assert questions.ANSWER_SECONDS + broadcast.CHECK_SECONDS < 60
+
+
+@pytest.mark.slow
 async def test_a_run_that_is_deleted_ends_its_stream(
     application: Application, api: Api, live: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -518,6 +604,21 @@ async def test_who_comes_as_the_process_leaves_is_sent_elsewhere(
     assert len(seats.here) == 0
 
 
+class Robot:
+    """What a class of the host's takes for a user, as it is: no row, and not asked whether it is active."""
+
+    is_authenticated = True
+
+    def __init__(self, pk: Any) -> None:
+        self.pk = pk
+
+
+def test_who_is_no_row_is_asked_about_as_they_are(api: Api, live: Run) -> None:
+    rows: dict[type[Model], list[UUID]] = {Run: [live.pk]}
+    assert Visitor(user=Robot(api.user.pk), key=None, session=None).sees(rows) == {live.pk}
+    assert Visitor(user=Robot(api.user.pk + 1), key=None, session=None).sees(rows) == set()
+
+
 # --- how many -------------------------------------------------------------------------------------------------------
 
 
@@ -560,7 +661,27 @@ async def test_a_seat_is_free_again_however_the_request_ends(
     assert len(seats.here) == 0
 
 
+def test_a_seat_that_is_taken_when_the_request_is_over_is_free() -> None:
+    """Its client has left; the thread of its view goes on."""
+    handover = app.Handover()
+    handover.end()
+    handover.sit("ann")
+    assert len(seats.here) == 0
+    again = seats.here.take("ann")
+    for _ in range(2):
+        again.leave()
+    assert len(seats.here) == 0
+
+
 # --- the end --------------------------------------------------------------------------------------------------------
+
+
+async def test_the_end_is_heard_before_the_first_stream(application: Application, api: Api, live: Run) -> None:
+    """Who comes with a request that was under way would keep the process to its last second."""
+    signal.signal(signal.SIGINT, lambda *_: None)
+    await (await ask(application, "GET", "/healthz")).whole()
+    signal.raise_signal(signal.SIGINT)
+    assert (await ask(application, "GET", stream(live), api.key)).status == 503
 
 
 class Streams:

@@ -182,3 +182,30 @@ async def test_between_two_runs_of_a_thread(
                     break
         assert told == expected[skipped:]
         await answer.leave()
+
+
+async def test_a_large_page_and_what_came_meanwhile_are_not_too_much(
+    application: Application, api: Api, live: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A page is asked for when all before it was sent: its reader is not slow, however large it is."""
+    large = "x" * (broadcast.MOST_QUEUED - 5000)
+    assert await sync_to_async(DatabaseRunLog().record)(live.pk, "data", {"data": large})
+    await live.arefresh_from_db()
+    await ask(application, "GET", f"/api/runs/{live.pk}/stream?starting_after={live.last_seq}", api.key)
+    now = broadcast.here()
+    async with asyncio.timeout(20):
+        while live.pk not in now.tails or not now.tails[live.pk].joined:
+            await asyncio.sleep(0.01)  # between looks at a condition
+    barrier = Barrier(monkeypatch, "pages")
+    barrier.shut()
+    reader = await ask(application, "GET", f"/api/runs/{live.pk}/stream", api.key)
+    await barrier.stands()
+    await record(live, KEPT - 4)
+    await live.arefresh_from_db()
+    async with asyncio.timeout(20):
+        while now.tails[live.pk].at < live.last_seq:
+            await asyncio.sleep(0.01)  # between looks at a condition
+    barrier.open.set()
+    await cancel(live)
+    assert await data_of(reader) == await log_of(live)
+    assert reader.ended

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator
 from typing import Any
 from uuid import uuid4
@@ -19,6 +20,7 @@ from runs.pytest_longhaul import ScriptedModel, run_to_end
 from runs.streams import broadcast
 from runs.streams import log as log_of_streams
 from runs.streams.app import Application
+from runs.streams.visitors import Visitor
 from tests.http.conftest import Api
 from tests.streams.inside import Answer, ask
 from tests.workers.conftest import eventually
@@ -224,3 +226,36 @@ async def test_a_round_that_is_full_with_a_runs_last_event_reads_no_more_of_it(
     second = await sync_to_async(helper.start)("two", thread=thread)
     assert (await asyncio.wait_for(anext(following), 20))[0] == f"{second.pk}:1"
     assert now._work is work
+
+
+async def test_two_threads_of_one_reader_go_on_at_once_together(
+    application: Application, api: Api, helper: Agent, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The policy is asked about the run of one while it is asked about that of the other."""
+    make, start = sync_to_async(Thread.objects.create), sync_to_async(helper.start)
+    talks = [await make(owner=api.user) for _ in range(2)]
+    answers = [await ask(application, "GET", stream(talk), api.key) for talk in talks]
+    channels = {bells.thread_channel(talk.pk) for talk in talks}
+    await sync_to_async(eventually)(lambda: channels <= set(bells.ear()._events))
+    monkeypatch.setattr(broadcast, "LOOK_SECONDS", FAR)
+    await asyncio.sleep(1.1)  # the look that was begun before
+    asked, free = threading.Event(), threading.Event()
+    real = Visitor.sees
+
+    def sees(visitor: Visitor, rows: Any) -> set[Any]:
+        asked.set()
+        assert free.wait(20)
+        return real(visitor, rows)
+
+    monkeypatch.setattr(Visitor, "sees", sees)
+    runs = [await start("one", thread=talks[0])]
+    await asyncio.to_thread(asked.wait, 20)
+    runs.append(await start("two", thread=talks[1]))
+    async with asyncio.timeout(20):
+        while broadcast.here()._go_now.is_set() or not all(each.led for each in broadcast.here().readers):
+            await asyncio.sleep(0.01)  # between looks at a condition
+    free.set()
+    for run, answer in zip(runs, answers, strict=True):
+        assert (await asyncio.wait_for(anext(each(answer)), 10))[0] == f"{run.pk}:1"
+    for run in runs:
+        await cancel(run)

@@ -10,12 +10,13 @@ from typing import Any
 import psycopg
 import pytest
 from asgiref.sync import sync_to_async
-from django.db import connection
+from django.db import InterfaceError, connection
 
 from runs.agents import Agent
 from runs.models import Run
 from runs.streams import broadcast, log, outage, questions
 from runs.streams.app import OPENING, Application
+from runs.streams.questions import Questions
 from tests.http.conftest import Api
 from tests.streams.inside import ask
 from tests.streams.test_app import begun, cancel, record
@@ -185,3 +186,65 @@ async def test_a_policy_that_hangs_for_one_visitor_holds_up_nobody_else(
     assert hanging.asked == 2  # a thread for a visitor, however often they are due
     await record(live, "one")
     assert (await anext(told["ben"])).data["data"] == "one"
+
+
+@pytest.mark.slow
+async def test_a_policy_that_hangs_for_all_keeps_no_stream_whose_key_was_revoked(
+    application: Application, api_of: Any, live: Run, monkeypatch: pytest.MonkeyPatch, hanging: Hanging
+) -> None:
+    monkeypatch.setattr(broadcast, "CHECK_SECONDS", 0.1)
+    monkeypatch.setattr(questions, "ANSWER_SECONDS", 60.0)
+    monkeypatch.setattr(questions, "AT_ONCE", 1)
+    users = {name: await sync_to_async(api_of)(name, is_staff=True, is_superuser=True) for name in ("eve", "ben")}
+    told = {name: (await begun(application, user, live))[1] for name, user in users.items()}
+    hanging.free.clear()
+    async with asyncio.timeout(20):
+        while not hanging.asked:
+            await asyncio.sleep(0.01)  # between looks at a condition
+    await ApiKey.objects.filter(owner=users["ben"].user).aupdate(revoked_at=clock.Now())
+    assert [each async for each in told["ben"]] == []
+
+
+async def test_questions_of_one_subject_come_one_after_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    """None for want of an answer is for one that hangs, not for one that is under way."""
+    asked, free = Questions(), threading.Event()
+    first = asyncio.create_task(asked.ask("ann", free.wait))
+    second = asyncio.create_task(asked.ask("ann", lambda: "second"))
+    assert await asked.ask("ben", lambda: "ben") == "ben"
+    assert not second.done()
+    free.set()
+    assert (await first, await second) == (True, "second")
+    monkeypatch.setattr(questions, "ANSWER_SECONDS", 0.05)
+    free.clear()
+    assert await asked.ask("ann", free.wait) is None
+    assert await asked.ask("ann", lambda: "third") is None
+    free.set()
+    assert await asked.ask("ben", lambda: "ben") == "ben"
+
+
+async def test_a_question_that_cannot_be_asked_or_ends_its_thread_holds_up_no_other(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked = Questions()
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", Nobody().start)
+        assert await asked.ask("ann", lambda: 1) is None
+
+    def leaves() -> None:
+        raise SystemExit
+
+    with pytest.raises(RuntimeError, match="SystemExit"):
+        await asked.ask("ann", leaves)
+    with monkeypatch.context() as patched:
+        patched.setattr(questions, "release", leaves_the_connection)
+        assert await asked.ask("ann", lambda: 2) == 2
+    assert await asked.ask("ann", lambda: 3) == 3
+
+
+class Nobody:
+    def start(self, *_: Any) -> None:
+        raise RuntimeError("can't start new thread")
+
+
+def leaves_the_connection() -> None:
+    raise InterfaceError("connection already closed")

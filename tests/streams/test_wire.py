@@ -13,8 +13,9 @@ import pytest
 from asgiref.sync import sync_to_async
 
 from runs.models import Run
+from runs.run_log import DatabaseRunLog
 from tests.http.conftest import Api
-from tests.streams.outside import Process, processes
+from tests.streams.outside import Connection, Process, processes
 from tests.workers.conftest import eventually
 
 pytestmark = [pytest.mark.django_db(transaction=True), pytest.mark.slow, pytest.mark.timeout(240)]
@@ -23,9 +24,15 @@ cancel = sync_to_async(Run.cancel)
 later = sync_to_async(eventually)
 
 
-@pytest.fixture
-def web(tmp_path: Path) -> Iterator[Process]:
-    with processes(tmp_path, 1) as (made,):
+@sync_to_async
+def record(run: Run, text: str) -> None:
+    assert DatabaseRunLog().record(run.pk, "data", {"data": text})
+
+
+# What uvicorn takes where they are installed, and what it takes else.
+@pytest.fixture(params=["--http=httptools --loop=uvloop", "--http=h11 --loop=asyncio"])
+def web(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Process]:
+    with processes(tmp_path, 1, *request.param.split()) as (made,):
         yield made
 
 
@@ -75,9 +82,14 @@ async def talk(web: Process, api: Api) -> AsyncIterator[Talk]:
 
 async def test_a_stream_over_http_1_0_ends_with_its_connection(talk: Talk, live: Run) -> None:
     talk.ask(f"GET /api/runs/{live.pk}/stream HTTP/1.0")
-    assert "transfer-encoding" not in await talk.head()
+    head = await talk.head()
     await cancel(live)
-    told = await talk.rest()
+    # With httptools uvicorn sends chunks to everybody, and calls its answer one of HTTP/1.1.
+    chunked = "transfer-encoding: chunked" in head
+    assert head.startswith("http/1.1 ") or not chunked
+    assert "connection: close" in head
+    told = await talk.body() if chunked else b""
+    told += await talk.rest()
     assert told.startswith(b": longhaul\nretry: 1000\n\nid: 1\n")
     assert told.endswith(b"\n\n")
     assert b"\nevent: run.cancelled\n" in told
@@ -110,3 +122,33 @@ async def test_who_leaves_right_after_the_headers_of_a_start_cancels_nothing(
     await later(lambda: web.connections == 0, why="the server has noticed")
     await run.arefresh_from_db()
     assert run.status == "queued"
+
+
+async def test_an_upgrade_that_is_offered_is_passed_over(talk: Talk, live: Run) -> None:
+    """Java's client offers HTTP/2 with each of its requests, and sends the next one on the same connection."""
+    offer = (
+        "Connection: Upgrade, HTTP2-Settings",
+        "Upgrade: h2c",
+        "HTTP2-Settings: AAEAAEAAAAIAAAABAAMAAABkAAQBAAAAAAUAAEAA",
+    )
+    await cancel(live)
+    body = orjson.dumps({"starting_after": 1})
+    for method in ("GET", "POST", "GET"):
+        talk.ask(f"{method} /api/runs/{live.pk}/stream HTTP/1.1", *offer, body=body)
+        assert (await talk.head()).startswith("http/1.1 200")
+        assert b"\n\nid: 2\n" in await talk.body()
+
+
+async def test_a_reader_who_does_not_read_is_closed_without_a_word_of_the_server(
+    web: Process, api: Api, live: Run
+) -> None:
+    stuck = await Connection.open(web.port, f"/api/runs/{live.pk}/stream", api.key, receives=2048)
+    await later(lambda: web.connections == 1)
+    for number in range(200):
+        await record(live, str(number) * 30_000)
+        if web.connections == 0:
+            break
+    await later(lambda: web.connections == 0, why="it is closed, though it has not read")
+    stuck.close()
+    assert "ERROR" not in web.said()
+    assert "Traceback" not in web.said()

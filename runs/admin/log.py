@@ -11,7 +11,7 @@ from django.http import HttpRequest
 from django.utils.html import format_html_join
 from django.utils.safestring import SafeString
 
-from runs import flower
+from runs import compaction, flower
 from runs.admin.followed import Followed, is_page
 from runs.http.events import FORMS, LegEnd
 from runs.models import Event, Leg, Step, Usage
@@ -145,7 +145,7 @@ class EventAdmin(OfRun):
 
     @admin.display(description="payload")
     def payload_(self, event: Event) -> str:
-        return marks.pretty(event.payload)
+        return marks.pretty(compaction.told(event.payload, 0))
 
 
 @admin.register(Usage)

@@ -111,6 +111,8 @@ def test_runs_are_found_by_what_they_are(
     assert found(status="held", active="false") == []
     assert found(agent="clerk") == [1, 3]
     assert found(agent=["clerk", "helper"]) == [0, 1, 2, 3, 4]
+    assert found(active="true", agent=["clerk", "helper"]) == [2, 3, 4]
+    assert found(active="true", agent=["clerk", "nobody"]) == [3]
     assert found(thread=made[2]["thread"]) == [2, 4]
     assert found(thread=str(uuid4())) == []
     assert found(**{"metadata.ticket": 7}) == [0, 1]  # a query is text: the number and the text

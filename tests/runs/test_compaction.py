@@ -13,7 +13,8 @@ import orjson
 import pytest
 from django.core.management import call_command
 from django.db import transaction
-from django.test import override_settings
+from django.test import Client, override_settings
+from django.urls import reverse
 
 from runs import Agent, compaction, housekeeping
 from runs.compaction import Compaction
@@ -120,6 +121,15 @@ def test_every_cursor_gets_what_follows_it(run: Run, api: Api) -> None:
         page = api.get(f"/api/runs/{run.pk}/events?after={after}&limit=3")["results"]
         assert truth.holds(page, after) == page[-1]["seq"]
         assert not any("pieces" in event for event in page)
+
+
+def test_the_admin_shows_an_event_as_readers_get_it(run: Run, admin_client: Client) -> None:
+    keep_house()
+    event = run.event_set.filter(payload__has_key="pieces").first()
+    assert event is not None
+    page = admin_client.get(reverse("admin:longhaul_runs_event_change", args=[event.pk])).content.decode()
+    assert "from_seq" in page
+    assert "pieces" not in page
 
 
 @pytest.mark.django_db(transaction=True)

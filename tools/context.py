@@ -144,5 +144,5 @@ class ToolContext:
         self._emit_data(jsonable(data))
 
     def is_cancelled(self) -> bool:
-        """Return True once the result is no longer wanted: the run has ended, or another attempt has taken over."""
+        """Return True once the result is no longer wanted: the call is settled, or another attempt has taken over."""
         return self._check_cancelled()

@@ -284,11 +284,20 @@ def context_of(claimed: Claimed, told: list[tuple[str, dict[str, Any]]] | None =
     answer = claimed.answer
     log = run_log.current()
 
+    def wanted() -> bool:
+        """Whether this attempt may settle the call: also one whose worker was taken for dead, while nobody knows of it."""
+        still = ToolCall.objects.filter(pk=claimed.call_id, attempt=claimed.attempt, status__in=("running", "unknown"))
+        return still.exists()
+
     def tell(type: str, payload: dict[str, Any]) -> None:
-        if told is None:
-            log.record(claimed.run_id, type, payload)
-        else:
+        if told is not None:
             told.append((type, payload))
+            return
+        with transaction.atomic():
+            log.record(claimed.run_id, type, payload)
+            # Looked at under the run's lock, which whoever takes or settles the call needs: after that it says nothing more.
+            if not wanted():
+                transaction.set_rollback(True)
 
     thread_id = UUID(answer["thread"])
     last = [0.0]
@@ -311,9 +320,6 @@ def context_of(claimed: Claimed, told: list[tuple[str, dict[str, Any]]] | None =
 
     def emit(data: Any) -> None:
         tell("data", {"data": data})
-
-    def cancelled() -> bool:
-        return not ToolCall.objects.filter(pk=claimed.call_id, attempt=claimed.attempt, status="running").exists()
 
     def owner() -> Any:
         from django.contrib.auth import get_user_model
@@ -345,7 +351,7 @@ def context_of(claimed: Claimed, told: list[tuple[str, dict[str, Any]]] | None =
         load_owner=_beside_a_loop(owner),
         report_progress=_beside_a_loop(report),
         emit_data=_beside_a_loop(emit),
-        check_cancelled=_beside_a_loop(cancelled),
+        check_cancelled=_beside_a_loop(lambda: not wanted()),
     )
 
 

@@ -14,10 +14,11 @@ from django.db import connection
 from runs import agents
 from runs.agents import Agent
 from runs.pytest_longhaul import ScriptedModel, assert_invariants, call, run_to_end
-from tests.engine.tool_runs import attempts, calls_of, only_call, told, took
+from runs.verification import verify
+from tests.engine.tool_runs import add, attempts, calls_of, only_call, told, took
 from tests.runs.scenes import payloads, types
 from threads import clock
-from tools import RetryPolicy, ToolContext, tool
+from tools import RetryPolicy, ToolCall, ToolContext, lifecycle, run_log, tool
 
 pytestmark = pytest.mark.django_db
 
@@ -206,6 +207,70 @@ def test_a_tool_learns_that_its_run_has_ended_and_can_say_nothing_more(scripted_
     assert [part["outcome"] for part in told(run)] == ["cancelled"]
     assert types(run)[-1] == "run.cancelled"
     assert not {"data", "tool_call.progress"} & set(types(run))
+    assert_invariants(run)
+
+
+def test_nothing_is_written_to_a_run_that_has_ended(scripted_model: ScriptedModel) -> None:
+    run = took(scripted_model, add, calls=[call("add", a=1, b=2)])
+    before = types(run)
+    assert run_log.current().record(run.pk, "data", {"data": "too late"}) is False
+    assert types(run) == before
+
+
+@pytest.mark.parametrize("taken", ["cancelled", "taken over"])
+def test_a_tool_whose_call_was_taken_from_it_learns_so_and_says_nothing_more(
+    scripted_model: ScriptedModel, taken: str
+) -> None:
+    """Its run goes on: what it said of a settled call would stand behind the settlement."""
+    cancelled = []
+
+    @tool(retry=AT_ONCE)
+    def work(ctx: ToolContext) -> str:
+        """Work."""
+        if ctx.attempt > 1:
+            return "again"
+        cancelled.append(ctx.is_cancelled())
+        made = ToolCall.objects.get(pk=ctx.tool_call.id)
+        if taken == "cancelled":
+            made.cancel()
+        else:
+            assert made.holder is not None
+            assert lifecycle.reclaim(made.pk, 1, holder=made.holder)
+        cancelled.append(ctx.is_cancelled())
+        ctx.emit("too late")
+        ctx.progress(1.0)
+        return "too late"
+
+    run = took(scripted_model, work)
+    made = only_call(run)
+    assert cancelled == [False, True]
+    assert (made.outcome, made.result) == (("cancelled", None) if taken == "cancelled" else ("success", "again"))
+    assert not {"data", "tool_call.progress"} & set(types(run))
+    assert verify(run).differences == []
+    assert_invariants(run)
+
+
+def test_a_tool_of_which_nobody_knows_is_still_wanted_until_somebody_answers(scripted_model: ScriptedModel) -> None:
+    """Its worker was taken for dead and lives: its late result would settle the call."""
+    cancelled = []
+
+    @tool(idempotent=False)
+    def work(ctx: ToolContext) -> str:
+        """Work."""
+        made = ToolCall.objects.get(pk=ctx.tool_call.id)
+        assert made.holder is not None
+        assert lifecycle.reclaim(made.pk, 1, holder=made.holder)["code"] == "unknown"
+        cancelled.append(ctx.is_cancelled())
+        ctx.emit("in time")
+        made.succeed("seen")
+        cancelled.append(ctx.is_cancelled())
+        ctx.emit("too late")
+        return "too late"
+
+    run = took(scripted_model, work)
+    assert cancelled == [False, True]
+    assert (only_call(run).result, payloads(run, "data")) == ("seen", [{"data": "in time"}])
+    assert verify(run).differences == []
     assert_invariants(run)
 
 

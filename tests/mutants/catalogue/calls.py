@@ -328,7 +328,15 @@ ATTEMPTS = Group(
             "runs/run_log.py",
             "            if not Run.objects.select_for_update(no_key=True).filter(pk=run_id, status__in=LIVE).exists():\n",
             "            if not Run.objects.select_for_update(no_key=True).filter(pk=run_id).exists():\n",
-            f"{CONTEXT_OF_TOOLS}a_tool_learns_that_its_run_has_ended_and_can_say_nothing_more",
+            f"{CONTEXT_OF_TOOLS}nothing_is_written_to_a_run_that_has_ended",
+        ),
+        one(
+            "tells_after_it_was_taken",
+            "An attempt whose call was settled, or taken over, tells nothing more.",
+            EXECUTION,
+            "            if not wanted():\n",
+            "            if False:\n",
+            f"{CONTEXT_OF_TOOLS}a_tool_whose_call_was_taken_from_it_learns_so_and_says_nothing_more",
         ),
         Mutant(
             "call_of_an_ended_run_is_claimed",

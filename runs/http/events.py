@@ -173,6 +173,9 @@ class ReasoningDeltaEvent(Delta):
     type: Literal["reasoning.delta"]
 
 
+BY = "the id of the user who said so; null: nobody was named; left out where no person did"
+
+
 class OfCall(Logged):
     tool_call: UUID
     name: str
@@ -217,6 +220,7 @@ class ToolCallRetryingEvent(OfCall):
     attempt: int
     error: Fault | None
     delay_seconds: float
+    by: Annotated[str | None, Field(description=BY)] = None
 
 
 class ToolCallUnknownEvent(OfCall):
@@ -233,6 +237,7 @@ class ToolCallSettledEvent(OfCall):
     outcome: Literal["success", "failed", "denied", "cancelled"]
     result: Any = None
     error: Fault | None = None
+    by: Annotated[str | None, Field(description=BY)] = None
 
 
 class UsageEvent(Logged):

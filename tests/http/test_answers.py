@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 
 from runs.agents import Agent, registry
+from runs.http.events import FORMS
 from runs.models import Run
 from runs.pytest_longhaul import ScriptedModel, WorkerKilled, call, run_to_end
 from tests.http.conftest import Api
-from tools import tool
+from tools import lifecycle, tool
 from tools.models import ToolCall
 
 pytestmark = pytest.mark.django_db
@@ -126,6 +127,31 @@ def test_what_cannot_be_taken_is_named_and_changes_nothing(
     answer = api.post(f"/api/tool-calls/{unknown['id']}/{verb}", body, 400)
     assert answer["errors"][0]["attr"] == attr
     assert ToolCall.objects.get(pk=unknown["id"]).status == "unknown"
+
+
+def test_a_call_whose_thread_is_deleted_meanwhile_is_not_found(
+    api: Api, unknown: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answer = lifecycle.answer
+
+    def late(*given: Any, **more: Any) -> Any:
+        Run.objects.get(pk=unknown["run"]).thread.delete()
+        return answer(*given, **more)
+
+    monkeypatch.setattr(lifecycle, "answer", late)
+    for verb, body in (("result", {"result": 1}), ("cancel", {})):
+        api.post(f"/api/tool-calls/{unknown['id']}/{verb}", body, 404)
+
+
+def test_the_log_names_who_said_so_as_the_schema_tells(api: Api, unknown: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Sent, "again", True)
+    path = f"/api/tool-calls/{unknown['id']}"
+    api.post(f"{path}/error", {"message": "It is in no mailbox.", "retryable": True}, 200)
+    gone_on(unknown)
+    log = api.get(f"/api/runs/{unknown['run']}/events")["results"]
+    assert [event["by"] for event in log if "by" in event] == [str(api.user.pk)]
+    for event in log:
+        assert set(event) <= set(FORMS[event["type"]].model_fields), event
 
 
 def test_null_is_a_result(api: Api, unknown: Any) -> None:

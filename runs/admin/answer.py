@@ -51,7 +51,7 @@ class AnswerForm(forms.Form):
             return None
         try:
             return json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):  # the latter of thousands of brackets
             return text
 
 
@@ -100,6 +100,8 @@ def answer(request: HttpRequest, model_admin: ModelAdmin[ToolCall], call: ToolCa
                 said = f"Settled as failed: {text}"
     except LonghaulError as error:  # somebody was first, or it cannot be taken
         model_admin.message_user(request, str(error), messages.WARNING)
+    except ToolCall.DoesNotExist:
+        model_admin.message_user(request, "The call is not there any more.", messages.WARNING)
     else:
         model_admin.log_change(request, call, said)
         model_admin.message_user(request, said, messages.SUCCESS)

@@ -9,7 +9,7 @@ from django.contrib.admin.models import LogEntry
 from django.test import Client
 from django.urls import reverse
 
-from runs import Agent, agents
+from runs import Agent, Run, agents
 from runs.pytest_longhaul import ScriptedModel, WorkerKilled, call, run_to_end
 from tests.runs.test_admin import html, page_of, staff
 from tools import tool
@@ -50,6 +50,7 @@ def says(client: Client, row: ToolCall, what: str, text: str) -> str:
         ("result", '{"sent": 1}', "success", {"sent": 1}, None),
         ("result", "it is sent", "success", "it is sent", None),
         ("result", "", "success", None, None),
+        pytest.param("result", "[" * 5000, "success", "[" * 5000, None, id="too deep for JSON"),
         ("error", "refused", "failed", None, {"code": "tool_failed", "message": "refused"}),
     ],
 )
@@ -76,6 +77,20 @@ def test_an_unknown_call_is_released_from_its_page(unknown: ToolCall) -> None:
     says(client, unknown, "again", "it is in no mailbox")
     unknown.refresh_from_db()
     assert (unknown.status, unknown.attempt) == ("retrying", 2)
+
+
+def test_a_call_that_is_deleted_meanwhile_is_said_to_be_gone(
+    unknown: ToolCall, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    succeed = ToolCall.succeed
+
+    def gone(call: ToolCall, *given: Any, **more: Any) -> ToolCall:
+        Run.objects.get(pk=call.run_id).thread.delete()
+        return succeed(call, *given, **more)
+
+    monkeypatch.setattr(ToolCall, "succeed", gone)
+    assert "not there any more" in says(staff("*", "change_toolcall"), unknown, "result", "1")
+    assert LogEntry.objects.count() == 0
 
 
 def test_who_may_only_look_is_not_asked(unknown: ToolCall) -> None:

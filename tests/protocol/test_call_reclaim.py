@@ -82,6 +82,8 @@ def test_given_a_call_past_its_time_when_reclaimed_then_it_timed_out(world: Worl
     answer = world.call_reclaim(held) or {}
     row = world.tool_call(held.id)
     assert (answer["code"], row["outcome"], row["error"]["code"]) == ("timed_out", "failed", "timed_out")
+    # `lost`, for its worker never said how it ended; and why it was taken.
+    assert [(one["outcome"], one["error"]["code"]) for one in world.attempts(held.id)] == [("lost", "timed_out")]
     before = world.dump()
     assert world.settle(held, result="late") is None
     assert world.settle(held, "failed") is None

@@ -201,6 +201,7 @@ BEGIN
                  ' for the same purpose unless you have made sure that it has not.' END);
         UPDATE longhaul_tools_toolcall
         SET status = 'settled', outcome = 'failed', error = v_error, holder = NULL, settled_at = v_now WHERE id = p_call;
+        UPDATE longhaul_tools_toolattempt SET error = v_error WHERE call_id = p_call AND number = p_attempt;
         PERFORM longhaul_run_record(v_run_id, 'tool_call.settled', jsonb_build_object(
             'tool_call', p_call, 'name', v_call.name, 'message', v_call.message_id, 'outcome', 'failed',
             'result', NULL, 'error', v_error));

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
 from uuid import UUID
 
 import pytest
@@ -79,6 +81,37 @@ def test_given_two_answers_at_once_then_one_of_them_counts(world: World, db_b: D
         wait_until(lambda: waits_for_a_lock(world.db, db_b))
     assert late.result() is None
     assert world.tool_call(held.id)["outcome"] == "success"
+
+
+SAID: dict[str, Callable[[World, Call], Any]] = {
+    "answer": lambda world, held: world.answer(held.id),
+    "release": lambda world, held: world.release(held.id),
+    "late result": lambda world, held: world.settle(held),
+    "cancel of the call": lambda world, held: world.answer(held.id, "cancelled", among=OPEN),
+    "cancel of the run": lambda world, held: world.cancel(world.tool_call(held.id)["run_id"]),
+}
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [(a, b) for a in SAID for b in SAID if "result" in a + b or "run" in a + b if a != b],
+)
+def test_given_an_unknown_call_when_two_things_happen_to_it_at_once_then_the_first_counts(
+    world: World, db_b: Database, first: str, second: str
+) -> None:
+    held = an_unknown_call(world)
+    run = world.tool_call(held.id)["run_id"]
+    with world.db.transaction():
+        assert SAID[first](world, held)
+        said = world.tool_call(held.id)
+        late = db_b.in_background(SAID[second], World(db_b), held)
+        wait_until(lambda: waits_for_a_lock(world.db, db_b))
+    if second == "cancel of the run":  # which goes on after the first, and ends then
+        assert (late.result() or {})["status"] == world.run(run)["status"] == "cancelled"
+        assert world.tool_call(held.id)["outcome"] == (said["outcome"] or "cancelled")
+    else:
+        assert late.result() is None
+        assert world.tool_call(held.id) == said
 
 
 def test_given_a_released_call_when_the_originals_late_result_comes_then_it_changes_nothing(world: World) -> None:

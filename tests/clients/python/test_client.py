@@ -14,6 +14,7 @@ import pytest
 from asgiref.sync import sync_to_async
 
 from longhaul_client import (
+    ApiError,
     AsyncLonghaul,
     Backoff,
     BadRequest,
@@ -23,6 +24,7 @@ from longhaul_client import (
     NotFound,
     ServerError,
     StreamBroken,
+    TooManyRequests,
     Transcript,
     Unauthorized,
     fold,
@@ -154,6 +156,55 @@ def test_a_stream_that_was_left_goes_on_where_it_was(client: Longhaul, ended: Ru
         assert [len(batch) for batch in other.batches()] == [len(rest) + 1]
 
 
+async def test_a_loop_that_was_left_closes_nothing_of_the_next_one(web: Web, api: Api, live: Run) -> None:
+    """asyncio ends a generator that was left when it comes to it: then another may read already."""
+    left = asyncio.Event()
+
+    async def cancel() -> None:
+        await left.wait()
+        for _ in range(20):
+            await asyncio.sleep(0)  # what asyncio has to do about the first loop, it does in these
+        await sync_to_async(live.cancel)()
+
+    async with AsyncLonghaul(web.url, api_key=api.key, backoff=QUICK) as client:
+        cancelling = asyncio.create_task(cancel())
+        stream = client.stream(str(live.pk))
+        told = []
+        async for event in stream:
+            told.append(event)
+            left.set()
+            break
+        told += [event async for event in stream]
+        await cancelling
+        assert [each.seq for each in told] == list(range(1, len(told) + 1))
+        assert told[-1].type == "run.cancelled"
+        assert stream.connections == 1
+
+
+@pytest.mark.slow
+async def test_a_task_that_is_cancelled_closes_its_connection_and_another_goes_on(
+    web: Web, api: Api, live: Run
+) -> None:
+    async with AsyncLonghaul(web.url, api_key=api.key, backoff=QUICK) as client:
+        stream = client.stream(str(live.pk))
+
+        async def read() -> list[tuple[int | None, str]]:
+            return [(event.seq, event.type) async for event in stream]
+
+        async with asyncio.TaskGroup() as tasks:
+            reading = tasks.create_task(read())
+            while not stream.cursor:
+                await asyncio.sleep(0.01)  # between looks at a condition
+            reading.cancel()
+        assert reading.cancelled()
+        assert stream._response is None
+        cursor = int(stream.cursor)
+        await sync_to_async(live.cancel)()
+        told = await read()
+        assert [seq for seq, _ in told] == list(range(cursor + 1, cursor + 1 + len(told)))
+        assert told[-1][1] == "run.cancelled"
+
+
 @pytest.mark.slow
 def test_a_conversation_is_the_thread_as_it_is_and_as_it_becomes(
     client: Longhaul, helper: Agent, ended: Run, scripted_model: ScriptedModel
@@ -179,7 +230,7 @@ def test_a_run_that_is_started_and_streamed_over_cuts_is_one(web: Web, api: Api,
     """Also when the first answers are lost before their headers. Each connection is cut until the proxy rests."""
     with ExitStack() as stack:
         proxy = stack.enter_context(CuttingProxy(web.port, seed=3, mean_bytes=60, kinds=[kind]))
-        with Longhaul(proxy.url, api_key=api.key, backoff=QUICK, stall=0.3, timeout=3.0) as client:
+        with Longhaul(proxy.url, api_key=api.key, backoff=QUICK, stall=0.6, timeout=5.0) as client:
             stream = client.runs.start_and_stream("worker_test", "Where is it?", client_id="mine")
 
             def rest() -> None:
@@ -240,7 +291,9 @@ def test_a_stream_that_stands_still_is_lost(web: Web, api: Api, live: Run) -> No
             first = next(told)
             proxy.stand_still()
             live.cancel()
-            going_on = threading.Timer(1.2, proxy.back)  # after the stall of the first connection, and of others
+            going_on = threading.Timer(
+                5.0, proxy.back
+            )  # ten times the stall: the first connection is given up, and others
             going_on.start()
             assert [first, *told][-1].type == "run.cancelled"
             assert stream.connections >= 2
@@ -334,3 +387,26 @@ def test_a_server_that_is_no_longhaul_is_said(tmp_path: object) -> None:
             client.runs.get("x")
         with pytest.raises(ServerError, match="503"):
             client.threads.list()
+
+
+def test_a_server_that_leads_elsewhere_or_asks_for_hours_is_said() -> None:
+    asked = []
+
+    def answer(request: httpx2.Request) -> httpx2.Response:
+        asked.append(str(request.url))
+        if request.url.path == "/api/threads":
+            return httpx2.Response(429, headers={"Retry-After": "7200"})
+        return httpx2.Response(302, headers={"Location": "http://elsewhere/"})
+
+    with httpx2.Client(transport=httpx2.MockTransport(answer)) as http:
+        client = Longhaul("http://other", api_key="lh_x", http=http, backoff=QUICK)
+        for lost in (lambda: client.runs.get("x"), lambda: list(client.stream("x"))):
+            with pytest.raises(ApiError, match="302"):
+                lost()
+        with pytest.raises(TooManyRequests):
+            client.threads.list()
+    assert asked == [
+        "http://other/api/runs/x",
+        "http://other/api/runs/x/stream?starting_after=0",
+        "http://other/api/threads",
+    ]

@@ -23,6 +23,7 @@ from longhaul_client import (
     Longhaul,
     LonghaulError,
     NotFound,
+    ServerError,
     StreamBroken,
     Transcript,
     Unauthorized,
@@ -176,7 +177,16 @@ def test_the_first_of_two_that_has_failed_is_no_conflict_with_a_key_of_our_own()
 
 
 @pytest.mark.parametrize(
-    ("status", "kind"), [(400, BadRequest), (401, Unauthorized), (403, Forbidden), (404, NotFound), (410, ApiError)]
+    ("status", "kind"),
+    [
+        (302, ApiError),
+        (400, BadRequest),
+        (401, Unauthorized),
+        (403, Forbidden),
+        (404, NotFound),
+        (410, ApiError),
+        (501, ServerError),
+    ],
 )
 def test_a_refusal_ends_it_for_good(status: int, kind: type[ApiError]) -> None:
     following = Following(run=RUN, seq=9)
@@ -192,7 +202,7 @@ def test_a_refusal_ends_it_for_good(status: int, kind: type[ApiError]) -> None:
     assert "The run's last event so far is 7." in str(error)
 
 
-@pytest.mark.parametrize("status", [408, 429, 500, 502, 503, 504])
+@pytest.mark.parametrize("status", [408, 429, 500, 502, 503, 504, 522])
 def test_a_server_that_cannot_now_is_asked_again(status: int) -> None:
     following = Following(run=RUN, backoff=SURE)
     assert not following.answered(status, {})
@@ -244,7 +254,8 @@ def test_it_gives_up_after_so_long_without_anything() -> None:
 
 def test_retry_after_may_be_a_date() -> None:
     assert retry_after({"retry-after": "Wed, 21 Oct 2015 07:28:00 GMT"}) == 0.0
-    assert retry_after({"retry-after": "Wed, 21 Oct 2999 07:28:00 GMT"}) > 1e9
+    for far in ("Wed, 21 Oct 2999 07:28:00 GMT", "999999", "9" * 400):
+        assert retry_after({"retry-after": far}) == 3600.0, "longer than that nobody sleeps"
     assert retry_after({"retry-after": "soon"}) == retry_after({}) == 0.0
 
 
@@ -262,6 +273,16 @@ def test_a_folded_event_that_is_known_is_passed_over_and_one_that_goes_on_is_not
     told = frame(5, "text.delta", from_seq=2, text="x") + frame(9, "text.delta", from_seq=6, text="y") + frame(10)
     assert seqs(following.take(told)) == [9, 10]
     assert following.fault is None
+
+
+def test_a_range_that_begins_before_the_cursor_is_asked_for_anew() -> None:
+    """The server cuts it there. Taken whole, it would show a text twice."""
+    following = opened(Following(run=RUN, seq=57, backoff=SURE))
+    assert seqs(following.take(frame(90, "text.delta", from_seq=50, text="x"))) == []
+    assert isinstance(following.fault, StreamBroken)
+    following.lost(following.fault)
+    assert following.ask().headers["Last-Event-ID"] == "57"
+    assert seqs(opened(following).take(frame(90, "text.delta", from_seq=58, text="y"))) == [90]
 
 
 def test_a_gap_is_told_and_what_follows_it_is_no_hole() -> None:
@@ -418,6 +439,34 @@ def test_a_call_is_as_its_last_event_says() -> None:
     )
 
 
+def test_a_call_holds_nothing_of_the_attempt_before() -> None:
+    made = Transcript()
+    told: list[tuple[str, dict[str, Any]]] = [
+        ("tool_call.created", {**CALL, "arguments": {}}),
+        ("tool_call.started", {**CALL, "attempt": 1}),
+        ("tool_call.progress", {**CALL, "fraction": 0.5, "note": "half"}),
+        ("tool_call.unknown", {**CALL, "attempt": 1}),
+        ("tool_call.retrying", {**CALL, "attempt": 2, "error": {"code": "x"}, "by": "ann"}),
+    ]
+    for seq, said in enumerate(told, 1):
+        made.take_all(tell(said, first=seq))
+    call = made.tool_calls["c"]
+    assert (call.status, call.error, call.by) == ("retrying", {"code": "x"}, "ann")
+    made.take_all(tell(("tool_call.settled", {**CALL, "outcome": "cancelled", "result": None}), first=6))
+    assert (call.status, call.outcome, call.error, call.by) == ("settled", "cancelled", None, None)
+    made.take_all(tell(("tool_call.started", {**CALL, "attempt": 2}), first=7))
+    assert (call.attempt, call.fraction, call.note) == (2, None, None)
+
+
+def test_calls_that_a_cancelled_message_was_about_to_make_come_to_nothing() -> None:
+    about: tuple[str, dict[str, Any]] = ("tool_call.arguments_delta", {**CALL, "text": '{"n"'})
+    made = Transcript().take_all(tell(CREATED, delta("Let me"), about))
+    assert list(made.tool_calls) == ["c"]
+    cut = {"message": "m", "role": "assistant", "content": [{"type": "text", "text": "Let me"}], "partial": True}
+    made.take_all(tell(("message.completed", cut), first=4))
+    assert (made.text, made.tool_calls) == ("Let me", {})
+
+
 def test_how_the_run_stands() -> None:
     made = Transcript()
     assert not made.is_running
@@ -488,6 +537,21 @@ def test_a_stream_from_the_middle_shows_what_it_can() -> None:
     assert made.seq == 7
 
 
+def test_what_a_snapshot_lacks_its_thread_does_not_show() -> None:
+    """A run with `save="none"` was speaking when the thread was loaded: its message's beginning told that it is not shown."""
+    said = {"id": "u", "role": "user", "status": "completed", "content": []}
+    whole = {"message": "m", "role": "assistant", "step": 1, "content": [{"type": "text", "text": "Hush."}]}
+    new = ("message.completed", {"message": "v", "role": "user", "content": []})
+    for page in (snapshot(said), snapshot()):
+        for events in ([delta("Hu"), ("message.completed", whole), new], [("message.completed", whole), new]):
+            made = Transcript(page).take_all(tell(*events, first=4))
+            assert {each.id: each.shown for each in made.messages if each.id != "u"} == {"m": False, "v": True}
+    # Nothing is known of what is not at the end of a page, nor without one.
+    for made in (Transcript(), Transcript(snapshot({**said, "status": "waiting"}))):
+        made.take_all(tell(delta("He"), first=4))
+        assert made.messages[0].shown
+
+
 # --- the two clients ------------------------------------------------------------------------------------------------
 
 
@@ -510,6 +574,16 @@ def test_a_key_is_in_no_repr_and_in_no_address(monkeypatch: pytest.MonkeyPatch) 
         request = client._settings.request(client._http, calls.get_run("x/../y"))
         assert str(request.url).endswith("agents.example.com/under/api/runs/x%2F..%2Fy")
     assert "secret" not in repr(AsyncLonghaul("http://x", api_key="lh_secret"))
+
+
+def test_a_key_that_no_header_may_have_is_refused_and_not_said() -> None:
+    for wrong in ("lh_secret\nlh_secret", "lh_secret\u00e9", "lh_secret\0"):
+        with pytest.raises(LonghaulError) as caught:
+            Longhaul("http://x", api_key=wrong)
+        assert "secret" not in str(caught.value)
+    with Longhaul("http://x", api_key="lh_secret\n") as client:
+        request = next(client._settings.auth.auth_flow(client._settings.request(client._http, calls.get_run("x"))))  # type: ignore[union-attr]
+        assert request.headers["Authorization"] == "Bearer lh_secret", "as a file holds it"
 
 
 def test_an_address_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -142,6 +142,7 @@ class AsyncStream:
         self._pieces: AsyncIterator[bytes] | None = None
         self._ready: deque[Event] = deque()
         self.cursor = following.cursor
+        self._reader: object = None  # the loop over it that reads; another may be ended later, by the garbage collector
 
     def __repr__(self) -> str:
         return f"<AsyncStream {self._following!r}>"
@@ -153,20 +154,24 @@ class AsyncStream:
         await self.close()
 
     async def __aiter__(self) -> AsyncIterator[Event]:
+        self._reader = reader = object()
         try:
             while await self._fill():
                 while self._ready:
                     yield self._take()
         finally:
-            await self.close()
+            if self._reader is reader:
+                await self.close()
 
     async def batches(self) -> AsyncIterator[list[Event]]:
         """Iterate the events that came together. For who redraws: once a batch is enough."""
+        self._reader = reader = object()
         try:
             while await self._fill():
                 yield [self._take() for _ in range(len(self._ready))]
         finally:
-            await self.close()
+            if self._reader is reader:
+                await self.close()
 
     async def text(self) -> AsyncIterator[str]:
         """Iterate the text as it is spoken.

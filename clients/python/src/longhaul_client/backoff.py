@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 
-RETRIED = frozenset({408, 425, 429, 500, 502, 503, 504})  # statuses that may be others in a moment
+RETRIED = frozenset({408, 425, 429, *range(500, 600)} - {501})  # statuses that may be others in a moment
+LONGEST_ASKED = 3600.0  # seconds, of a Retry-After: whoever says more is asked after an hour
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,14 +27,15 @@ class Backoff:
 
 
 def retry_after(headers: Mapping[str, str]) -> float:
-    """Return the seconds that an answer asks to wait; 0 when it asks for none."""
+    """Return the seconds that an answer asks to wait, at most LONGEST_ASKED; 0 when it asks for none."""
     said = headers.get("retry-after", "").strip()
     if not said:
         return 0.0
     try:
-        return max(0.0, float(said)) if said.isdigit() else _until(parsedate_to_datetime(said))
+        asked = float(said) if said.isdigit() else _until(parsedate_to_datetime(said))
     except (ValueError, OverflowError):
         return 0.0
+    return min(asked, LONGEST_ASKED)
 
 
 def _until(when: datetime) -> float:

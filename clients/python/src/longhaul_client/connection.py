@@ -18,6 +18,7 @@ from longhaul_client.following import STALL_SECONDS, Ask
 Answer = TypeVar("Answer")
 # What becomes of a connection. A body that cannot be unpacked was cut, too.
 LOST = (httpx2.TransportError, httpx2.DecodingError)
+PATIENT_SECONDS = 60.0  # a call whose server asks for more is told so: it may ask again itself
 UNBOUNDED = httpx2.Limits(max_connections=None, max_keepalive_connections=20)  # a stream is a connection
 
 
@@ -67,7 +68,10 @@ class Settings:
         url = httpx2.URL(base_url.rstrip("/"))
         if url.scheme not in ("http", "https"):
             raise LonghaulError("base_url begins with https:// or http://.")
-        key = api_key if api_key is not None else os.environ.get("LONGHAUL_API_KEY")
+        # A file that a key was read from may end with a newline. httpx2 would quote what no header may have.
+        key = (api_key if api_key is not None else os.environ.get("LONGHAUL_API_KEY") or "").strip()
+        if not (key.isascii() and key.isprintable()):
+            raise LonghaulError("The key has characters that no key has.")
         auth = Bearer(key) if key else None
         return cls(url, auth, timeout, stall, retries, give_up_after, backoff or Backoff(), dict(headers or {}))
 
@@ -119,10 +123,12 @@ class Tries:
             return None  # the first time it was there
         error = errors.refusal(status, response.content, self._call.asked)
         unlucky = self._call.own_key and error.code == "idempotency_conflict"  # the first one failed a moment ago
-        if not self._call.again or not (status in RETRIED or unlucky) or self._failures >= self._settings.retries:
+        asked = retry_after(response.headers)
+        again = self._call.again and self._failures < self._settings.retries and asked <= PATIENT_SECONDS
+        if not again or not (status in RETRIED or unlucky):
             raise error
         self._failures += 1
-        return self._settings.backoff.delay(self._failures, retry_after(response.headers))
+        return self._settings.backoff.delay(self._failures, asked)
 
     def lost(self, error: Exception) -> float:
         """Return the seconds to wait before the same again. Raises ConnectionLost."""

@@ -180,7 +180,8 @@ class Following:
         if seq <= before:
             return None
         first = data.get("from_seq", seq)
-        if not self._gap and isinstance(first, int) and first > before + 1:
+        # A range that begins before the cursor cannot be taken in part: the server cuts it when it is asked from there.
+        if first != before + 1 and not self._gap:
             raise StreamBroken(f"The stream of run {run} goes on with event {first} after {before}.")
         self._gap = False
         self.run, self.seq = run, seq

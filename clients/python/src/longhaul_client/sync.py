@@ -140,6 +140,7 @@ class Stream:
         self._pieces: Iterator[bytes] = iter(())
         self._ready: deque[Event] = deque()
         self.cursor = following.cursor
+        self._reader: object = None  # the loop over it that reads; another may be ended later, by the garbage collector
 
     def __repr__(self) -> str:
         return f"<Stream {self._following!r}>"
@@ -151,20 +152,24 @@ class Stream:
         self.close()
 
     def __iter__(self) -> Iterator[Event]:
+        self._reader = reader = object()
         try:
             while self._fill():
                 while self._ready:
                     yield self._take()
         finally:
-            self.close()
+            if self._reader is reader:
+                self.close()
 
     def batches(self) -> Iterator[list[Event]]:
         """Iterate the events that came together. For who redraws: once a batch is enough."""
+        self._reader = reader = object()
         try:
             while self._fill():
                 yield [self._take() for _ in range(len(self._ready))]
         finally:
-            self.close()
+            if self._reader is reader:
+                self.close()
 
     def text(self) -> Iterator[str]:
         """Iterate the text as it is spoken.

@@ -25,12 +25,12 @@ CALL_STATUS: dict[str, CallStatus] = {
     "tool_call.settled": "settled",
 }
 # What an event says of a call, beside how it stands.
-CALL_FIELDS = ("arguments", "outcome", "result", "error", "attempt", "fraction", "note", "deadline", "assignee")
+CALL_FIELDS = ("arguments", "outcome", "result", "error", "by", "attempt", "fraction", "note", "deadline", "assignee")
 
 
 @dataclass(slots=True)
 class CallState:
-    """A tool call as its last event left it. `fraction` (0 to 1) and `note` are its progress."""
+    """A tool call as its last event left it. `fraction` (0 to 1) and `note` are its progress; `by` is who answered in its place."""
 
     id: str
     name: str
@@ -45,6 +45,7 @@ class CallState:
     note: str | None = None
     deadline: str | None = None
     assignee: str | None = None
+    by: str | None = None
 
 
 class Transcript:
@@ -65,6 +66,10 @@ class Transcript:
         self.gap = False  # events were removed: what is shown may lack something until a new snapshot
         self._messages: dict[str, Message] = {}
         self._seqs: dict[str, int] = {}
+        # The newest page of a thread has what is being said there. What it lacks, the thread does not show.
+        self._whole = isinstance(snapshot, Messages) and (
+            not len(snapshot) or any(m.status != "waiting" for m in snapshot)
+        )
         for message in sorted(snapshot, key=lambda each: each.status == "waiting"):
             # A copy, for it changes here.
             self._messages[message.id] = own = replace(
@@ -158,8 +163,9 @@ class Transcript:
 
     def _append(self, event: Event, kind: str, text: str) -> None:
         message = self._messages.get(event.data["message"])
-        if message is None:  # its beginning was not asked for
+        if message is None:  # its beginning was not asked for; or it is in no snapshot, for the thread does not show it
             message = self._messages[event.data["message"]] = self._made(event)
+            message.shown = not self._whole
         parts = message.content
         if parts and parts[-1]["type"] == kind:
             parts[-1]["text"] += text
@@ -171,9 +177,13 @@ class Transcript:
         message = self._messages.get(data["message"])
         if message is None:
             message = self._made(event)
+            if self._whole and message.role == "assistant" and message.step is not None:
+                message.shown = False  # it has begun before the snapshot, which does not show it
         elif message.status == "waiting":
             del self._messages[message.id]  # it has got its place now, behind all that have one
         message.status = "partial" if data.get("partial") else "completed"
+        if data.get("partial"):
+            self._forget_calls(message.id)  # those that it was about to make
         message.role = data.get("role", message.role)
         message.content = list(data["content"])
         message.run = message.run or event.run
@@ -184,7 +194,10 @@ class Transcript:
 
     def _remove(self, id: str) -> None:
         self._messages.pop(id, None)
-        self.tool_calls = {call: state for call, state in self.tool_calls.items() if state.message != id}
+        self._forget_calls(id)
+
+    def _forget_calls(self, message: str) -> None:
+        self.tool_calls = {call: state for call, state in self.tool_calls.items() if state.message != message}
 
     def _calls_of(self, message: Message) -> None:
         """Know the calls that a message names. A snapshot tells no more of them."""
@@ -203,6 +216,11 @@ class Transcript:
         if call is None:
             call = self.tool_calls[id] = CallState(id, data.get("name", ""), data.get("message", ""))
         call.status = CALL_STATUS.get(type, call.status)
+        # What the attempt before has left.
+        if type == "tool_call.started":
+            call.fraction = call.note = None
+        if type in ("tool_call.started", "tool_call.settled"):
+            call.error = call.by = None
         for name in CALL_FIELDS:
             if name in data:
                 setattr(call, name, data[name])

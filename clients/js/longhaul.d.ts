@@ -94,6 +94,10 @@ export type ToolCallFields = {
     outcome?: string;
     result?: any;
     error?: any;
+    /**
+     * who answered it in place of its worker
+     */
+    by?: string;
     attempt?: number;
     /**
      * how far it is, from 0 to 1
@@ -333,7 +337,7 @@ export declare function streamThread(options: ApiOptions & {
     onConnection?: (state: Connecting) => void;
 }): AsyncGenerator<RunEvent, void, void>;
 /**
- * Ask the API for something that is no stream. What may come twice is tried again: a GET, and a POST, which gets an
+ * Ask the API for something that is no stream. What has failed in passing is tried again; a POST happens once, for it gets an
  * Idempotency-Key. Raises Refused, ConnectionLost.
  * @param {ApiOptions} options
  * @param {string} method
@@ -355,7 +359,7 @@ export declare class Fold {
     #private;
     /** @type {RunTold | null} the run whose events came last */
     run: RunTold | null;
-    /** @param {Iterable<any>} messages as the API lists them, the oldest first */
+    /** @param {Iterable<any>} [messages] the newest of a thread as the API lists them, the oldest first */
     constructor(messages?: Iterable<any>);
     /** The messages in their order; those that wait for their place are the last. @returns {readonly Message[]} */
     get messages(): readonly Message[];
@@ -378,7 +382,7 @@ export declare class Fold {
 /**
  * Make messages of a log.
  * @param {Iterable<RunEvent>} events in the order of their seq
- * @param {Iterable<any>} messages the snapshot that they follow, if there is one
+ * @param {Iterable<any>} [messages] the snapshot that they follow, if there is one
  * @returns {readonly Message[]}
  */
 export declare function fold(events: Iterable<RunEvent>, messages?: Iterable<any>): readonly Message[];

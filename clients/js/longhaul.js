@@ -71,6 +71,7 @@
  * @property {string} [outcome] of a settled one: success, failed, denied, cancelled
  * @property {any} [result]
  * @property {any} [error]
+ * @property {string} [by] who answered it in place of its worker
  * @property {number} [attempt]
  * @property {number} [fraction] how far it is, from 0 to 1
  * @property {string} [note]
@@ -106,6 +107,9 @@
 
 /** @type {Patience} */
 const PATIENCE = { baseMs: 500, maxMs: 15_000, stallMs: 40_000, answerMs: 30_000, tries: 5, streamTries: Infinity };
+const PATIENT_MS = 60_000; // a request whose server asks for a longer wait is told so
+const LONGEST_MS = 3_600_000; // of a Retry-After; engines take a timer beyond 24 days for one of no time
+const MOST_CHARACTERS = 64 * 1024 * 1024; // of one frame: one without an end is none
 const TERMINAL = new Set(["run.completed", "run.failed", "run.cancelled"]);
 /** @type {Set<string>} */
 const ENDED = new Set(["completed", "failed", "cancelled"]);
@@ -228,8 +232,14 @@ class Api {
         body: asked.body === undefined ? undefined : JSON.stringify(asked.body),
         credentials: this.options.credentials ?? "same-origin",
         cache: "no-store",
+        redirect: "manual", // a key stays with its server, and a POST is not to become a GET
         signal: attempt.signal,
       });
+      if (response.type === "opaqueredirect" || (response.status >= 300 && response.status < 400)) {
+        attempt.abort(); // nobody reads its body
+        const detail = "The server leads elsewhere: is this the address of the API?";
+        throw new Refused(response.status, [{ code: "redirected", detail, attr: null }]);
+      }
       if (!response.ok) throw await refusal(response);
       if (asked.stream) {
         streams = true;
@@ -273,19 +283,24 @@ class Api {
           throw new ConnectionLost("The answer is not JSON: is this the address of the API?", "unexpected_answer");
         }
       } catch (error) {
-        if (!passes(error) || backoff.failures + 1 >= this.bound(error, tries)) throw error;
+        const asked = error instanceof Refused ? error.retryAfterMs : null;
+        // What an answer that was lost has deleted is not there any more.
+        if (method === "DELETE" && backoff.failures && error instanceof Refused && error.status === 404) return null;
+        const late = (asked ?? 0) > PATIENT_MS && tries < Infinity; // say so, rather than wait without a word
+        if (!passes(error) || late || backoff.failures + 1 >= this.bound(error, tries)) throw error;
         await backoff.wait(error, signal);
       }
     }
   }
 
   /**
-   * How often to try, after this. A wrong address answers, too: that must be told in the end.
+   * How often to try, after this. A wrong address answers, too, and a key may stand for another request: that must be told in
+   * the end.
    * @param {unknown} error
    * @param {number} tries
    */
   bound(error, tries) {
-    const wrong = error instanceof ConnectionLost && error.code === "unexpected_answer";
+    const wrong = error instanceof LonghaulError && ["unexpected_answer", "idempotency_conflict"].includes(error.code);
     return wrong ? Math.min(tries, this.patience.tries) : tries;
   }
 
@@ -356,7 +371,7 @@ async function refusal(response) {
 function retryAfter(value) {
   if (!value) return null;
   const found = /^\d+$/.test(value.trim()) ? Number(value) * 1000 : Date.parse(value) - Date.now();
-  return Number.isNaN(found) ? null : Math.max(found, 0);
+  return Number.isNaN(found) ? null : Math.min(Math.max(found, 0), LONGEST_MS);
 }
 
 /** @param {unknown} error */
@@ -449,7 +464,9 @@ function onWake(callback) {
  */
 export class FrameParser {
   #decoder = new TextDecoder();
-  #rest = "";
+  #rest = ""; // of the line whose end has not come
+  #heldCr = false;
+  #size = 0; // characters since the last frame's end, about
   /** @type {Frame} */
   #frame = {};
   /** @type {string[]} */
@@ -462,13 +479,20 @@ export class FrameParser {
   push(bytes) {
     /** @type {Frame[]} */
     const found = [];
-    let text = this.#rest + this.#decoder.decode(bytes, { stream: true });
-    // A CR at the end may be half of a line's end.
-    const held = text.endsWith("\r") ? "\r" : "";
-    if (held) text = text.slice(0, -1);
-    const lines = text.split(/\r\n|\n|\r/);
-    this.#rest = (lines.pop() ?? "") + held;
-    for (const line of lines) this.#line(line, found);
+    const piece = this.#decoder.decode(bytes, { stream: true });
+    this.#size += piece.length;
+    this.#rest += piece;
+    // A long line is looked at when its end has come, not with each of its pieces.
+    if (this.#heldCr || /[\r\n]/.test(piece)) {
+      let text = this.#rest;
+      // A CR at the end may be half of a line's end.
+      this.#heldCr = text.endsWith("\r");
+      if (this.#heldCr) text = text.slice(0, -1);
+      const lines = text.split(/\r\n|\n|\r/);
+      this.#rest = (lines.pop() ?? "") + (this.#heldCr ? "\r" : "");
+      for (const line of lines) this.#line(line, found);
+    }
+    if (this.#size > MOST_CHARACTERS && !found.length) throw new ConnectionLost("A frame has no end.", "unexpected_answer");
     return found;
   }
 
@@ -481,6 +505,7 @@ export class FrameParser {
       if (this.#data.length) found.push({ ...this.#frame, data: this.#data.join("\n") });
       this.#frame = {};
       this.#data = [];
+      this.#size = this.#rest.length;
       return;
     }
     const colon = line.indexOf(":");
@@ -557,10 +582,10 @@ async function* follow(api, { open, take, done, signal, onConnection = () => {} 
         let wrong;
         try {
           for (const frame of parser.push(value)) {
-            // An event, or a ping, but not the comment with which each connection opens.
-            if (frame.data !== undefined || frame.comment === "ping") backoff.reset();
             const found = frame.data === undefined ? undefined : take(frame);
             if (found !== undefined) taken.push(found);
+            // A new event, or a ping, but not the comment with which each connection opens, nor what was told before.
+            if (found !== undefined || frame.comment === "ping" || frame.event === "ping") backoff.reset();
           }
         } catch (error) {
           wrong = error;
@@ -677,7 +702,7 @@ export async function* streamRun(options) {
         seq = event.to;
         return event;
       }
-      known(event.run);
+      if (!run) known(event.run); // only the first tells it: a payload may name another run, a child's
       if (event.seq <= seq) return undefined;
       if ((event.from_seq ?? event.seq) !== seq + 1) throw new LogGap(seq + 1, event.seq - 1);
       seq = event.seq;
@@ -722,11 +747,12 @@ function threadBatches(api, { thread, after, signal, onConnection }) {
         gap = true;
         return event;
       }
-      const before = event.run === run ? seq : 0;
+      const own = frame.id?.split(":")[0] || event.run; // a payload may name another run, a child's
+      const before = own === run ? seq : 0;
       if (event.seq <= before) return undefined;
       if (!gap && (event.from_seq ?? event.seq) !== before + 1) throw new LogGap(before + 1, event.seq - 1);
       gap = false;
-      run = event.run;
+      run = own;
       seq = event.seq;
       return event;
     },
@@ -734,7 +760,7 @@ function threadBatches(api, { thread, after, signal, onConnection }) {
 }
 
 /**
- * Ask the API for something that is no stream. What may come twice is tried again: a GET, and a POST, which gets an
+ * Ask the API for something that is no stream. What has failed in passing is tried again; a POST happens once, for it gets an
  * Idempotency-Key. Raises Refused, ConnectionLost.
  * @param {ApiOptions} options
  * @param {string} method
@@ -764,6 +790,7 @@ function uuid() {
 const CALL_STATUS = /** @type {Record<string, CallStatus>} */ ({
   "tool_call.created": "requested",
   "tool_call.approval_requested": "awaiting_approval",
+  "tool_call.approved": "requested",
   "tool_call.started": "running",
   "tool_call.retrying": "retrying",
   "tool_call.awaiting_result": "awaiting_result",
@@ -771,7 +798,13 @@ const CALL_STATUS = /** @type {Record<string, CallStatus>} */ ({
   "tool_call.unknown": "unknown",
   "tool_call.settled": "settled",
 });
-const CALL_FIELDS = ["attempt", "fraction", "note", "outcome", "result", "error", "arguments", "deadline", "assignee"];
+const CALL_FIELDS = ["attempt", "fraction", "note", "outcome", "result", "error", "by", "arguments", "deadline", "assignee"];
+/** What the attempt before has left, and does not hold any more. */
+const LEFT = /** @type {Record<string, string[]>} */ ({
+  "tool_call.created": ["argumentsText"],
+  "tool_call.started": ["fraction", "note", "error", "by"],
+  "tool_call.settled": ["error", "by"],
+});
 
 /** @typedef {Pick<Run, "id" | "status" | "stop_reason" | "error" | "output">} RunTold */
 
@@ -793,9 +826,12 @@ export class Fold {
   /** @type {RunTold | null} the run whose events came last */
   run = null;
 
-  /** @param {Iterable<any>} messages as the API lists them, the oldest first */
-  constructor(messages = []) {
-    this.reset(messages);
+  /** Whether there is a snapshot, that has all that its thread shows of what is being said. */
+  #whole = false;
+
+  /** @param {Iterable<any>} [messages] the newest of a thread as the API lists them, the oldest first */
+  constructor(messages) {
+    if (messages) this.reset(messages);
   }
 
   /** The messages in their order; those that wait for their place are the last. @returns {readonly Message[]} */
@@ -833,6 +869,8 @@ export class Fold {
     this.#calls = new Map();
     for (const row of messages) this.#add(saved(row), before.get(row.id));
     this.#list = this.#listShown = this.#table = null;
+    const all = this.messages;
+    this.#whole = !all.length || all[0].status !== "waiting"; // one of what waits alone has not
   }
 
   /** Put older messages before all that are there. @param {Iterable<any>} messages */
@@ -890,7 +928,7 @@ export class Fold {
         break;
       case "text.delta":
       case "reasoning.delta": {
-        const message = this.#messages.get(event.message) ?? begun(event);
+        const message = this.#messages.get(event.message) ?? { ...begun(event), shown: !this.#whole };
         const kind = type === "text.delta" ? "text" : "reasoning";
         const last = message.content[message.content.length - 1];
         const content =
@@ -905,6 +943,9 @@ export class Fold {
         if (known?.status === "waiting") this.#messages.delete(known.id); // it has got its place now: here
         const status = event.partial ? "partial" : "completed";
         const message = { ...(known ?? begun(event)), role: event.role, status, content: event.content };
+        // One that has begun before the snapshot, which does not show it.
+        if (!known && this.#whole && message.role === "assistant" && message.step !== null) message.shown = false;
+        if (event.partial) this.#forgetCalls(event.message); // those that it was about to make
         this.#say(/** @type {Message} */ (message));
         this.#callsIn(/** @type {Message} */ (message));
         break;
@@ -924,8 +965,14 @@ export class Fold {
   /** @param {string} id of a message; its calls go with it */
   #takeAway(id) {
     this.#messages.delete(id);
-    for (const call of this.#calls.values()) if (call.message === id) this.#calls.delete(call.id);
-    this.#list = this.#listShown = this.#table = null;
+    this.#forgetCalls(id);
+    this.#list = this.#listShown = null;
+  }
+
+  /** @param {string} message */
+  #forgetCalls(message) {
+    for (const call of this.#calls.values()) if (call.message === message) this.#calls.delete(call.id);
+    this.#table = null;
   }
 
   /** @param {RunEvent} event */
@@ -954,9 +1001,8 @@ export class Fold {
     const before = this.#calls.get(id) ?? { id, name, message, run, status: "requested" };
     const call = { ...before, status: CALL_STATUS[type] ?? before.status };
     if (type === "tool_call.arguments_delta") call.argumentsText = (before.argumentsText ?? "") + event.text;
+    for (const field of LEFT[type] ?? []) delete call[field];
     for (const field of CALL_FIELDS) if (event[field] !== undefined) call[field] = event[field];
-    if (type === "tool_call.created") delete call.argumentsText;
-    if (type === "tool_call.started") for (const field of ["fraction", "note", "error"]) delete call[field];
     this.#call(call);
   }
 }
@@ -964,10 +1010,10 @@ export class Fold {
 /**
  * Make messages of a log.
  * @param {Iterable<RunEvent>} events in the order of their seq
- * @param {Iterable<any>} messages the snapshot that they follow, if there is one
+ * @param {Iterable<any>} [messages] the snapshot that they follow, if there is one
  * @returns {readonly Message[]}
  */
-export function fold(events, messages = []) {
+export function fold(events, messages) {
   const made = new Fold(messages);
   for (const event of events) made.apply(event);
   return made.messages;
@@ -1058,8 +1104,28 @@ export class Pace {
 /** @param {readonly Part[]} content */
 const lengthOf = (content) => content.reduce((sum, part) => sum + (part.text?.length ?? 0), 0);
 
+const GRAPHEMES = typeof Intl === "object" && Intl.Segmenter ? new Intl.Segmenter(undefined, { granularity: "grapheme" }) : null;
+/** Whether a character belongs to none that stands before it, as some of the others do. @param {number} code */
+const single = (code) => code < 0x300 || (code >= 0x3400 && code <= 0x9fff);
+
 /**
- * Return the content up to so many characters; half of a pair of surrogates is none.
+ * Return the first place from `count` on at which the text may be cut: not within a pair of surrogates, nor where the engine
+ * knows it within a family, a flag or an accented letter. What is shown once stays, though more may come to belong to it.
+ * @param {string} text
+ * @param {number} count
+ */
+function placeToCut(text, count) {
+  if (count <= 0 || count >= text.length || single(text.charCodeAt(count))) return count;
+  let from = count;
+  while (from > 0 && count - from < 2000 && !single(text.charCodeAt(from))) from -= 1;
+  const found = GRAPHEMES?.segment(text.slice(from, count + 200)).containing(count - from);
+  if (found) return found.index + from < count ? found.index + from + found.segment.length : count;
+  const half = (text.charCodeAt(count - 1) & 0xfc00) === 0xd800;
+  return half ? count + 1 : count;
+}
+
+/**
+ * Return the content up to about so many characters.
  * @param {readonly Part[]} content
  * @param {number} count
  * @returns {Part[]}
@@ -1070,8 +1136,7 @@ function upTo(content, count) {
   for (const part of content) {
     const text = part.text ?? "";
     if (text.length > count) {
-      const half = count > 0 && (text.charCodeAt(count - 1) & 0xfc00) === 0xd800;
-      const shown = text.slice(0, half ? count - 1 : count);
+      const shown = text.slice(0, placeToCut(text, count));
       if (shown) found.push({ ...part, text: shown });
       break;
     }
@@ -1557,7 +1622,7 @@ export class Thread {
     if (!pace) this.#paces.set(event.message, (pace = new Pace(before ? lengthOf(before.content) : 0)));
     this.#fold.apply(event);
     const after = this.#fold.message(event.message);
-    if (after) pace.push(lengthOf(after.content), now);
+    if (after?.shown) pace.push(lengthOf(after.content), now); // else nobody draws it, and it would be behind for ever
   }
 
   #showAll() {

@@ -2,7 +2,7 @@
 
 import assert from "node:assert/strict";
 import { test } from "node:test";
-import { Backoff, Fold, FrameParser, Pace, Refused, fold, textOf } from "../../../clients/js/longhaul.js";
+import { Backoff, ConnectionLost, Fold, FrameParser, Pace, Refused, fold, textOf } from "../../../clients/js/longhaul.js";
 
 const bytes = (text) => new TextEncoder().encode(text);
 const LOG = [
@@ -33,6 +33,19 @@ for (const end of ["\n", "\r\n", "\r"]) {
 test("what a cut has left of a frame is no frame", () => {
   const whole = bytes('id: 1\nevent: text.delta\ndata: {"text":"x"}\n\n');
   for (let cut = 0; cut < whole.length; cut += 1) assert.deepEqual(new FrameParser().push(whole.subarray(0, cut)), []);
+});
+
+test("a long frame comes in many pieces, and one without an end is none", () => {
+  const text = "\u{1f600}\u00fc".repeat(200_000);
+  const whole = bytes(`id: 1\ndata: ${JSON.stringify({ text })}\n\n: ping\n\n`);
+  const parser = new FrameParser();
+  const found = [];
+  for (let from = 0; from < whole.length; from += 4099) found.push(...parser.push(whole.subarray(from, from + 4099)));
+  assert.deepEqual([found.length, JSON.parse(found[0].data).text === text, found[1].comment], [2, true, "ping"]);
+  const piece = new Uint8Array(1 << 20).fill(120);
+  assert.throws(() => {
+    for (let n = 0; n < 70; n += 1) parser.push(piece);
+  }, (error) => error instanceof ConnectionLost && error.code === "unexpected_answer");
 });
 
 const at = "2026-11-21T10:00:00Z";
@@ -136,6 +149,54 @@ test("what its thread does not show is known, and not shown", () => {
   )) made.apply(event);
   assert.deepEqual(made.messages.map(({ id }) => id), ["u", "a", "v"]);
   assert.deepEqual(made.shown.map(({ id }) => id), ["v"]);
+});
+
+test("a call holds nothing of the attempt before", () => {
+  const made = new Fold();
+  const call = { tool_call: "c", name: "look", message: "m", run: "r", at };
+  const told = (type, more) => made.apply({ type: `tool_call.${type}`, ...call, ...more });
+  const { c } = (told("created", { arguments: {} }), told("approval_requested"), told("approved"), made.toolCalls);
+  assert.equal(c.status, "requested");
+  told("started", { attempt: 1 });
+  told("progress", { fraction: 0.5, note: "half" });
+  told("unknown", { attempt: 1 });
+  told("retrying", { attempt: 2, error: { code: "x" }, by: "ann" });
+  assert.deepEqual([made.toolCalls.c.status, made.toolCalls.c.error, made.toolCalls.c.by], ["retrying", { code: "x" }, "ann"]);
+  told("settled", { outcome: "cancelled", result: null });
+  assert.deepEqual([made.toolCalls.c.outcome, made.toolCalls.c.error, made.toolCalls.c.by], ["cancelled", undefined, undefined]);
+  told("started", { attempt: 2 });
+  assert.deepEqual([made.toolCalls.c.attempt, made.toolCalls.c.fraction, made.toolCalls.c.note], [2, undefined, undefined]);
+});
+
+test("calls that a cancelled message was about to make come to nothing", () => {
+  const made = new Fold();
+  for (const event of log(
+    { type: "message.created", message: "m", role: "assistant", step: 1 },
+    { type: "tool_call.arguments_delta", tool_call: "c", name: "look", message: "m", text: '{"n"' },
+  )) made.apply(event);
+  assert.deepEqual(Object.keys(made.toolCalls), ["c"]);
+  made.apply({ type: "message.completed", seq: 3, run: "r", at, message: "m", role: "assistant", content: [], partial: true });
+  assert.deepEqual([made.messages[0].status, made.toolCalls], ["partial", {}]);
+});
+
+test("what a snapshot lacks its thread does not show", () => {
+  // A run with save: "none" was speaking when the thread was loaded: its message's beginning told that it is not shown.
+  const row = { id: "u", role: "user", run: "r", step: null, client_id: null, metadata: {}, created_at: at, status: "completed", content: [] };
+  const piece = { type: "text.delta", message: "m", text: "Hu" };
+  const whole = { type: "message.completed", message: "m", role: "assistant", step: 1, content: [{ type: "text", text: "Hush." }] };
+  const said = { type: "message.completed", message: "v", role: "user", content: [] };
+  for (const rows of [[row], []]) {
+    for (const events of [[piece, whole, said], [whole, said]]) {
+      const made = new Fold(rows);
+      for (const event of log(...events)) made.apply(event);
+      assert.deepEqual(made.shown.map(({ id }) => id), [...rows.map(({ id }) => id), "v"]);
+    }
+  }
+  // Nothing is known of what is not at the end of a page, nor without one.
+  for (const made of [new Fold(), new Fold([{ ...row, status: "waiting" }])]) {
+    for (const event of log(piece)) made.apply(event);
+    assert.deepEqual(made.shown.map(({ id }) => id)[0], "m");
+  }
 });
 
 /** Feed a pace with bursts, look at it each 16 ms; return what was shown when. */

@@ -1,6 +1,7 @@
 // The state of a thread, and the streams, against a server that is a function: each answer can be lost, late or refused.
 
 import assert from "node:assert/strict";
+import { createServer } from "node:http";
 import { afterEach, test } from "node:test";
 import { ConnectionLost, LogGap, Refused, openThread, request, streamRun, streamThread, textOf } from "../../../clients/js/longhaul.js";
 
@@ -453,27 +454,79 @@ test("older messages are loaded when they are asked for, and from the same serve
   assert.ok(server.requests.some(({ path, search }) => path === "threads/t/messages" && search === "?cursor=older"));
 });
 
+/** Let 16 ms be from frame to frame, however slow the machine is. Returns what ends that. */
+function frames() {
+  const { now } = performance;
+  let at = 0;
+  performance.now = () => at;
+  globalThis.requestAnimationFrame = (draw) => setImmediate(() => draw((at += 16)));
+  globalThis.cancelAnimationFrame = clearImmediate;
+  return () => {
+    performance.now = now;
+    delete globalThis.requestAnimationFrame;
+  };
+}
+
 test("text comes at an even pace, and the end of a message flushes it", async () => {
   const server = new Server();
-  const thread = opened(server, { smooth: true });
-  await until(thread, (state) => state.connection === "open");
-  const shown = [];
-  thread.subscribe((state) => state.messages.length && shown.push(textOf(state.messages[0]).length));
-  const long = "\u{1f600}".repeat(100);
-  server.say("r1", { type: "message.created", message: "m", role: "assistant" }, delta(long));
-  const partly = await until(thread, (state) => state.messages[0] && textOf(state.messages[0]));
-  assert.ok(textOf(partly.messages[0]).length < long.length);
-  await until(thread, (state) => textOf(state.messages[0]) === long);
-  assert.ok(new Set(shown).size >= 5, `${shown}`);
-  assert.deepEqual(shown.filter((length) => length % 2), [], "no half of a pair");
-  server.say("r1", delta("x".repeat(500)));
-  const whole = `${long}${"x".repeat(500)}`;
-  server.say("r1", { type: "message.completed", message: "m", role: "assistant", content: [{ type: "text", text: whole }] });
-  const done = await until(thread, (state) => state.messages[0].status === "completed");
-  assert.equal(textOf(done.messages[0]), whole);
-  const now = thread.getSnapshot();
-  await new Promise((resolve) => setTimeout(resolve, 50)); // three frames
-  assert.equal(thread.getSnapshot(), now);
+  const real = frames();
+  try {
+    const thread = opened(server, { smooth: true });
+    await until(thread, (state) => state.connection === "open");
+    for (const [at, one] of ["\u{1f600}", "\u{1f469}\u{200d}\u{1f467}", "\u{1f1e9}\u{1f1ea}", "e\u0301", "\u65e5"].entries()) {
+      const message = `m${at}`;
+      const shown = [];
+      const leave = thread.subscribe((state) => state.messages[at] && shown.push(textOf(state.messages[at]).length));
+      const long = one.repeat(120);
+      server.say("r1", { type: "message.created", message, role: "assistant" }, delta(long, message));
+      const partly = await until(thread, (state) => state.messages[at] && textOf(state.messages[at]));
+      assert.ok(textOf(partly.messages[at]).length < long.length);
+      await until(thread, (state) => textOf(state.messages[at]) === long);
+      assert.ok(new Set(shown).size >= 5, `${shown}`);
+      assert.deepEqual(shown.filter((length) => length % one.length), [], `no half of ${one}`);
+      assert.deepEqual(shown, [...shown].sort((a, b) => a - b), "what is shown stays");
+      leave();
+      server.say("r1", delta("x".repeat(500), message));
+      const whole = `${long}${"x".repeat(500)}`;
+      server.say("r1", { type: "message.completed", message, role: "assistant", content: [{ type: "text", text: whole }] });
+      const done = await until(thread, (state) => state.messages[at].status === "completed");
+      assert.equal(textOf(done.messages[at]), whole);
+    }
+    const now = thread.getSnapshot();
+    await new Promise((resolve) => setTimeout(resolve, 50));
+    assert.equal(thread.getSnapshot(), now);
+    thread.close();
+  } finally {
+    real();
+  }
+});
+
+test("what is not shown draws no frames, and what is taken away none any more", async () => {
+  const server = new Server();
+  const real = frames();
+  try {
+    let drawn = 0;
+    const frame = globalThis.requestAnimationFrame;
+    globalThis.requestAnimationFrame = (draw) => ((drawn += 1), frame(draw));
+    const thread = opened(server, { smooth: true });
+    await until(thread, (state) => state.connection === "open");
+    server.say("r1", { type: "message.created", message: "h", role: "assistant", shown: false }, delta("Hush. ".repeat(50), "h"), { type: "run.completed" });
+    await until(thread, (state) => state.status === "completed");
+    assert.deepEqual([drawn, thread.getSnapshot().messages], [0, []]);
+    // A worker dies in the middle of a message, and another says it anew.
+    server.say("r2", { type: "message.created", message: "a", role: "assistant" }, delta("So far so ".repeat(50), "a"));
+    await until(thread, (state) => state.messages[0] && textOf(state.messages[0]));
+    server.say("r2", { type: "message.discarded", message: "a" }, { type: "message.created", message: "b", role: "assistant" }, delta("It is ".repeat(50), "b"));
+    const anew = await until(thread, (state) => state.messages.some(({ id }) => id === "b"));
+    assert.deepEqual(anew.messages.map(({ id }) => id), ["b"]);
+    await until(thread, (state) => state.messages[0] && textOf(state.messages[0]) === "It is ".repeat(50));
+    const before = drawn;
+    await new Promise((resolve) => setTimeout(resolve, 50));
+    assert.equal(drawn, before);
+    thread.close();
+  } finally {
+    real();
+  }
 });
 
 test("a subscriber hears the state of now, and nothing after it has left", async () => {
@@ -583,5 +636,95 @@ test("no error holds the key", async () => {
   for (const error of errors) {
     const told = [error.message, error.stack, String(error.cause), JSON.stringify(error)].join();
     assert.ok(!told.includes(secret), told);
+  }
+});
+
+test("a server that leads elsewhere is refused, and nobody else hears a key", async () => {
+  const heard = [];
+  const listening = async (answer) => {
+    const server = createServer((asked, reply) => {
+      heard.push([answer.name, asked.method]);
+      reply.writeHead(...answer(asked)).end("{}");
+    });
+    await new Promise((resolve) => server.listen(0, "127.0.0.1", resolve));
+    return server;
+  };
+  const other = await listening(function other() { return [200, { "Content-Type": "application/json" }]; });
+  const first = await listening(function first() { return [307, { Location: `http://127.0.0.1:${other.address().port}/api/runs` }]; });
+  try {
+    const options = { baseUrl: `http://127.0.0.1:${first.address().port}/api`, apiKey: "lh_secret", headers: { "X-Tenant": "ours" } };
+    const redirected = (error) => error instanceof Refused && error.code === "redirected";
+    await assert.rejects(request(options, "GET", "runs"), redirected);
+    await assert.rejects(request(options, "POST", "runs", { body: {} }), redirected);
+    await assert.rejects(streamRun({ ...options, run: "r" }).next(), redirected);
+    assert.deepEqual(heard, [["first", "GET"], ["first", "POST"], ["first", "GET"]]);
+  } finally {
+    for (const server of [first, other]) {
+      server.closeAllConnections();
+      server.close();
+    }
+  }
+});
+
+test("who is asked to wait for very long does not come at once, nor waits without a word", async () => {
+  const server = new Server();
+  server.fault("/stream", { before: status(429, { "Retry-After": "9999999" }) }); // more than a timer of the engine holds
+  const thread = opened(server);
+  await until(thread, (state) => state.connection === "reconnecting");
+  await new Promise((resolve) => setTimeout(resolve, 60)); // several times the longest wait
+  assert.equal(server.requests.filter(({ path }) => path.endsWith("/stream")).length, 1);
+  server.fault("/runs", { before: status(429, { "Retry-After": "7200" }) });
+  await assert.rejects(thread.send("One"), (error) => error.status === 429);
+  assert.equal(thread.getSnapshot().messages[0].status, "failed");
+});
+
+test("a key that stands for another request ends a start", async () => {
+  const server = new Server();
+  const conflict = { type: "error", errors: [{ code: "idempotency_conflict", detail: "Used.", attr: null }] };
+  server.refuses = () => Response.json(conflict, { status: 409 });
+  const base = { baseUrl: "http://test/api", fetch: server.fetch, patience: { baseMs: 1, maxMs: 1, tries: 3 } };
+  await assert.rejects(streamRun({ ...base, start: { input: "Hi" }, idempotencyKey: "mine" }).next(), (error) => error.code === "idempotency_conflict");
+  assert.equal(server.requests.length, 3);
+});
+
+test("what is deleted by an answer that was lost is deleted", async () => {
+  const server = new Server();
+  const options = { baseUrl: "http://test/api", fetch: server.fetch, patience: { baseMs: 1, maxMs: 1 } };
+  server.fault("messages/m", { before: lost });
+  server.fault("messages/m", { before: status(404) });
+  assert.equal(await request(options, "DELETE", "messages/m"), null);
+  server.fault("messages/m", { before: status(404) });
+  await assert.rejects(request(options, "DELETE", "messages/m"), (error) => error.status === 404);
+});
+
+test("an event that names another run is one of the run whose log it is in", async () => {
+  const server = new Server();
+  const child = { seq: 2, run: "child", at: AT, type: "tool_call.awaiting_child", tool_call: "c", name: "ask", message: "m" };
+  server.say("r1", { type: "run.queued" }, { ...child, run: "r1", raw: `id: r1:2\nevent: ${child.type}\ndata: ${JSON.stringify(child)}\n\n` }, { type: "run.completed" });
+  const base = { baseUrl: "http://test/api", fetch: server.fetch };
+  const ofRun = [];
+  for await (const event of streamRun({ ...base, run: "r1" })) ofRun.push([event.seq, event.run]);
+  assert.deepEqual(ofRun, [[1, "r1"], [2, "child"], [3, "r1"]]);
+  const ofThread = [];
+  for await (const event of streamThread({ ...base, thread: "t" })) if (ofThread.push(event.seq) === 3) break;
+  assert.deepEqual(ofThread, [1, 2, 3]);
+});
+
+test("a server that tells but what was told before is asked ever more seldom", async () => {
+  const answer = (seqs) => seqs.map((seq) => `data: ${JSON.stringify({ seq, run: "r1", type: seq === 3 ? "run.completed" : "usage" })}\n\n`).join("");
+  const answers = [[1, 2], [1, 2], [1], [], [1, 2], [1, 2, 3]];
+  const fetch = async () => new Response(answer(answers.shift()), { headers: { "Content-Type": "text/event-stream" } });
+  const waits = [];
+  const { random } = Math;
+  Math.random = () => 1;
+  const real = globalThis.setTimeout;
+  globalThis.setTimeout = (call, ms, ...rest) => (ms < 1000 && waits.push(ms), real(call, ms < 1000 ? 0 : ms, ...rest));
+  try {
+    const seen = [];
+    for await (const event of streamRun({ baseUrl: "http://test/api", fetch, run: "r1", patience: { baseMs: 10, maxMs: 500 } })) seen.push(event.seq);
+    assert.deepEqual([seen, waits], [[1, 2, 3], [10, 20, 40, 80, 160]]);
+  } finally {
+    Math.random = random;
+    globalThis.setTimeout = real;
   }
 });

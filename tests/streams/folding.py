@@ -37,7 +37,9 @@ class Folded:
                 self.messages[id] = {"status": "pending", "role": event["role"], "content": [], "shown": shown}
             case "text.delta" | "reasoning.delta":
                 kind = event["type"].partition(".")[0]
-                parts = self.messages[id]["content"]
+                # What has begun before the snapshot and is not in it, the thread does not show.
+                begun = {"status": "pending", "role": "assistant", "content": [], "shown": False}
+                parts = self.messages.setdefault(id, begun)["content"]
                 if parts and parts[-1]["type"] == kind:
                     parts[-1] = {**parts[-1], "text": parts[-1]["text"] + event["text"]}
                 else:
@@ -47,12 +49,17 @@ class Folded:
                 said = {"status": status, "role": event["role"], "content": event["content"]}
                 self.messages[id] = {**said, "shown": shown}
             case "message.discarded":
-                self.messages.pop(id, None)
-                self.calls = {call: each for call, each in self.calls.items() if each["message"] != id}
+                self._remove(id)
+            case "run.queued" if "superseded" in event:
+                self._remove(event["superseded"])
         if event["type"] in CALL_STATES:
             call = self.calls.setdefault(event["tool_call"], {"message": id, "outcome": None, "result": None})
             call["status"] = CALL_STATES[event["type"]]
             call |= {name: event[name] for name in ("outcome", "result") if name in event}
+
+    def _remove(self, id: str) -> None:
+        self.messages.pop(id, None)
+        self.calls = {call: each for call, each in self.calls.items() if each["message"] != id}
 
 
 def folded(events: Iterable[dict[str, Any]], snapshot: Iterable[dict[str, Any]] = ()) -> dict[str, dict[str, Any]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import AsyncIterator, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 from asgiref.sync import sync_to_async
 from django.test import Client
 
+from agents_project.demo.model_server import Pause, Text
 from runs.models import Run
 from tests.clients.js.node import HERE, MODULE
 from tests.http.conftest import Api
@@ -103,6 +105,16 @@ def saved() -> list[tuple[str, str, Any]]:
     return [(row.role, row.status, "".join(part.get("text", "") for part in row.content)) for row in rows]
 
 
+@pytest.fixture
+def with_a_pause(workers: Kit) -> Iterator[None]:
+    """The model says TOLD with a pause in its middle, within which a slow machine too loads a page again."""
+    before, piece = workers.model.script, partial(Text, chunk_chars=4, delay=0.03)
+    workers.model.script = lambda call: [piece(TOLD[:60]), Pause(10), piece(TOLD[60:])]
+    yield
+    workers.model.script = before
+
+
+@pytest.mark.usefixtures("with_a_pause")
 async def test_a_conversation_with_a_reload_in_its_middle(page: Any, proxy: CuttingProxy) -> None:
     await say(page, "tell me")
     assert await texts(page) == ["tell me"], "at once"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from typing import Any
 from uuid import uuid4
 
@@ -28,6 +29,7 @@ from tests.workers.app.agents import worker_test
 from tests.workers.conftest import eventually
 from threads.authentication import create_key
 from threads.models import Thread
+from tools.models import ToolCall
 
 JSON = "application/json"
 NONE: Mapping[str, str] = {}
@@ -90,6 +92,21 @@ def run(api: Api, thread: str) -> str:
     return id
 
 
+@pytest.fixture
+def call(run: str) -> str:
+    """A call of the run."""
+    made = ToolCall.objects.create(
+        run_id=run,
+        message_id=uuid4(),
+        step=1,
+        index=0,
+        name="look_up",
+        idempotency_key="x",
+        timeout=timedelta(minutes=1),
+    )
+    return str(made.pk)
+
+
 def operations(method: str | None = None) -> list[tuple[str, str, Any]]:
     """Return (URL, method, what the operation says) of each operation."""
     found = []
@@ -108,9 +125,10 @@ BODIES = [(path, method, said.body) for path, method, said in operations() if sa
 @pytest.mark.django_db
 class TestBodies:
     @pytest.fixture
-    def at(self, thread: str, run: str) -> Callable[[str], str]:
+    def at(self, thread: str, run: str, call: str) -> Callable[[str], str]:
         def address(path: str) -> str:
-            return path.replace("<row_id:id>", run if "/runs/" in path else thread)
+            row = run if "/runs/" in path else call if "/tool-calls/" in path else thread
+            return path.replace("<row_id:id>", row)
 
         return address
 
@@ -120,7 +138,8 @@ class TestBodies:
     ) -> None:
         fields = form.model_fields if "root" not in form.model_fields else ("role", "content", "metadata", "client_id")
         for name in fields:
-            sender.refused(400, method, at(path), orjson.dumps({name: [[1]]}))
+            if isinstance(fields, tuple) or fields[name].annotation is not Any:
+                sender.refused(400, method, at(path), orjson.dumps({name: [[1]]}))
 
     @pytest.mark.parametrize(("path", "method", "form"), BODIES, ids=[f"{m} {p}" for p, m, _ in BODIES])
     def test_what_is_no_json_object_in_utf8(
@@ -138,9 +157,8 @@ class TestBodies:
         self, sender: Sender, at: Callable[[str], str], path: str, method: str, form: Any
     ) -> None:
         body = {"content": "Hello"} if "root" in form.model_fields else {}
-        body |= {
-            name: "worker_test" for name, field in form.model_fields.items() if name == "agent" and field.is_required()
-        }
+        if "root" not in form.model_fields:
+            body |= {name: "worker_test" for name, field in form.model_fields.items() if field.is_required()}
         told = sender.refused(400, method, at(path), orjson.dumps({**body, "colour": "red", "sizes": [1]})).json()
         assert {error["attr"]: error["code"] for error in told["errors"]} == {
             "colour": "unknown_field",

@@ -152,8 +152,8 @@ async def test_both_clients_through_many_cuts(api: Api, told: World, seed: int) 
             watched = await asyncio.gather(*blocking, *others)
             states = await asyncio.gather(*talks)
     print(f"{sum(each.cuts for each in watched)} cuts, {sum(each.checked for each in watched)} compared")
-    assert sum(each.cuts for each in watched) > 30
-    assert sum(each.checked for each in watched) > 15
+    assert sum(each.cuts for each in watched) >= 2 * len(watched), "each was cut, in the middle"
+    assert sum(each.checked for each in watched) >= len(watched)
     port = told.webs[0].port
     async with AsyncLonghaul(f"http://127.0.0.1:{port}", api_key=api.key) as client:
         for number, thread in enumerate(threads):

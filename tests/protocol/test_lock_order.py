@@ -81,9 +81,11 @@ def test_given_a_live_run_when_it_is_locked_then_the_lock_holds_and_says_what_it
 
 
 def test_given_every_function_at_once_on_a_few_runs_then_nobody_deadlocks(world: World, db_b: Database) -> None:
-    """Two sessions go through the same calls in opposite orders, with reclaims, sweeps and cancels between."""
-    claims = [world.waiting(*(a_call(i, max_attempts=50) for i in range(4))) for _ in range(3)]
+    """Two sessions go through the same calls in opposite orders, with reclaims, sweeps, people's words and cancels between."""
+    once = {"idempotent": False}
+    claims = [world.waiting(*(a_call(i, max_attempts=50, **once if i % 2 else {}) for i in range(4))) for _ in range(3)]
     calls = [call for claim in claims for call in world.calls(claim.run)]
+    released: list[Any] = []
     workers = world.worker("tools@a"), world.worker("tools@b")
 
     def work(db: Database, mine: list[Any], worker: Any) -> int:
@@ -95,7 +97,10 @@ def test_given_every_function_at_once_on_a_few_runs_then_nobody_deadlocks(world:
                 held = Call(call, answer["attempt"], worker)
                 done += 1
                 (here.retry if done % 2 else here.call_reclaim)(held)
+            released.append(here.release(call))
             db.call_rows("longhaul_runs_due", p_limit=3)
+        for call in mine[::3]:
+            here.answer(call, "cancelled", among=["requested", "retrying", "running", "unknown"])
         for claim in claims if mine is calls else reversed(claims):
             here.cancel(claim.run)
         return done
@@ -103,4 +108,5 @@ def test_given_every_function_at_once_on_a_few_runs_then_nobody_deadlocks(world:
     late = db_b.in_background(work, db_b, list(reversed(calls)), workers[1])
     assert work(world.db, calls, workers[0]) > 0
     late.result()
+    assert any(answer and "publish_call" in answer for answer in released)
     assert {world.run(claim.run)["status"] for claim in claims} == {"cancelled"}

@@ -12,6 +12,7 @@ from runs.http.events import FORMS
 from runs.models import Run
 from runs.pytest_longhaul import ScriptedModel, WorkerKilled, call, run_to_end
 from tests.http.conftest import Api
+from threads.exceptions import BadInput
 from tools import lifecycle, tool
 from tools.models import ToolCall
 
@@ -152,6 +153,18 @@ def test_the_log_names_who_said_so_as_the_schema_tells(api: Api, unknown: Any, m
     assert [event["by"] for event in log if "by" in event] == [str(api.user.pk)]
     for event in log:
         assert set(event) <= set(FORMS[event["type"]].model_fields), event
+
+
+def test_what_cannot_be_json_is_refused_and_what_postgres_cannot_hold_is_written_otherwise(unknown: Any) -> None:
+    row = ToolCall.objects.get(pk=unknown["id"])
+    deep: Any = []
+    for _ in range(5000):
+        deep = [deep]
+    for wrong in (object(), "\ud800", b"\xff", deep):
+        with pytest.raises(BadInput, match="cannot be JSON"):
+            row.succeed(wrong)
+    assert ToolCall.objects.get(pk=row.pk).status == "unknown"
+    assert row.succeed({"a\0": float("nan"), "n": 10**30}).result == {"a\ufffd": "NaN", "n": str(10**30)}
 
 
 def test_null_is_a_result(api: Api, unknown: Any) -> None:

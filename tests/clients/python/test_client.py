@@ -389,6 +389,7 @@ def test_a_server_that_is_no_longhaul_is_said(tmp_path: object) -> None:
             client.threads.list()
 
 
+@pytest.mark.slow
 def test_a_server_that_leads_elsewhere_or_asks_for_hours_is_said() -> None:
     asked = []
 

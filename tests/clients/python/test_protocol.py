@@ -8,6 +8,7 @@ import random
 from collections.abc import Mapping
 from typing import Any
 
+import httpx2
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -17,6 +18,7 @@ from longhaul_client import (
     AsyncLonghaul,
     Backoff,
     BadRequest,
+    Conflict,
     ConnectionLost,
     Event,
     Forbidden,
@@ -550,6 +552,78 @@ def test_what_a_snapshot_lacks_its_thread_does_not_show() -> None:
     for made in (Transcript(), Transcript(snapshot({**said, "status": "waiting"}))):
         made.take_all(tell(delta("He"), first=4))
         assert made.messages[0].shown
+
+
+# --- calls ----------------------------------------------------------------------------------------------------------
+
+
+class Answers:
+    """A server that gives these answers, one after another. An exception is a connection that was lost."""
+
+    def __init__(self, *answers: httpx2.Response | Exception) -> None:
+        self.left = list(answers)
+        self.asked: list[httpx2.Request] = []
+
+    def __call__(self, request: httpx2.Request) -> httpx2.Response:
+        self.asked.append(request)
+        answer = self.left.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    def client(self) -> Longhaul:
+        http = httpx2.Client(transport=httpx2.MockTransport(self))
+        return Longhaul("http://x", http=http, backoff=Backoff(chance=lambda: 0.0), retries=2, timeout=3.0, stall=7.0)
+
+
+def refused(status: int, code: str = "x") -> httpx2.Response:
+    return httpx2.Response(status, json={"type": "x", "errors": [{"code": code, "detail": "No.", "attr": None}]})
+
+
+def test_what_an_answer_that_was_lost_has_deleted_is_deleted() -> None:
+    Answers(httpx2.ReadError("cut"), refused(404)).client().threads.delete("t")
+    with pytest.raises(NotFound):
+        Answers(refused(404)).client().threads.delete("t")
+
+
+def test_a_conflict_of_our_own_key_is_asked_again_and_of_theirs_is_told() -> None:
+    conflict = "idempotency_conflict"
+    own = Answers(refused(409, conflict), refused(409, conflict), httpx2.Response(201, json={"id": "t"}))
+    assert own.client().threads.create().id == "t"
+    assert len({each.headers["Idempotency-Key"] for each in own.asked}) == 1
+    theirs = Answers(refused(409, conflict))
+    with pytest.raises(Conflict, match=conflict):
+        theirs.client().threads.create(idempotency_key="k")
+    assert theirs.asked[0].headers["Idempotency-Key"] == "k"
+
+
+def test_how_often_and_how_long() -> None:
+    for answers in ([httpx2.ReadError("cut")], [refused(503)]):
+        with pytest.raises((ConnectionLost, ServerError)):
+            Answers(*answers).client().ready()  # what is not well is told, not asked again
+    enough = Answers(*[refused(502)] * 4)
+    with pytest.raises(ServerError):
+        enough.client().runs.get("r")
+    assert len(enough.asked) == 3
+    long = Answers(*[httpx2.Response(200, json={"id": "r", "status": "queued"})] * 3)
+    client = long.client()
+    client.runs.get("r")
+    client._do(calls.wait_for_run("r", 30.0, "finished"))
+    assert [each.extensions["timeout"]["read"] for each in long.asked] == [3.0, 33.0]
+    stream = client._settings.stream(client._http, Following(run="r").ask())
+    assert (stream.extensions["timeout"]["connect"], stream.extensions["timeout"]["read"]) == (3.0, 7.0)
+    cancelled = Answers(httpx2.ReadError("cut"), httpx2.Response(200, json={"id": "r", "status": "cancelled"}))
+    cancelled.client().runs.cancel("r")
+    assert ["Idempotency-Key" in each.headers for each in cancelled.asked] == [False, False]
+
+
+def test_a_wait_ends_with_its_time() -> None:
+    waiting = calls.Waiting("r", 0.0, "finished")
+    assert waiting.next() is not None, "it is asked once in any case"
+    assert waiting.next() is None
+    forever = calls.Waiting("r", None, "finished")
+    for _ in range(3):
+        assert forever.next() is not None
 
 
 # --- the two clients ------------------------------------------------------------------------------------------------

@@ -66,7 +66,7 @@ def _logs_that_are_due_are_found_without_a_look_at_others() -> None:
     before = now() - timedelta(days=30)
     found = housekeeping._LOGS.replace("FOR NO KEY UPDATE SKIP LOCKED", "")
     assert rows_read(found, (before, housekeeping.RUNS)) <= 2 * DUE
-    with override_settings(LONGHAUL={"EVENT_RETENTION_DAYS": 30}):
+    with override_settings(LONGHAUL={"EVENT_RETENTION_DAYS": 30, "COMPACT_AFTER_DAYS": None}):
         assert housekeeping.keep_house().logs == DUE
     # nothing is due now, and the entries that the index has yet are those of the dead
     assert rows_read(found, (before, housekeeping.RUNS)) <= 2 * DUE
@@ -99,7 +99,7 @@ def _a_thread_of_a_million_events_goes_in_transactions_that_are_short_beside_the
 
     # When it is removed
     times: list[float] = [time.monotonic()]
-    with override_settings(LONGHAUL={"THREAD_RETENTION_DAYS": 30}):
+    with override_settings(LONGHAUL={"THREAD_RETENTION_DAYS": 30, "COMPACT_AFTER_DAYS": None}):
         removed = housekeeping.Pass(None, lambda _: times.append(time.monotonic())).run()
 
     # Then no transaction took much more than its share

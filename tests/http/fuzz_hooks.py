@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from itertools import count
 from typing import Any
+from uuid import UUID
 
 import schemathesis
 
@@ -55,6 +56,14 @@ def _wait_briefly(query: dict[str, Any]) -> None:
         pass  # no number: the server should say so
 
 
+def _is_id(text: str) -> bool:
+    try:
+        UUID(text)
+    except ValueError:
+        return False
+    return True
+
+
 def _meant(body: Any) -> None:
     if not isinstance(body, dict):
         return
@@ -66,6 +75,6 @@ def _meant(body: Any) -> None:
     for name in ("after_step", "starting_after"):
         if body.get(name):
             body[name] = 0
-    if isinstance(body.get("message"), str):
+    if isinstance(body.get("message"), str) and _is_id(body["message"]):
         del body["message"]  # of the thread, and without an input
     _meant(body.get("overrides"))

@@ -35,15 +35,15 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     (folder / "config.yaml").write_text("literal_enums: true\npost_hooks: []\n")
     made = subprocess.run(
         [sys.executable, "-m", "openapi_python_client", "generate", "--path", "openapi.json", "--meta", "none",
-         "--output-path", "longhaul_client", "--config", "config.yaml", "--fail-on-warning"],
+         "--output-path", "longhaul_generated", "--config", "config.yaml", "--fail-on-warning"],
         cwd=folder, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert made.returncode == 0, made.stdout + made.stderr
     assert "warning" not in (made.stdout + made.stderr).lower()
     sys.path.insert(0, str(folder))
-    yield "longhaul_client"
+    yield "longhaul_generated"
     sys.path.remove(str(folder))
-    for name in [name for name in sys.modules if name.partition(".")[0] == "longhaul_client"]:
+    for name in [name for name in sys.modules if name.partition(".")[0] == "longhaul_generated"]:
         del sys.modules[name]
 
 

@@ -31,6 +31,11 @@ class Web:
     port: int
     log: Path
 
+    @property
+    def application(self) -> str:
+        """Under which name its Django is connected to Postgres."""
+        return f"{APPLICATION}.{self.port}"
+
     def said(self) -> str:
         return self.log.read_text(errors="replace")
 

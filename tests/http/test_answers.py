@@ -96,11 +96,17 @@ def test_a_retryable_error_runs_it_again_on_that_persons_word(
     assert refused(api.post(f"{path}/error", {"message": "no"}, 409)) == "already_settled"
 
 
-def test_an_answer_that_is_sent_again_with_its_key_is_answered_again(api: Api, unknown: Any) -> None:
-    path, body = f"/api/tool-calls/{unknown['id']}/result", {"result": 1}
+@pytest.mark.parametrize(
+    ("verb", "body", "other"),
+    [("result", {"result": 1}, {"result": 2}), ("error", {"message": "no"}, {"message": "n"})],
+)
+def test_an_answer_that_is_sent_again_with_its_key_is_answered_again(
+    api: Api, unknown: Any, verb: str, body: dict[str, Any], other: dict[str, Any]
+) -> None:
+    path = f"/api/tool-calls/{unknown['id']}/{verb}"
     first = api.post(path, body, 200, **{"Idempotency-Key": "a"})
     assert api.post(path, body, 200, **{"Idempotency-Key": "a"}) == first
-    assert refused(api.post(path, {"result": 2}, 409, **{"Idempotency-Key": "a"})) == "idempotency_conflict"
+    assert refused(api.post(path, other, 409, **{"Idempotency-Key": "a"})) == "idempotency_conflict"
     assert refused(api.post(path, body, 409, **{"Idempotency-Key": "b"})) == "already_settled"
 
 

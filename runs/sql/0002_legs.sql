@@ -152,9 +152,10 @@ BEGIN
 END $$;
 
 -- The messages that the model is shown: the last p_limit of the thread after p_after, by place; a run sees its own
--- always. [[id, position, role, content, run], ...]. Its cost does not grow with the thread.
+-- always. [[id, position, role, content, run], ...]. Its cost does not grow with the thread: without enable_sort, for statistics of
+-- when the threads were short would have the whole thread read and sorted where its index is in order.
 CREATE OR REPLACE FUNCTION longhaul_context_read(p_thread uuid, p_run uuid, p_after bigint, p_limit integer)
-RETURNS jsonb LANGUAGE plpgsql STABLE AS $$
+RETURNS jsonb LANGUAGE plpgsql STABLE SET enable_sort = off AS $$
 BEGIN
     RETURN (
         SELECT coalesce(jsonb_agg(jsonb_build_array(m.id, m.position, m.role, m.content, m.run_id) ORDER BY m.position), '[]')

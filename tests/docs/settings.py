@@ -10,16 +10,13 @@ from pathlib import Path
 
 from runs import checks
 from runs.conf import GROUPS, KEYS, Key
+from tests.docs.written import exchanged, row
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "settings.md"
 BEGIN, END = "<!-- written by `python -m tests.docs.settings`: begin -->\n", "<!-- written: end -->\n"
 FOR_ALL = {"E001", "E002", "E003"}  # a key that does not exist, a wrong value, no dict: they look at every key
 
 _ID = re.compile(r"longhaul\.([EWI]\d{3})")
-
-
-def _row(*cells: str) -> str:
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |\n"
 
 
 def value(key: Key) -> str:
@@ -71,19 +68,17 @@ def tables() -> str:
         naming.setdefault(name, set()).add(id)
     said = ""
     for group, keys in GROUPS.items():
-        said += f"\n### {group}\n\n" + _row("key", "default", "meaning", "value", "checks") + _row(*["---"] * 5)
+        said += f"\n### {group}\n\n" + row("key", "default", "meaning", "value", "checks") + row(*["---"] * 5)
         for name, key in keys.items():
             ids = ", ".join(sorted(naming.get(name, ())))
-            said += _row(f"`{name}`", f"`{key.default}`", key.meaning, value(key), ids)
-    said += "\n### What the checks find\n\n" + _row("id", "what it finds") + _row("---", "---")
-    return said + "".join(_row(f"`longhaul.{id}`", text) for id, text in findings()) + "\n"
+            said += row(f"`{name}`", f"`{key.default}`", key.meaning, value(key), ids)
+    said += "\n### What the checks find\n\n" + row("id", "what it finds") + row("---", "---")
+    return said + "".join(row(f"`longhaul.{id}`", text) for id, text in findings()) + "\n"
 
 
 def written(page: str) -> str:
     """Return the page with its tables as the code says them."""
-    before, _, rest = page.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    return before + BEGIN + tables() + END + after
+    return exchanged(page, BEGIN, END, tables())
 
 
 if __name__ == "__main__":

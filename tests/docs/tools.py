@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tests.docs.settings import _row
+from tests.docs.written import exchanged, row
 from tests.tools.table import EVENTS, KINDS, RULES, STATUSES, Rule
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "tools.md"
@@ -22,13 +22,13 @@ def _short(status: str, rule: Rule) -> str:
 
 def overview() -> str:
     """Every event in every status, in a word each."""
-    said = _row("", *(status.replace("_", " ") for status in STATUSES)) + _row(*["---"] * (len(STATUSES) + 1))
+    said = row("", *(status.replace("_", " ") for status in STATUSES)) + row(*["---"] * (len(STATUSES) + 1))
     for event, rules in RULES.items():
-        row = []
+        cells = []
         for status in STATUSES:
             found = dict.fromkeys(_short(status, rule) for statuses, rule in rules if status in statuses)
-            row.append(", ".join(found))
-        said += _row(event, *row)
+            cells.append(", ".join(found))
+        said += row(event, *cells)
     return said
 
 
@@ -52,20 +52,18 @@ def tables() -> str:
     said = "\n" + overview()
     for event, rules in RULES.items():
         said += f"\n### {event.capitalize()}: {EVENTS[event]}\n\n"
-        said += _row("status", "where", "what happens", "becomes", "writes") + _row(*["---"] * 5)
+        said += row("status", "where", "what happens", "becomes", "writes") + row(*["---"] * 5)
         for statuses, rule in rules:
             where = ", ".join(KINDS[kind] for kind in rule.kinds) if rule.only else ""
             where = "; ".join(filter(None, (where, rule.case)))
             named = ", ".join(f"`{status}`" for status in statuses)
-            said += _row(named, where, rule.says, becomes(rule), writes(rule))
+            said += row(named, where, rule.says, becomes(rule), writes(rule))
     return said + "\n"
 
 
 def written(page: str) -> str:
     """Return the page with its tables as the code says them."""
-    before, _, rest = page.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    return before + BEGIN + tables() + END + after
+    return exchanged(page, BEGIN, END, tables())
 
 
 if __name__ == "__main__":

@@ -18,7 +18,6 @@ from tools.models import CallStatus, ToolCall
 if TYPE_CHECKING:
     from django.contrib.admin import ModelAdmin
 
-PERMISSION = "longhaul_tools.change_toolcall"
 RESULT, ERROR, AGAIN = "result", "error", "again"
 
 
@@ -58,7 +57,7 @@ class AnswerForm(forms.Form):
 def allowed(request: HttpRequest, call: ToolCall) -> bool:
     """Return whether the user may answer for the call: the permission, and the policy's word on its run."""
     user: Any = request.user
-    if not user.has_perm(PERMISSION):
+    if not user.has_perm(access.permission("answer", ToolCall)):
         return False
     run = Run.objects.filter(pk=call.run_id).first()
     return run is not None and access.may(user, "answer", run)
@@ -88,16 +87,13 @@ def answer(request: HttpRequest, model_admin: ModelAdmin[ToolCall], call: ToolCa
     """Say it, log it, and tell the user what became of it."""
     text = form.cleaned_data["text"]
     try:
-        match form.cleaned_data["what"]:
-            case "result":
-                call.succeed(form.result(), by=request.user)
-                said = "Settled with a result."
-            case "again":
-                call.fail(text, retryable=True, by=request.user)
-                said = f"Runs again: {text}"
-            case _:
-                call.fail(text, by=request.user)
-                said = f"Settled as failed: {text}"
+        if form.cleaned_data["what"] == RESULT:
+            call.succeed(form.result(), by=request.user)
+            said = "Settled with a result."
+        else:
+            again = form.cleaned_data["what"] == AGAIN
+            call.fail(text, retryable=again, by=request.user)
+            said = f"Runs again: {text}" if again else f"Settled as failed: {text}"
     except LonghaulError as error:  # somebody was first, or it cannot be taken
         model_admin.message_user(request, str(error), messages.WARNING)
     except ToolCall.DoesNotExist:

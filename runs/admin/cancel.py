@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from django.contrib.admin import ModelAdmin
 
 AT_ONCE = 100  # runs; each is cancelled in a transaction of its own
-PERMISSION = "longhaul_runs.cancel_run"
 
 
 class ReasonForm(forms.Form):
@@ -34,7 +33,7 @@ class ReasonForm(forms.Form):
 def allowed(request: HttpRequest, run: Run | None = None) -> bool:
     """Return whether the user may cancel: the permission, and the policy's word on the run."""
     user: Any = request.user
-    if not user.has_perm(PERMISSION):
+    if not user.has_perm(access.permission("cancel", Run)):
         return False
     return run is None or access.may(user, "cancel", run)
 

@@ -141,10 +141,6 @@ def told(payload: Mapping[str, Any], after: int) -> Mapping[str, Any]:
         return payload
     rest = {name: value for name, value in payload.items() if name != "pieces"}
     if after >= (first := int(payload["from_seq"])):
-        had = sum(_lengths(payload)[: after - first + 1])
+        had = sum(int(each) for each in payload["pieces"].split(",")[: after - first + 1])
         rest |= {"from_seq": after + 1, "text": payload["text"][had:]}
     return rest
-
-
-def _lengths(payload: Mapping[str, Any]) -> list[int]:
-    return [int(each) for each in payload["pieces"].split(",")]

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 import orjson
 from asgiref.sync import sync_to_async
 from django.conf import settings
+from django.contrib.postgres.indexes import GinIndex
 from django.db import models
 
 from threads.clock import Now
@@ -101,6 +102,9 @@ class Run(models.Model):
     not_before = models.DateTimeField(null=True)
     next_publish_at = models.DateTimeField(null=True)
     publishes = models.IntegerField(default=0)
+    gates = models.JSONField(null=True)  # as of a ToolCall, and so the next two
+    lane = models.CharField(max_length=1000, blank=True, default="", db_default="")
+    turn = models.BigIntegerField(null=True)
     # counters
     last_seq = models.BigIntegerField(default=0)
     # What became of the event log after the end: events up to here were removed by a retention setting (0: none), and since
@@ -170,6 +174,17 @@ class Run(models.Model):
             ),
             models.Index(fields=["next_publish_at"], name="longhaul_run_due", condition=models.Q(status="queued")),
             models.Index(fields=["holder"], name="longhaul_run_running", condition=models.Q(status="running")),
+            models.Index(
+                fields=["lane", "-priority", "turn", "id"],
+                name="longhaul_run_in_lane",
+                condition=models.Q(turn__isnull=False),
+            ),
+            GinIndex(
+                fields=["gates"],
+                name="longhaul_run_gated",
+                condition=models.Q(gates__isnull=False, status__in=["queued", "running", "waiting", "requires_action"]),
+                fastupdate=False,
+            ),
             # Which logs are due to be removed. Not by last_seq: it rises with each event, and that must stay a cheap (HOT) update.
             models.Index(
                 fields=["finished_at"],

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 from django.conf import settings
+from django.contrib.postgres.indexes import GinIndex
 from django.db import models
 
 from threads.clock import Now
@@ -64,6 +65,16 @@ class ToolCall(models.Model):
     not_before = models.DateTimeField(null=True)
     next_publish_at = models.DateTimeField(null=True)
     publishes = models.IntegerField(default=0)
+    # What bounds how many like it run at once, or start in a time: {key: {"most", "count", "seconds"}}; None: nothing does.
+    gates = models.JSONField(null=True)
+    priority = models.SmallIntegerField(default=0, db_default=0)  # its run's
+    turn_of = models.CharField(
+        max_length=100, blank=True, default="", db_default=""
+    )  # the owner who takes turns with others
+    lane = models.CharField(
+        max_length=1000, blank=True, default="", db_default=""
+    )  # those with the same queue and gates
+    turn = models.BigIntegerField(null=True)  # its place among those that wait to be sent; None: it waits for nobody
     deadline = models.DateTimeField(null=True)
     assignee = models.ForeignKey(
         settings.AUTH_USER_MODEL,
@@ -97,6 +108,17 @@ class ToolCall(models.Model):
                 fields=["next_publish_at"],
                 name="longhaul_call_due",
                 condition=models.Q(status__in=["requested", "retrying"]),
+            ),
+            models.Index(
+                fields=["lane", "-priority", "turn", "id"],
+                name="longhaul_call_in_lane",
+                condition=models.Q(turn__isnull=False),
+            ),
+            GinIndex(
+                fields=["gates"],
+                name="longhaul_call_gated",
+                condition=models.Q(gates__isnull=False, status__in=["requested", "retrying", "running"]),
+                fastupdate=False,
             ),
             models.Index(fields=["holder"], name="longhaul_call_held", condition=models.Q(status="running")),
             models.Index(
@@ -213,3 +235,29 @@ class Worker(models.Model):
 
     def __str__(self) -> str:
         return self.name
+
+
+class RateUse(models.Model):
+    """What was used of a rate: one start, or so many tokens. Rows older than the rate's time are removed."""
+
+    id = models.BigAutoField(primary_key=True)
+    key = models.CharField(max_length=300)  # "tool:refund", "model:openai:gpt-5-mini", ...
+    at = models.DateTimeField()
+    amount = models.BigIntegerField(default=1, db_default=1)
+
+    class Meta:
+        indexes: ClassVar = [models.Index(fields=["key", "at"], name="longhaul_rate_used")]
+
+    def __str__(self) -> str:
+        return f"{self.amount} of {self.key}"
+
+
+class Pause(models.Model):
+    """Until when nothing of this key starts, for the other side has said so (`Retry-After`)."""
+
+    key = models.CharField(max_length=300, primary_key=True)
+    until = models.DateTimeField()
+    reason = models.CharField(max_length=200, blank=True, default="")
+
+    def __str__(self) -> str:
+        return f"{self.key} until {self.until}"

@@ -1,5 +1,6 @@
 from pathlib import Path
 
+import django.contrib.postgres.indexes
 import django.db.models.deletion
 import threads.clock
 import threads.ids
@@ -48,6 +49,9 @@ class Migration(migrations.Migration):
                 ('not_before', models.DateTimeField(null=True)),
                 ('next_publish_at', models.DateTimeField(null=True)),
                 ('publishes', models.IntegerField(default=0)),
+                ('gates', models.JSONField(null=True)),
+                ('lane', models.CharField(blank=True, db_default='', default='', max_length=1000)),
+                ('turn', models.BigIntegerField(null=True)),
                 ('last_seq', models.BigIntegerField(default=0)),
                 ('events_removed_through', models.BigIntegerField(db_default=0, default=0)),
                 ('compacted_at', models.DateTimeField(null=True)),
@@ -166,6 +170,14 @@ class Migration(migrations.Migration):
         migrations.AddIndex(
             model_name='run',
             index=models.Index(condition=models.Q(('status', 'running')), fields=['holder'], name='longhaul_run_running'),
+        ),
+        migrations.AddIndex(
+            model_name='run',
+            index=models.Index(condition=models.Q(('turn__isnull', False)), fields=['lane', '-priority', 'turn', 'id'], name='longhaul_run_in_lane'),
+        ),
+        migrations.AddIndex(
+            model_name='run',
+            index=django.contrib.postgres.indexes.GinIndex(condition=models.Q(('gates__isnull', False), ('status__in', ['queued', 'running', 'waiting', 'requires_action'])), fastupdate=False, fields=['gates'], name='longhaul_run_gated'),
         ),
         migrations.AddIndex(
             model_name='run',

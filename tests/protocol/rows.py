@@ -31,6 +31,8 @@ TABLES = (
     "longhaul_tools_toolattempt",
     "longhaul_tools_toolcall",
     "longhaul_tools_worker",
+    "longhaul_tools_rateuse",
+    "longhaul_tools_pause",
     "longhaul_threads_message",
     "longhaul_runs_run",
     "longhaul_threads_thread",

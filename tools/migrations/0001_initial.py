@@ -1,5 +1,6 @@
 from pathlib import Path
 
+import django.contrib.postgres.indexes
 import django.db.models.deletion
 import threads.clock
 import threads.ids
@@ -19,6 +20,26 @@ class Migration(migrations.Migration):
     ]
 
     operations = [
+        migrations.CreateModel(
+            name='Pause',
+            fields=[
+                ('key', models.CharField(max_length=300, primary_key=True, serialize=False)),
+                ('until', models.DateTimeField()),
+                ('reason', models.CharField(blank=True, default='', max_length=200)),
+            ],
+        ),
+        migrations.CreateModel(
+            name='RateUse',
+            fields=[
+                ('id', models.BigAutoField(primary_key=True, serialize=False)),
+                ('key', models.CharField(max_length=300)),
+                ('at', models.DateTimeField()),
+                ('amount', models.BigIntegerField(db_default=1, default=1)),
+            ],
+            options={
+                'indexes': [models.Index(fields=['key', 'at'], name='longhaul_rate_used')],
+            },
+        ),
         migrations.CreateModel(
             name='ToolCall',
             fields=[
@@ -48,6 +69,11 @@ class Migration(migrations.Migration):
                 ('not_before', models.DateTimeField(null=True)),
                 ('next_publish_at', models.DateTimeField(null=True)),
                 ('publishes', models.IntegerField(default=0)),
+                ('gates', models.JSONField(null=True)),
+                ('priority', models.SmallIntegerField(db_default=0, default=0)),
+                ('turn_of', models.CharField(blank=True, db_default='', default='', max_length=100)),
+                ('lane', models.CharField(blank=True, db_default='', default='', max_length=1000)),
+                ('turn', models.BigIntegerField(null=True)),
                 ('deadline', models.DateTimeField(null=True)),
                 ('progress', models.JSONField(null=True)),
                 ('created_at', models.DateTimeField(db_default=threads.clock.Now(), editable=False)),
@@ -105,6 +131,14 @@ class Migration(migrations.Migration):
         ),
         migrations.AddIndex(
             model_name='toolcall',
+            index=models.Index(condition=models.Q(('turn__isnull', False)), fields=['lane', '-priority', 'turn', 'id'], name='longhaul_call_in_lane'),
+        ),
+        migrations.AddIndex(
+            model_name='toolcall',
+            index=django.contrib.postgres.indexes.GinIndex(condition=models.Q(('gates__isnull', False), ('status__in', ['requested', 'retrying', 'running'])), fastupdate=False, fields=['gates'], name='longhaul_call_gated'),
+        ),
+        migrations.AddIndex(
+            model_name='toolcall',
             index=models.Index(condition=models.Q(('status', 'running')), fields=['holder'], name='longhaul_call_held'),
         ),
         migrations.AddIndex(
@@ -137,4 +171,5 @@ class Migration(migrations.Migration):
         ),
         migrations.RunSQL((SQL / "0000_storage.sql").read_text(), migrations.RunSQL.noop),
         migrations.RunSQL((SQL / "0001_calls.sql").read_text(), migrations.RunSQL.noop),
+        migrations.RunSQL((SQL / "0002_gates.sql").read_text(), migrations.RunSQL.noop),
     ]

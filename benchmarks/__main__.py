@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 MODULES = (
     "step_cost",
+    "fan_out",
     "resume",
     "rolling_restart",
     "flat_cost",

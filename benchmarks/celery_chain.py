@@ -53,7 +53,8 @@ def _connection() -> psycopg.Connection[Any]:
 
 
 @contextmanager
-def _transaction() -> Iterator[psycopg.Connection[Any]]:
+def transaction() -> Iterator[psycopg.Connection[Any]]:
+    """One transaction on the connection that this process keeps."""
     connection = _connection()
     try:
         yield connection
@@ -85,7 +86,7 @@ def step(run: int, answered: int, prompt: str) -> None:
     """One model turn: ask, store the answer, hand on to the tool or end."""
     message = model_calls.ask("httpx2", _conversation(prompt, answered))
     calls = message.get("tool_calls") or []
-    with _transaction() as connection:
+    with transaction() as connection:
         connection.execute(
             "INSERT INTO chain_message (run_id, step, role, body) VALUES (%s, %s, 'assistant', %s)",
             [run, answered + 1, json.dumps(message)],
@@ -102,7 +103,7 @@ def step(run: int, answered: int, prompt: str) -> None:
 def call_tool(run: int, number: int, arguments: str, prompt: str) -> None:
     """One tool call: run it, store its result, hand on to the next step."""
     result = json.loads(arguments)["number"]
-    with _transaction() as connection:
+    with transaction() as connection:
         connection.execute(
             "INSERT INTO chain_message (run_id, step, role, body) VALUES (%s, %s, 'tool', %s)",
             [run, number, json.dumps({"result": result})],

@@ -37,6 +37,16 @@ def count(call: ModelCall) -> Reply:
     return [ToolCall(call.tools[0], {"number": number}, chunk_chars=ARGUMENT_CHARS)]
 
 
+def at_once(call: ModelCall) -> Reply:
+    """Call the first tool as often as the prompt says in one step, then say a word."""
+    if call.messages[-1]["role"] == "tool":
+        return [Text("Done.")]
+    return [
+        ToolCall(call.tools[0], {"number": number}, chunk_chars=ARGUMENT_CHARS)
+        for number in range(1, int(_asked(call, TIMES)) + 1)
+    ]
+
+
 def slow(call: ModelCall) -> Reply:
     """Speak for as many seconds as the prompt says, a chunk of 21 characters a second."""
     seconds = int(_asked(call, SECONDS))

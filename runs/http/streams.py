@@ -33,13 +33,13 @@ from runs.http.errors import BadField, Refused
 from runs.http.json import dumps
 from runs.http.query import Query
 from runs.http.schema import STREAM, THREAD_CURSOR
-from runs.http.view import AsyncView, operation, sees
+from runs.http.view import AsyncView, View, operation, sees
 from runs.models import TERMINAL, Run, Status
 from runs.streams import departure
 from runs.streams.app import OPENING, PING, handover_of
 from runs.streams.seats import NoSeat
 from runs.streams.visitors import Visitor
-from threads.database import apart
+from threads.database import apart, release
 from threads.models import Thread
 
 logger = logging.getLogger("longhaul.streams")
@@ -95,7 +95,9 @@ class WaitQuery(Query):
     until: Literal["finished", "requires_action"] = "finished"
 
 
-class StreamOfRun(AsyncView):
+class StreamOfRun(View):
+    streams = True
+
     @operation(
         sees(Run),
         name="stream_run",
@@ -103,7 +105,7 @@ class StreamOfRun(AsyncView):
         answers={200: ((STREAM, str),), 204: None},
         raises=(413, 415, 501),
     )
-    async def get(self, request: Request, run: Run, query: StreamQuery) -> HttpResponseBase:
+    def get(self, request: Request, run: Run, query: StreamQuery) -> HttpResponseBase:
         """Follow a run: its events after the cursor, then live ones, to its last.
 
         A `Last-Event-ID` header wins over `starting_after`, so a browser's EventSource resumes by itself. When it names the last
@@ -115,7 +117,7 @@ class StreamOfRun(AsyncView):
         sees(Run), name="stream_run_by_post", query=StreamQuery, body=StreamBody, answers={200: ((STREAM, str),), 204: None},
         raises=(501,),
     )  # fmt: skip
-    async def post(self, request: Request, run: Run, query: StreamQuery, body: StreamBody) -> HttpResponseBase:
+    def post(self, request: Request, run: Run, query: StreamQuery, body: StreamBody) -> HttpResponseBase:
         """Follow a run, with the parameters in the body."""
         return self._answer(request, run, query, body)
 
@@ -137,11 +139,13 @@ class StreamOfRun(AsyncView):
         return stream_of(request, run, after=after, batch=told.batch_size, pings=told.include_pings)
 
 
-class StreamOfThread(AsyncView):
+class StreamOfThread(View):
+    streams = True
+
     @operation(
         sees(Thread), name="stream_thread", query=ThreadStreamQuery, answers={200: ((STREAM, str),)}, raises=(501,)
     )
-    async def get(self, request: Request, thread: Thread, query: ThreadStreamQuery) -> HttpResponseBase:
+    def get(self, request: Request, thread: Thread, query: ThreadStreamQuery) -> HttpResponseBase:
         """Follow a thread: the events of its runs, one run after another, and of those to come.
 
         A frame's id is `RUN:SEQ`; as `after`, or as the `Last-Event-ID` header, which wins, it is where the stream goes on. The
@@ -156,7 +160,7 @@ class StreamOfThread(AsyncView):
             name, cursor = "Last-Event-ID", seen
             if not re.fullmatch(THREAD_CURSOR, seen):
                 raise BadField(name, "This is not the id of a frame of this stream: RUN:SEQ.")
-        run, after = await apart(_place)(request, thread, name, cursor)
+        run, after = _place(request, thread, name, cursor)
         return stream_of_thread(request, thread, run, after=after, batch=query.batch_size, pings=query.include_pings)
 
 
@@ -235,6 +239,7 @@ def _stream(
     handover = handover_of(request._request)
     if handover is None:
         _tell_what_it_costs()
+        release()  # it would be kept to the stream's end
         return StreamingHttpResponse(frames(), **said)
     from runs.streams.broadcast import Plan
 

@@ -149,6 +149,7 @@ class View(APIView):
     versioning_class = None
     schema = Schema()
     http_method_names: ClassVar[list[str]] = [*METHODS, "head", "options"]  # type: ignore[misc]
+    streams = False  # whether it answers with streams: `runs.streams` lets its readers in by a shorter way
 
     @classmethod
     def operations(cls) -> dict[str, Operation]:
@@ -167,7 +168,8 @@ class View(APIView):
     @classmethod
     def as_view(cls, **initkwargs: Any) -> Any:
         cls.operations()
-        return super().as_view(**initkwargs)
+        view = super().as_view(**initkwargs)
+        return _outside_of_transactions(view) if cls.streams else view
 
     def get_authenticators(self) -> list[BaseAuthentication]:
         kinds: tuple[type[BaseAuthentication], ...] = (ApiKeyAuthentication, SessionAuthentication, *of_the_host())
@@ -267,11 +269,8 @@ class AsyncView(View):
 
     @classmethod
     def as_view(cls, **initkwargs: Any) -> Any:
-        view = super().as_view(**initkwargs)
-        for alias in connections:
-            # A host with ATOMIC_REQUESTS cannot have a transaction around a coroutine: Django refuses.
-            view = transaction.non_atomic_requests(using=alias)(view)
-        return view
+        # A host with ATOMIC_REQUESTS cannot have a transaction around a coroutine: Django refuses.
+        return _outside_of_transactions(super().as_view(**initkwargs))
 
     async def dispatch(self, request: HttpRequest, *args: Any, **kwargs: Any) -> HttpResponseBase:  # type: ignore[override]
         asked = self._begun(request, *args, **kwargs)
@@ -282,6 +281,12 @@ class AsyncView(View):
         except Exception as error:
             response = await apart(self.handle_exception)(error)
         return self._finished(asked, response)
+
+
+def _outside_of_transactions(view: Any) -> Any:
+    for alias in connections:
+        view = transaction.non_atomic_requests(using=alias)(view)
+    return view
 
 
 def _method(request: Request) -> str:

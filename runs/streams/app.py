@@ -17,6 +17,7 @@ from runs.streams import departure, seats
 
 if TYPE_CHECKING:
     from runs.streams.broadcast import Broadcast, Plan, Reader
+    from runs.streams.door import Door
     from runs.streams.seats import Seat
 
 Scope = MutableMapping[str, Any]
@@ -88,15 +89,19 @@ def with_streams(application: Application) -> Application:
     """Return an ASGI application that serves streams itself and leaves all else to this one."""
 
     listens = False
+    door: Door | None = None
 
     async def serve(scope: Scope, receive: Receive, send: Send) -> None:
-        nonlocal listens
+        nonlocal listens, door
         if scope["type"] != "http":
             return await application(scope, receive, send)
         if not listens:
             # Not with the first stream only: that one may come when the process was asked to end already.
             listens = True
             departure.hear()
+            from runs.streams.door import Door
+
+            door = Door.beside(application)
         handover = Handover()
         held: list[Message] = []
         gone = False
@@ -121,9 +126,13 @@ def with_streams(application: Application) -> Application:
             # Of HTTP/1 only: later ones have no such header, and must not.
             return [(b"Connection", b"close")] if handover.turned_away and scope["http_version"] < "2" else []
 
+        asked = {**scope, IN_SCOPE: handover}
         try:
-            await application({**scope, IN_SCOPE: handover}, heard, answer)
-            # Only here, when Django has let go of the request: it keeps a thread for each that is open.
+            if door is not None and door.leads_to(scope):
+                await door.let_in(asked, heard, answer)
+            else:
+                await application(asked, heard, answer)
+            # Only here, when Django has let go of the request: its own handler keeps a thread for each that is open.
             if held and handover.plan is not None and not gone:
                 start = {**held[0], "headers": [*_without(held[0], _OF_THE_BODY), *elsewhere()]}
                 await _stream(handover.plan, start, receive, send)

@@ -46,10 +46,20 @@ LIMITS: Mapping[str, tuple[str, int]] = MappingProxyType(
         "leg_budget_seconds": ("a number above 0", 10 * 365 * 86_400),
     }
 )
-OVERRIDES = ("model", "instructions", "tools", "limits", "context", "tool_choice", "options", "output_schema")
+OVERRIDES = (
+    "model",
+    "instructions",
+    "tools",
+    "limits",
+    "context",
+    "tool_choice",
+    "parallel_tool_calls",
+    "options",
+    "output_schema",
+)
 MERGED = ("limits", "context", "options")  # key by key; anything else is replaced whole
 CONTEXT_OPTIONS = ("last_messages", "sources")
-TOOL_CHOICES = ("auto", "none", "required")
+TOOL_CHOICES = ("auto", "none", "required")  # or the name of a tool
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -61,6 +71,9 @@ class Agent:
     max_steps, max_total_tokens, max_cost, deadline_seconds, leg_budget_seconds: its limits, also as one dict `limits`.
     context: `{"last_messages": n}`. options: fields of the model request (temperature, ...).
     output_schema: a JSON schema of the final answer; the run's output is then the value, and no text.
+    tool_choice: `auto`, `none`, `required`, or the name of a tool. The last two count for the first step of a run only.
+    parallel_tool_calls: whether the model may ask for several calls at once. None: as its service does by itself. False: of
+        several only the first is run, and the model is told so.
     """
 
     name: str
@@ -76,6 +89,7 @@ class Agent:
     context: Mapping[str, Any] = field(default_factory=dict)
     options: Mapping[str, Any] = field(default_factory=dict)
     tool_choice: str = "auto"
+    parallel_tool_calls: bool | None = None
     output_schema: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
@@ -85,6 +99,7 @@ class Agent:
         own = {name: getattr(self, name) for name in LIMITS if getattr(self, name) is not None}
         object.__setattr__(self, "limits", check_limits({**self.limits, **own}))
         check_context(self.context)
+        check_parallel(self.parallel_tool_calls)
         if self.output_schema is not None:
             output_schema.check(self.output_schema)
 
@@ -101,7 +116,8 @@ class Agent:
         """Start a run: a row now, dispatched when the surrounding transaction commits.
 
         Options as in `runs.admission.start`: owner, thread, message, messages, save, busy, priority, limits, model,
-        instructions, tools, tool_choice, context, options, output_schema, metadata, client_id, idempotency_key.
+        instructions, tools, tool_choice, parallel_tool_calls, context, options, output_schema, metadata, client_id,
+        idempotency_key.
         Raises BadInput and its kind; the database is as before then.
         """
         from runs import admission
@@ -138,7 +154,17 @@ class Definition:
     last_messages: int
     tool_choice: str
     options: Mapping[str, Any]
+    parallel_tool_calls: bool | None = None
     output_schema: OutputSchema | None = None
+
+    def choice_at(self, step: int, *, last: bool) -> str:
+        """Return the `tool_choice` of a step of the run, from 1; `last`: no other step is allowed after it.
+
+        A call is forced in the first step only: forced in every one, the model could never answer.
+        """
+        if last:
+            return "none"
+        return "auto" if step > 1 and is_forced(self.tool_choice) else self.tool_choice
 
     @cached_property
     def specs(self) -> list[ToolSpec]:
@@ -150,6 +176,11 @@ class Definition:
         return hashlib.sha256("".join(tool.digest for tool in self.tools.values()).encode()).hexdigest()
 
 
+def is_forced(tool_choice: str) -> bool:
+    """Return whether the model must call a tool: any, or the one that is named."""
+    return tool_choice not in ("auto", "none")
+
+
 def define(agent: Agent, *overrides: Mapping[str, Any]) -> Definition:
     """Lay the overrides over the agent, the later ones nearer. Raises BadInput when they do not fit it."""
     said: dict[str, Any] = {
@@ -157,6 +188,7 @@ def define(agent: Agent, *overrides: Mapping[str, Any]) -> Definition:
         "instructions": agent.instructions,
         "tools": None,
         "tool_choice": agent.tool_choice,
+        "parallel_tool_calls": agent.parallel_tool_calls,
         "output_schema": agent.schema_text,
     }
     limits: dict[str, Any] = dict(agent.limits)
@@ -203,6 +235,7 @@ def define(agent: Agent, *overrides: Mapping[str, Any]) -> Definition:
         last_messages=context.get("last_messages") or settings().context_messages,
         tool_choice=choice,
         options=options,
+        parallel_tool_calls=said["parallel_tool_calls"],
         output_schema=None if said["output_schema"] is None else output_schema.of(said["output_schema"]),
     )
 
@@ -217,6 +250,8 @@ def check_overrides(given: Mapping[str, Any]) -> dict[str, Any]:
             if not isinstance(said[key], str):
                 raise BadInput(f"{key} must be a string.", attr=key)
             said[key] = clean(said[key])
+    if "parallel_tool_calls" in said:
+        check_parallel(said["parallel_tool_calls"])
     if "model" in said:
         check_named_model(said["model"])
     if "options" in said:
@@ -268,6 +303,12 @@ def check_limits(limits: Mapping[str, Any]) -> dict[str, Any]:
             raise BadInput(f"{name} must be {must} to {most:,}; it is {value!r}.", attr=name)
         checked[name] = float(value) if isinstance(value, Decimal) else value
     return checked
+
+
+def check_parallel(parallel: object) -> None:
+    """Raises BadInput."""
+    if parallel is not None and not isinstance(parallel, bool):
+        raise BadInput(f"parallel_tool_calls must be True or False; it is {parallel!r}.", attr="parallel_tool_calls")
 
 
 def check_context(context: Mapping[str, Any]) -> None:

@@ -46,7 +46,7 @@ from threads import database, logs
 from threads.ids import new_id
 from threads.models import Message, Role
 from threads.redaction import redact
-from tools.exceptions import ToolError, UnknownTool
+from tools.exceptions import NotParallel, ToolError, UnknownTool
 from tools.execution import described_error
 from tools.presence import Presence
 
@@ -363,7 +363,8 @@ class Leg:
             instructions=self.instructions,
             messages=self.window.messages(),
             tools=self.tools,
-            tool_choice="none" if turn.last else self.definition.tool_choice,
+            tool_choice=self.definition.choice_at(turn.step, last=turn.last),
+            parallel_tool_calls=self.definition.parallel_tool_calls,
             options=self.options,
             timeout=settings().model_timeout,
             silence=settings().model_silence,
@@ -437,7 +438,10 @@ class Leg:
     # -- the commit --
 
     def _commit(self, turn: Turn, answer: Answer) -> dict[str, Any]:
-        calls, settled_events = ([], []) if turn.last else self._calls(turn, answer)
+        # What was asked for without tools is an answer, whatever else the model put into it.
+        calls, settled_events = (
+            ([], []) if self.definition.choice_at(turn.step, last=turn.last) == "none" else self._calls(turn, answer)
+        )
         bad = bool(calls) and all("outcome" in call for call in calls)
         content = [part for part in answer.parts if part["text"]]
         content += [
@@ -537,12 +541,15 @@ class Leg:
         """Return the rows of the calls, the bad ones settled with what the model is told, and the events of those."""
         rows: list[dict[str, Any]] = []
         settled: list[list[Any]] = []
+        one_at_a_time = self.definition.parallel_tool_calls is False
         for index, call in sorted(answer.calls.items()):
             text = "".join(call.text)
             arguments = parse_arguments(text)
             row: dict[str, Any] = {"id": str(call.id), "index": index, "name": call.name, "arguments": arguments}
             error = self._bad(call.name, text)
             tool = self.definition.tools.get(call.name)
+            if error is None and one_at_a_time and any("outcome" not in taken for taken in rows):
+                error = described_error(NotParallel())
             if error is None and tool is not None:
                 row |= {
                     "max_attempts": tool.retry.attempts,
@@ -621,11 +628,16 @@ class Leg:
             "instructions": self.instructions,
             "tool_names": list(self.definition.tools),
             "schema_digest": self.definition.schema_digest,
-            "options": database.dumps(
-                {**self.options, "tool_choice": "none" if turn.last else self.definition.tool_choice}
-            ),
+            "options": database.dumps(self._asked(turn)),
             "context": self.window.described(),
         }
+
+    def _asked(self, turn: Turn) -> dict[str, Any]:
+        """Return the options of the request with what it said of tools, as `Step.asked` gives them back."""
+        asked = {**self.options, "tool_choice": self.definition.choice_at(turn.step, last=turn.last)}
+        if self.definition.parallel_tool_calls is not None:
+            asked["parallel_tool_calls"] = self.definition.parallel_tool_calls
+        return asked
 
     def _usage_row(self, usage: UsageReported) -> dict[str, Any]:
         price = settings().prices.get(self.model) or settings().prices.get(self.definition.model)

@@ -64,6 +64,7 @@ def step_request(run: Run, number: int) -> StepRequest:
         doubts.append(f"{missing} of the messages that it was shown {'was' if missing == 1 else 'were'} deleted since")
     options = step.asked()
     tool_choice = str(options.pop("tool_choice", "auto"))
+    parallel = options.pop("parallel_tool_calls", None)
     provider, model = get_provider(step.model)
     request = ModelRequest(
         model=model,
@@ -75,6 +76,7 @@ def step_request(run: Run, number: int) -> StepRequest:
         ],
         tools=provider.render_tools(tools),
         tool_choice=tool_choice,
+        parallel_tool_calls=parallel,
         options=options,
     )
     return StepRequest(

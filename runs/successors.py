@@ -36,7 +36,7 @@ def resume(run: Run, input: str | None = None) -> Run:
     if given := _never_placed(run):
         return _given_again(run, "resume", run.overrides, given)
     _refuse_unsaved(run, "resumed without an input")
-    return _again(run, "resume", run.overrides)
+    return _again(run, "resume", run.overrides if not run.steps else _unforced(run, run.overrides))
 
 
 def retry(run: Run, **overrides: Any) -> Run:
@@ -48,6 +48,7 @@ def retry(run: Run, **overrides: Any) -> Run:
 
     Raises NotLast when a later run has spoken in the thread, ThreadBusy while one lives there, NothingToDo, BadInput.
     """
+    given_choice = overrides.get("tool_choice")
     overrides = overlay(run.overrides, overrides)
     with transaction.atomic():
         occupied = transcript.lock_occupant(run.thread_id)
@@ -69,6 +70,8 @@ def retry(run: Run, **overrides: Any) -> Run:
         else:
             last = None
         told = {} if last is None else {"superseded": str(last.pk)}
+        if given_choice is None and run.steps > (last is not None and last.step == 1):
+            overrides = _unforced(run, overrides)
         return _again(run, "retry", overrides, busy="reject", told=told)
 
 
@@ -82,6 +85,7 @@ def fork(run: Run, after_step: int | None = None, **overrides: Any) -> Run:
     Raises NothingToDo after the step that ended a run, BadInput for a step that is not there or not answered yet,
     ThreadGone.
     """
+    given_choice = overrides.get("tool_choice")
     overrides = overlay(run.overrides, overrides)
     with transaction.atomic():
         # Its deletion with the thread waits: it would not know of the run that names it as its parent.
@@ -97,6 +101,8 @@ def fork(run: Run, after_step: int | None = None, **overrides: Any) -> Run:
             overrides=old.overrides,
         )
         inputs = transcript.copy(old.pk, thread.pk, until=until, own=run.pk)
+        if given_choice is None and (run.steps if after_step is None else after_step):
+            overrides = _unforced(run, overrides)
         new = _again(run, "fork", overrides, thread=thread)
         if inputs:
             # Its own input stays shown to a run though the window has moved on.
@@ -129,6 +135,12 @@ def _again(run: Run, origin: str, overrides: Mapping[str, Any], *, thread: Threa
         **{key: value for key, value in overrides.items() if key in agents.OVERRIDES},
         **given,
     )
+
+
+def _unforced(run: Run, overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the overrides of a run that goes on after the first step of another one: a call was forced there."""
+    said = overrides.get("tool_choice") or run.thread.overrides.get("tool_choice") or agents.get(run.agent).tool_choice
+    return {**overrides, "tool_choice": "auto"} if agents.is_forced(said) else dict(overrides)
 
 
 def _refuse_unsaved(run: Run, what: str) -> None:

@@ -9,6 +9,7 @@
     ├── said to the model, about a call it asked for
     │   ├── ToolNotAvailable      no fault of the model's
     │   ├── UnknownTool           (LookupError)
+    │   ├── NotParallel           one call at a time
     │   └── InvalidArguments      (ValueError)
     └── said to the programmer, at import
         ├── ToolSchemaError       (TypeError) a signature that cannot be a schema
@@ -95,6 +96,12 @@ class UnknownTool(ToolError, LookupError):
     def __str__(self) -> str:
         tools = f"Use one of: {', '.join(self.known)}." if self.known else "This run has no tools."
         return f"There is no tool named {self.name!r}. {tools}"
+
+
+class NotParallel(ToolError):
+    """Not run: one call at a time, and another of this answer was. Call it again, alone, if it is still needed."""
+
+    code = "not_parallel"
 
 
 class Problem(TypedDict):

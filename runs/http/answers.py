@@ -427,6 +427,7 @@ class Agent(BaseModel):
     limits: dict[str, Any]
     context: dict[str, Any]
     tool_choice: str
+    parallel_tool_calls: bool | None
 
 
 def agent(definition: agent_registry.Agent) -> dict[str, Any]:
@@ -437,6 +438,7 @@ def agent(definition: agent_registry.Agent) -> dict[str, Any]:
         "limits": dict(definition.limits),
         "context": dict(definition.context),
         "tool_choice": definition.tool_choice,
+        "parallel_tool_calls": definition.parallel_tool_calls,
     }
 
 

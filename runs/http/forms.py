@@ -86,6 +86,13 @@ class Overrides(Given):
     model: Name | None = Field(default=None, description="`provider:name`")
     instructions: str | None = None
     tools: Annotated[list[Name], FIRST] | None = Field(default=None, description="names of the agent's tools")
+    tool_choice: Name | None = Field(
+        default=None,
+        description="auto, none, required, or the name of a tool; the last two count for the first step of a run",
+    )
+    parallel_tool_calls: bool | None = Field(
+        default=None, description="whether the model may ask for several calls at once; false: only the first is run"
+    )
     limits: Limits | None = None
     context: Context | None = None
 
@@ -127,7 +134,6 @@ class NewRun(Overrides):
         description="what happens when a run occupies the thread; steer, interrupt and rollback are refused today",
     )
     priority: Annotated[int, Field(ge=-32768, le=32767), WHOLE] = 0
-    tool_choice: Name | None = Field(default=None, description="auto, none, required, or the name of a tool")
     output_schema: JSONSchema | None = Field(default=None, description="a JSON schema of the final answer")
     metadata: Metadata | None = None
     client_id: Name | None = Field(default=None, description="comes back in the event of the saved input")
@@ -165,7 +171,6 @@ class Retry(Given):
 
 
 class ForkOverrides(Overrides):
-    tool_choice: Name | None = None
     output_schema: JSONSchema | None = None
 
 

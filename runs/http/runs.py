@@ -32,7 +32,7 @@ from threads.exceptions import BadInput
 from threads.models import Message, Thread
 from tools.models import ToolCall
 
-OVERRIDES = ("model", "instructions", "tools", "tool_choice", "output_schema")
+OVERRIDES = ("model", "instructions", "tools", "tool_choice", "parallel_tool_calls", "output_schema")
 NO_RUN = UUID(int=0)
 STARTED: dict[int, Any] = {202: answers.Run, 200: (("text/event-stream", str),)}
 

@@ -29,7 +29,7 @@ from threads.content import clean
 from threads.exceptions import BadInput, within
 from threads.models import Message, MessageStatus, Role, Thread
 
-OVERRIDES = ("model", "instructions", "tools", "limits", "context")
+OVERRIDES = ("model", "instructions", "tools", "tool_choice", "parallel_tool_calls", "limits", "context")
 NEARLY = 10  # of the last runs by their ids, one is the last
 
 

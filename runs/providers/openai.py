@@ -233,6 +233,8 @@ class OpenAIProvider:
             options["tool_choice"] = (
                 {"type": "function", "function": {"name": request.tool_choice}} if named else request.tool_choice
             )
+        if request.tools and request.parallel_tool_calls is not None:
+            options["parallel_tool_calls"] = request.parallel_tool_calls
         try:
             head = _dumps({"model": request.model, "stream": True, **options})
         except TypeError as error:

@@ -41,7 +41,8 @@ class ModelRequest:
 
     `messages` are what `Provider.render` gave, in the order of the conversation, and `tools` what `render_tools` gave,
     so that a leg renders each message once and a call joins bytes. `tool_choice` is "auto", "none", "required" or a
-    tool's name. `options` are extra fields of the request's body (temperature, ...).
+    tool's name. `parallel_tool_calls` says whether several calls may be asked for at once; None is the service's own way.
+    `options` are extra fields of the request's body (temperature, ...).
     `timeout` bounds the whole call by the wall clock, `silence` the wait between two reads; what comes first counts. A
     model that thinks long before it speaks needs a longer `silence`.
     """
@@ -51,6 +52,7 @@ class ModelRequest:
     messages: Sequence[bytes]
     tools: bytes = b""
     tool_choice: str = "auto"
+    parallel_tool_calls: bool | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     timeout: timedelta = timedelta(minutes=10)
     silence: timedelta = timedelta(seconds=60)

@@ -108,7 +108,9 @@ def test_a_thread_is_put_into_the_archive_and_taken_out(api: Api) -> None:
         ({"status": "queued"}, "status"),
         ({"owner": 1}, "owner"),
         ({"archived": "yes"}, "archived"),
-        ({"tool_choice": "none"}, "tool_choice"),
+        ({"tool_choice": "sing", "agent": "helper"}, "tool_choice"),
+        ({"parallel_tool_calls": "no"}, "parallel_tool_calls"),
+        ({"output_schema": {}}, "output_schema"),
     ],
     ids=str,
 )

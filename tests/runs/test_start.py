@@ -270,6 +270,10 @@ NEAREST: dict[str, tuple[tuple[Any, Any, Any], Callable[[Run, ScriptedModel], An
     "instructions": (("a", "t", "r"), lambda run, model: model.requests[0].instructions),
     "tools": (([add, shout], ["shout"], ["add"]), lambda run, model: asked(model.requests[0])["tools"]),
     "tool_choice": (("required", "add", "shout"), lambda run, model: model.requests[0].tool_choice),
+    "parallel_tool_calls": (
+        (True, False, True),
+        lambda run, model: model.requests[0].parallel_tool_calls,
+    ),
     "limits": (
         ({"max_steps": 2}, {"max_steps": 4}, {"max_steps": 3}),
         lambda run, model: {"max_steps": run.steps},

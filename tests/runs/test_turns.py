@@ -27,13 +27,13 @@ heard = []
 def speak(name, late):
     leg = SimpleNamespace(
         model="m", instructions="", window=SimpleNamespace(messages=list), tools=b"", options={}, usage=None,
-        definition=SimpleNamespace(tool_choice="auto"),
+        definition=SimpleNamespace(choice_at=lambda step, last: "auto", parallel_tool_calls=None),
         provider=SimpleNamespace(stream=lambda request: (number for number in range(1000))),
         claim=SimpleNamespace(check=lambda: None, interruptible=nullcontext),
         process=SimpleNamespace(flusher=SimpleNamespace(is_late=late)),
         _hear=lambda turn, answer, event: heard.append(name),
     )
-    Leg._speak(leg, SimpleNamespace(last=False))
+    Leg._speak(leg, SimpleNamespace(step=1, last=False))
 
 said = []
 for late in (False, True):

@@ -62,9 +62,9 @@ BOUNDARIES = Group(
         one(
             "last_step_with_tools",
             "The last allowed step is asked for with `tool_choice=none`.",
-            "runs/engine.py",
-            '            tool_choice="none" if turn.last else self.definition.tool_choice,\n',
-            "            tool_choice=self.definition.tool_choice,\n",
+            "runs/agents.py",
+            '        if last:\n            return "none"\n',
+            "",
             f"{MODEL}the_last_step_is_asked_for_without_tools",
         ),
         one(

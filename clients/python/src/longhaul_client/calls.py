@@ -67,12 +67,13 @@ class Overrides(TypedDict, total=False):
     model: str
     instructions: str
     tools: Sequence[str]
+    tool_choice: str
+    parallel_tool_calls: bool
     limits: Limits
     context: Mapping[str, Any]
 
 
 class ForkOptions(Overrides, total=False):
-    tool_choice: str
     output_schema: Mapping[str, Any]
     idempotency_key: str
 
@@ -89,7 +90,6 @@ class StartOptions(Overrides, total=False):
     save: Literal["prompt_and_output", "all", "none"]
     busy: Literal["enqueue", "steer", "interrupt", "rollback", "reject"]
     priority: int
-    tool_choice: str
     output_schema: Mapping[str, Any]
     metadata: Mapping[str, Any]
     client_id: str
@@ -114,6 +114,8 @@ class ThreadChange(TypedDict, total=False):
     model: str | None
     instructions: str | None
     tools: Sequence[str] | None
+    tool_choice: str | None
+    parallel_tool_calls: bool | None
     limits: Limits | None
     context: Mapping[str, Any] | None
     agent: str | None

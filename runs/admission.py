@@ -394,7 +394,7 @@ def announce(answer: Mapping[str, Any], *, ring: bool = True) -> None:
     """After the commit: publish and ring what a SQL function's answer says.
 
     `{"run", "status", "agent", "dispatch_seq", "lingering", "released": [run, dispatch_seq, agent],
-    "publish_call": [call, attempt, timeout in seconds, queue, tool]}`
+    "publish_call": [call, attempt, timeout in seconds, queue, tool], "parked": calls wait that may have room now}`
     """
     from tools import tasks as tool_tasks
 
@@ -420,3 +420,5 @@ def announce(answer: Mapping[str, Any], *, ring: bool = True) -> None:
         tool_tasks.publish(
             UUID(call[0]), call[1], timedelta(seconds=call[2]), call[3], call[4], run_id or "", answer.get("agent", "")
         )
+    if answer.get("parked"):
+        tool_tasks.let_out()

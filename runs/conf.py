@@ -18,6 +18,7 @@ from typing import Any
 from django.conf import settings as django_settings
 from django.core.signals import setting_changed
 
+from tools.gates import MAX_DISPATCHED_CALLS
 from tools.queues import DEFAULTS
 
 Price = Mapping[str, float]  # {"input": ..., "output": ...}, currency units per million tokens
@@ -136,6 +137,13 @@ GROUPS: Mapping[str, Mapping[str, Key]] = {
         "MODEL_RETRY_TOTAL_SECONDS": _time(3600, "all tries of one model turn together"),
         "PRICES": Key({}, dict, 'model to `{"input": ..., "output": ...}` a million tokens; for `max_cost`'),
     },
+    "Limits": {
+        "MAX_DISPATCHED_CALLS": _count(
+            MAX_DISPATCHED_CALLS, "tool calls of a queue that are sent and not yet begun; the others wait in Postgres"
+        ),
+        "CALLS_PER_OWNER": _most(None, "tool calls of one owner that run at once"),
+        "CALL_RATE_PER_OWNER": _rate("100/min", "tool calls of one owner that start in a time"),
+    },
     "HTTP and the admin": {
         "ACCESS": Key(
             None,
@@ -241,6 +249,9 @@ class Settings:
     context_messages: int
     flush_interval: timedelta
     default_model: str | None
+    max_dispatched_calls: int  # of a queue
+    calls_per_owner: int | None
+    call_rate_per_owner: str | None
     access: str | type | None
     api_rate: str | None  # requests a client, "600/min"
     start_rate: str | None  # those of them that create something

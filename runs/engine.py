@@ -46,6 +46,7 @@ from threads import database, logs
 from threads.ids import new_id
 from threads.models import Message, Role
 from threads.redaction import redact
+from tools import gates
 from tools.exceptions import NotParallel, ToolError, UnknownTool
 from tools.execution import described_error
 from tools.presence import Presence
@@ -510,7 +511,7 @@ class Leg:
         else:
             self._say_end(end["status"], end["stop_reason"], end["error"])
         if outcome["status"] == "waiting":
-            self._publish_calls(calls)
+            self._publish_calls(calls, outcome.get("out"))
         self._announce(outcome)
         return outcome
 
@@ -520,12 +521,13 @@ class Leg:
             return timedelta(0)
         return settings().linger
 
-    def _publish_calls(self, calls: list[dict[str, Any]]) -> None:
+    def _publish_calls(self, calls: list[dict[str, Any]], out: list[str] | None) -> None:
+        """Send the calls' messages: of those in `out` alone, when others wait for their turn."""
         # Between the commit and this a death costs a republish interval: the rows say when they are due.
         from tools import tasks
 
         for call in calls:
-            if "outcome" not in call:
+            if "outcome" not in call and (out is None or call["id"] in out):
                 tool = self.definition.tools[call["name"]]
                 tasks.publish(
                     UUID(call["id"]),
@@ -558,7 +560,13 @@ class Leg:
                     "atomic": tool.atomic,
                     "deferred": tool.deferred,
                     "timeout_seconds": tool.timeout.total_seconds(),
-                    "queue": tool.queue or "",
+                    "queue": "" if tool.queue in (None, settings().tools_queue) else tool.queue,
+                    "gates": gates.gates_of(
+                        tool,
+                        self.claimed["owner"],
+                        per_owner=settings().calls_per_owner,
+                        rate_per_owner=settings().call_rate_per_owner,
+                    ),
                 }
             else:
                 row |= {"outcome": "failed", "error": error}

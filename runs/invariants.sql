@@ -493,11 +493,18 @@ FROM picked r
 WHERE r.status = 'queued' AND (r.next_publish_at IS NULL
       OR r.next_publish_at > greatest(longhaul_now(), r.not_before, r.linger_until) + interval '1 minute');
 
--- 7: A call that is to be run is due to be published: now, or when it may be claimed.
+-- 7: A call that is to be run is due to be published, now or when it may be claimed, or waits for its turn.
 SELECT r.id, c.status || ' call ' || c.name || ' ' || c.id || ', next published at ' || coalesce(c.next_publish_at::text, 'no time')
 FROM picked r JOIN longhaul_tools_toolcall c ON c.run_id = r.id
-WHERE c.status IN ('requested', 'retrying') AND (c.next_publish_at IS NULL
+WHERE c.status IN ('requested', 'retrying') AND ((c.next_publish_at IS NULL) <> (c.turn IS NOT NULL)
       OR c.next_publish_at > greatest(longhaul_now(), c.not_before) + interval '1 minute');
+
+-- 7: What waits for its turn is to be run, stands in a lane and was not sent.
+SELECT r.id, c.status || ' call ' || c.name || ' ' || c.id || ' has turn ' || c.turn || ' in lane ' || quote_literal(c.lane)
+             || ', published ' || c.publishes || ' times'
+FROM picked r JOIN longhaul_tools_toolcall c ON c.run_id = r.id
+WHERE c.turn IS NOT NULL
+  AND (c.status NOT IN ('requested', 'retrying') OR c.lane <> longhaul_lane(c.queue, c.gates) OR c.publishes > 0);
 
 -- 7: A waiting run has an open call that is not a person's; one that requires action has open calls, and all are.
 SELECT r.id, r.status || ' with ' || count(c.id) || ' open calls, '

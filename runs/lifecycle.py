@@ -110,7 +110,7 @@ def commit_step(
     return _fenced(
         database.call(
             "SELECT longhaul_step_commit(%s::uuid, %s::int, %s::uuid, %s::uuid, %s::uuid, %s::jsonb, %s::jsonb,"
-            " %s::jsonb, %s::jsonb, %s::jsonb, %s::bool, %s::jsonb, %s::interval)",
+            " %s::jsonb, %s::jsonb, %s::jsonb, %s::bool, %s::jsonb, %s::interval, %s::int)",
             (
                 run_id,
                 epoch,
@@ -125,6 +125,7 @@ def commit_step(
                 bad,
                 None if end is None else database.dumps(end),
                 linger,
+                settings().max_dispatched_calls,
             ),
         )
     )

@@ -394,6 +394,11 @@ class Sweep:
             for call in due:
                 agent = agents.get(call.run_id, "")
                 tool_tasks.publish(call.call_id, call.attempt, call.timeout, call.queue, call.name, call.run_id, agent)
+        # Whoever leaves room lets out who waits for it; this is for what dies in between, and for rates: time passes.
+        if self._publishes:
+            done.published_calls += tool_tasks.let_out()
+        else:
+            done.published_calls += len(calls.let_out())
 
     def _hurry(self) -> None:
         """Messages that the broker lost need not wait out their backoff: with fewer there than rows wait, all are due in a second."""

@@ -112,6 +112,8 @@ def _claim(call_id: UUID, attempt: int, *, presence: Presence, task_id: str, alo
             logger.warning("Call %s is left to others: this worker has not beaten", call_id)
             return None
         if not answer.get("orphans"):
+            if answer.get("parked"):
+                run_log.current().announce({"parked": True})
             return Claimed(
                 call_id=call_id,
                 run_id=UUID(answer["run"]),

@@ -12,7 +12,7 @@ from typing import Any
 from uuid import UUID
 
 from threads import database
-from tools import redelivery
+from tools import gates, redelivery
 from tools.models import CallStatus, Outcome
 
 REQUESTED, RUNNING, RETRYING = CallStatus.REQUESTED, CallStatus.RUNNING, CallStatus.RETRYING
@@ -47,8 +47,8 @@ TRANSITIONS: dict[CallStatus, set[CallStatus]] = {
 def claim(call_id: UUID, attempt: int, *, worker: UUID, worker_name: str, task_id: str, alone: bool) -> Any:
     """Claim a call by attempt. None: another worker got there first, or the run ended. See longhaul_call_claim."""
     return database.call(
-        "SELECT longhaul_call_claim(%s::uuid, %s::int, %s::uuid, %s::text, %s::text, %s::bool)",
-        (call_id, attempt, worker, worker_name, task_id, alone),
+        "SELECT longhaul_call_claim(%s::uuid, %s::int, %s::uuid, %s::text, %s::text, %s::bool, %s::int)",
+        (call_id, attempt, worker, worker_name, task_id, alone, gates.window()),
     )
 
 
@@ -135,7 +135,7 @@ def take_from_absent(call_id: UUID) -> Any:
 
 @dataclass(frozen=True, slots=True)
 class Due:
-    """A call whose message is to be sent now."""
+    """A call whose message is to be sent now. `agent` is told by `let_out` only."""
 
     call_id: UUID
     attempt: int
@@ -143,11 +143,25 @@ class Due:
     queue: str
     name: str
     run_id: UUID
+    agent: str = ""
 
 
 def due(limit: int = 200) -> list[Due]:
     """Return the calls whose message is to be sent now, and raise their next_publish_at."""
     rows = database.rows_of(
-        "SELECT call_id, attempt, timeout, queue, name, run_id FROM longhaul_calls_due(%s::int)", (limit,)
+        "SELECT call_id, attempt, timeout, queue, name, run_id FROM longhaul_calls_due(%s::int, %s::int)",
+        (limit, gates.window()),
+    )
+    return [Due(*row) for row in rows]
+
+
+def let_out() -> list[Due]:
+    """Return the calls that waited for their turn and are to be sent now. In autocommit, never within a transition.
+
+    Empty too when another process is at it: it, or the watcher, lets out what is left.
+    """
+    rows = database.rows_of(
+        "SELECT call_id, attempt, timeout, queue, name, run_id, agent FROM longhaul_calls_release(%s::int)",
+        (gates.window(),),
     )
     return [Due(*row) for row in rows]

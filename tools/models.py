@@ -71,9 +71,8 @@ class ToolCall(models.Model):
     turn_of = models.CharField(
         max_length=100, blank=True, default="", db_default=""
     )  # the owner who takes turns with others
-    lane = models.CharField(
-        max_length=1000, blank=True, default="", db_default=""
-    )  # those with the same queue and gates
+    # Those with the same queue and gates; by its bytes, so that the lanes of a queue are a range.
+    lane = models.CharField(max_length=1000, blank=True, default="", db_default="", db_collation="C")
     turn = models.BigIntegerField(null=True)  # its place among those that wait to be sent; None: it waits for nobody
     deadline = models.DateTimeField(null=True)
     assignee = models.ForeignKey(
@@ -114,10 +113,17 @@ class ToolCall(models.Model):
                 name="longhaul_call_in_lane",
                 condition=models.Q(turn__isnull=False),
             ),
+            models.Index(
+                fields=["turn_of", "lane", "priority", "-turn"],
+                name="longhaul_call_turn_of",
+                condition=models.Q(turn__isnull=False),
+            ),
             GinIndex(
                 fields=["gates"],
                 name="longhaul_call_gated",
-                condition=models.Q(gates__isnull=False, status__in=["requested", "retrying", "running"]),
+                condition=models.Q(
+                    gates__isnull=False, turn__isnull=True, status__in=["requested", "retrying", "running"]
+                ),
                 fastupdate=False,
             ),
             models.Index(fields=["holder"], name="longhaul_call_held", condition=models.Q(status="running")),

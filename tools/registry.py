@@ -19,6 +19,7 @@ from typing_extensions import ParamSpec, TypeVar
 
 from tools.context import ToolContext
 from tools.exceptions import DuplicateTool, InvalidResult, ToolOptionError, ToolSchemaError
+from tools.gates import Rate
 from tools.retry import RetryPolicy
 from tools.schema import Arguments, compile_arguments, jsonable
 
@@ -53,6 +54,8 @@ class Tool(Generic[P, R]):
     queue: str | None
     strict: bool
     on_unknown: OnUnknown = "ask"
+    max_concurrency: int | None = None
+    rate: Rate | None = None
 
     def __post_init__(self) -> None:
         # By hand what functools.update_wrapper does, for a frozen object: help(), doctest and inspect see the function.
@@ -119,6 +122,8 @@ def tool(
     needs_approval: NeedsApproval = False,
     deferred: bool = False,
     queue: str | None = None,
+    max_concurrency: int | None = None,
+    rate_limit: str | None = None,
     strict: bool = False,
 ) -> Callable[[Callable[P, R]], Tool[P, R]]: ...
 
@@ -137,6 +142,8 @@ def tool(
     needs_approval: NeedsApproval = False,
     deferred: bool = False,
     queue: str | None = None,
+    max_concurrency: int | None = None,
+    rate_limit: str | None = None,
     strict: bool = False,
 ) -> Tool | Callable[[Callable[..., Any]], Tool]:
     """Make a tool of a function: bare, or with options.
@@ -156,6 +163,9 @@ def tool(
     needs_approval: True, or `(arguments, context) -> bool` (sync): a person decides before it runs.
     deferred: the function only begins something; its result is handed in later, from outside.
     queue: the Celery queue of its calls; the tools queue if not given.
+    max_concurrency: so many of its calls run at once, over all workers and runs; the others wait for their turn.
+    rate_limit: so many of its calls start in any stretch of a second, minute, hour or day: "10/s", "100/min", "1000/h",
+        "5000/d". Each attempt is a start.
     strict: ask the service to hold the model to the schema; the schema must be closed then, without defaults.
 
     Raises ToolSchemaError and ToolOptionError, at import.
@@ -181,6 +191,8 @@ def tool(
             needs_approval=needs_approval,
             deferred=deferred,
             queue=queue,
+            max_concurrency=max_concurrency,
+            rate_limit=rate_limit,
         )
         return Tool(
             name=called,
@@ -196,6 +208,8 @@ def tool(
             queue=queue,
             strict=strict,
             on_unknown=on_unknown or "ask",
+            max_concurrency=max_concurrency,
+            rate=None if rate_limit is None else Rate.parse(rate_limit),
         )
 
     return decorate if function is None else decorate(function)
@@ -234,6 +248,8 @@ def _check_options(
     needs_approval: NeedsApproval,
     deferred: bool,
     queue: object,
+    max_concurrency: object,
+    rate_limit: object,
 ) -> None:
     def refuse(problem: str) -> ToolOptionError:
         return ToolOptionError(f"Tool {called!r}: {problem}")
@@ -268,6 +284,15 @@ def _check_options(
         _check_predicate(refuse, needs_approval)
     if queue is not None and (not isinstance(queue, str) or not queue.strip()):
         raise refuse(f"queue is the name of a Celery queue; got {queue!r}.")
+    if max_concurrency is not None and (
+        isinstance(max_concurrency, bool) or not isinstance(max_concurrency, int) or max_concurrency < 1
+    ):
+        raise refuse(f"max_concurrency is a whole number from 1; got {max_concurrency!r}.")
+    if rate_limit is not None:
+        try:
+            Rate.parse(rate_limit)
+        except ValueError as error:
+            raise refuse(f"rate_limit: {error}.") from None
 
 
 def _check_predicate(refuse: Callable[[str], ToolOptionError], predicate: Callable[..., Any]) -> None:

@@ -75,6 +75,17 @@ def publish(
         )
 
 
+def let_out() -> int:
+    """Send the calls whose turn it is, and return how many they were. In autocommit.
+
+    Between the commit and a message a death costs a republish interval: the row says when it is due.
+    """
+    calls = lifecycle.let_out()
+    for call in calls:
+        publish(call.call_id, call.attempt, call.timeout, call.queue, call.name, call.run_id, call.agent)
+    return len(calls)
+
+
 def queue_name() -> str:
     name: str = getattr(settings, "LONGHAUL", {}).get("TOOLS_QUEUE", queues.DEFAULTS["TOOLS_QUEUE"])
     return name

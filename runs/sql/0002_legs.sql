@@ -297,10 +297,11 @@ END $$;
 -- ended (p_end: {"status", "stop_reason", "output", "error"}), or, with neither calls nor an end (input to take in, an
 -- answer to correct), still running: the leg opens its next turn. What the model is told of its answer comes with the
 -- step's row ("correction": {"id", "content"}) and is a message of the user's in this run and step. Returns NULL when the
--- fence was lost. With calls: what longhaul_calls_changed says when all came settled already, else {"status": "waiting"}.
+-- fence was lost. With calls: what longhaul_calls_changed says when all came settled already, else {"status": "waiting"} and what
+-- longhaul_calls_request says of those that wait for their turn (p_window: how many of a queue may be out).
 CREATE OR REPLACE FUNCTION longhaul_step_commit(
     p_run uuid, p_epoch integer, p_worker uuid, p_message uuid, p_leg uuid, p_content jsonb, p_events jsonb, p_step_row jsonb,
-    p_usage jsonb, p_calls jsonb, p_bad boolean, p_end jsonb, p_linger interval)
+    p_usage jsonb, p_calls jsonb, p_bad boolean, p_end jsonb, p_linger interval, p_window integer DEFAULT NULL)
 RETURNS jsonb LANGUAGE plpgsql AS $$
 DECLARE
     v_run longhaul_runs_run;
@@ -308,6 +309,7 @@ DECLARE
     v_step integer;
     v_count integer;
     v_open jsonb;
+    v_parked jsonb;
     v_waits boolean := coalesce(jsonb_array_length(p_calls), 0) > 0 AND p_end IS NULL;
     v_leg_ends boolean := v_waits AND coalesce(p_linger, interval '0') <= interval '0';
 BEGIN
@@ -348,7 +350,8 @@ BEGIN
         linger_until = CASE WHEN v_waits AND NOT v_leg_ends THEN v_now + p_linger END
     WHERE id = p_run;
     IF p_calls IS NOT NULL THEN
-        PERFORM longhaul_calls_request(p_run, p_message, v_step, p_calls, v_now);
+        v_parked := longhaul_calls_request(
+            p_run, p_message, v_step, p_calls, v_now, p_window, v_run.priority, coalesce(v_run.owner_id::text, ''));
     END IF;
     IF p_step_row ? 'correction' THEN
         INSERT INTO longhaul_threads_message (
@@ -367,7 +370,7 @@ BEGIN
     IF NOT v_waits THEN RETURN jsonb_build_object('run', p_run, 'status', 'running'); END IF;
     IF v_leg_ends THEN PERFORM longhaul_leg_end(p_run, 'tools', false, p_epoch); END IF;
     IF v_open = '[]' THEN RETURN longhaul_calls_changed(p_run); END IF;  -- every call came settled: join at once
-    RETURN jsonb_build_object('run', p_run, 'status', 'waiting');
+    RETURN jsonb_build_object('run', p_run, 'status', 'waiting') || coalesce(v_parked, '{}');
 END $$;
 
 CREATE OR REPLACE FUNCTION longhaul_usage_record(

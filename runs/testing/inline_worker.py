@@ -34,7 +34,8 @@ class WorkerKilled(BaseException):
 def run_to_end(run: Run, *, moves_clock: bool = True, real_model: bool = False) -> Run:
     """Take the run to its end, or to where it waits for a person, in this process; returns it as it is then.
 
-    Legs and tools run one after another, in the test's own transaction. Timers (a retry of the model, of a tool) are
+    Legs and tools run one after another, in the test's own transaction, so what bounds calls (`max_concurrency`, rates) makes
+    none of them wait. Timers (a retry of the model, of a tool) are
     waited out by moving the clock, and a deadline that comes first ends the run. Other runs of its thread that it was
     held behind are taken to their end first. What an earlier call of it left, for a tool raised `WorkerKilled`, is taken
     over as the sweep would.
@@ -113,12 +114,14 @@ def _work(run: Run, process: Process) -> list[tuple[datetime | None, Callable[[]
     """Return what a worker could do for a run, and from when: its next leg, or its calls."""
     from runs import engine
     from runs.models import Status
+    from threads import clock
     from tools import execution
     from tools.models import CallStatus, ToolCall
 
     if run.status == Status.QUEUED:
         return [(run.not_before, partial(engine.advance, run.pk, run.dispatch_seq, process))]
     ready = ToolCall.objects.filter(run_id=run.pk, status__in=[CallStatus.REQUESTED, CallStatus.RETRYING])
+    ready.filter(turn__isnull=False).update(turn=None, publishes=1, next_publish_at=clock.now())
     return [
         (call.not_before, partial(execution.execute, call.pk, call.attempt, presence=process.presence))
         for call in ready.order_by("index")
@@ -167,6 +170,7 @@ def working() -> Iterator[Any]:
         with (
             mock.patch.object(run_tasks, "publish"),
             mock.patch.object(tool_tasks, "publish"),
+            mock.patch.object(tool_tasks, "let_out"),
             mock.patch.object(bells, "ring"),
             mock.patch.object(execution, "_call", partial(_call_tool, execution._call)),
             mock.patch.object(engine.Leg, "_instruct", _whole()(engine.Leg._instruct)),

@@ -304,7 +304,7 @@ class World:
 
     def try_commit(
         self, claim: Claim, calls: Sequence[Row] | None = None, end: Row | None = None, linger: timedelta | None = None,
-        bad: bool = False, events: Sequence[Any] = (), usage: Row | None = None,
+        bad: bool = False, events: Sequence[Any] = (), usage: Row | None = None, window: int | None = None,
     ) -> Row | None:  # fmt: skip
         step_row = {
             "model": "echo", "instructions": "", "tool_names": [], "schema_digest": "", "options": {}, "context": {},
@@ -317,7 +317,7 @@ class World:
                 ["message.completed", None, {"message": str(claim.message), "role": "assistant", "content": []}],
             ]),
             p_step_row=step_row, p_usage=usage, p_calls=None if calls is None else Jsonb(list(calls)), p_bad=bad,
-            p_end=end, p_linger=timedelta() if linger is None else linger,
+            p_end=end, p_linger=timedelta() if linger is None else linger, p_window=window,
         )  # fmt: skip
         return answer
 
@@ -368,11 +368,13 @@ class World:
     # --- a call's life
 
     def try_call_claim(
-        self, call: UUID, attempt: int | None = None, worker: UUID | None = None, alone: bool = False
-    ) -> Row | None:
+        self, call: UUID, attempt: int | None = None, worker: UUID | None = None, alone: bool = False,
+        window: int | None = None,
+    ) -> Row | None:  # fmt: skip
         answer: Row | None = self.db.call(
             "longhaul_call_claim", p_call=call, p_worker=worker or self.worker("tools@a"), p_worker_name="tools@a",
             p_attempt=self.tool_call(call)["attempt"] if attempt is None else attempt, p_task="task", p_alone=alone,
+            p_window=window,
         )  # fmt: skip
         return answer
 
@@ -581,5 +583,8 @@ _RULES = {
     "what is ready is due to be published": """
         SELECT id AS run FROM longhaul_runs_run WHERE status = 'queued' AND next_publish_at IS NULL
         UNION ALL SELECT run_id FROM longhaul_tools_toolcall
-        WHERE status IN ('requested', 'retrying') AND next_publish_at IS NULL""",
+        WHERE status IN ('requested', 'retrying') AND (next_publish_at IS NULL) <> (turn IS NOT NULL)""",
+    "what waits for its turn is to be run": """
+        SELECT run_id AS run FROM longhaul_tools_toolcall
+        WHERE turn IS NOT NULL AND (status NOT IN ('requested', 'retrying') OR publishes > 0)""",
 }

@@ -355,6 +355,7 @@ CORRUPTIONS = [
     Corruption("7", "A queued run is due", "queued", _run("next_publish_at = NULL")),
     Corruption("7", "A queued run is due", "joined", _run("next_publish_at = longhaul_now() + interval '1 day'")),
     Corruption("7", "A call that is to be run is due", "waiting", _call("next_publish_at = NULL", "index = 1")),
+    Corruption("7", "What waits for its turn", "waiting", _call("turn = 1, next_publish_at = NULL", "index = 1")),
     Corruption("7", "A waiting run has an open call", "waiting", _call("status = 'awaiting_approval'")),
     Corruption("7", "A waiting run has an open call", "unknown", _call("status = 'requested', attempt = 2, next_publish_at = longhaul_now()", "index = 1")),
     Corruption("7", "a time after which they are taken", "preparing", _run("leg_deadline = NULL")),

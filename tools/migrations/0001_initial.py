@@ -72,7 +72,7 @@ class Migration(migrations.Migration):
                 ('gates', models.JSONField(null=True)),
                 ('priority', models.SmallIntegerField(db_default=0, default=0)),
                 ('turn_of', models.CharField(blank=True, db_default='', default='', max_length=100)),
-                ('lane', models.CharField(blank=True, db_default='', default='', max_length=1000)),
+                ('lane', models.CharField(blank=True, db_collation='C', db_default='', default='', max_length=1000)),
                 ('turn', models.BigIntegerField(null=True)),
                 ('deadline', models.DateTimeField(null=True)),
                 ('progress', models.JSONField(null=True)),
@@ -135,7 +135,11 @@ class Migration(migrations.Migration):
         ),
         migrations.AddIndex(
             model_name='toolcall',
-            index=django.contrib.postgres.indexes.GinIndex(condition=models.Q(('gates__isnull', False), ('status__in', ['requested', 'retrying', 'running'])), fastupdate=False, fields=['gates'], name='longhaul_call_gated'),
+            index=models.Index(condition=models.Q(('turn__isnull', False)), fields=['turn_of', 'lane', 'priority', '-turn'], name='longhaul_call_turn_of'),
+        ),
+        migrations.AddIndex(
+            model_name='toolcall',
+            index=django.contrib.postgres.indexes.GinIndex(condition=models.Q(('gates__isnull', False), ('status__in', ['requested', 'retrying', 'running']), ('turn__isnull', True)), fastupdate=False, fields=['gates'], name='longhaul_call_gated'),
         ),
         migrations.AddIndex(
             model_name='toolcall',

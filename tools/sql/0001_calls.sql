@@ -23,31 +23,84 @@ BEGIN
 END $$;
 
 -- Inserts the calls of a step. Called by the step's commit, which holds the run. A bad call comes settled already.
--- A requested one counts as published once: its publisher follows the commit, the sweep follows the publisher.
+-- A requested one counts as published once: its publisher follows the commit, the sweep follows the publisher. What has gates,
+-- and what has no room in its queue (p_window: how many calls of it may be out; NULL: no bound), is parked instead: then returns
+-- {"parked": true, "out": [those that are not]}, else NULL.
 CREATE OR REPLACE FUNCTION longhaul_calls_request(
-    p_run uuid, p_message uuid, p_step integer, p_calls jsonb, p_now timestamptz)
-RETURNS void LANGUAGE plpgsql AS $$
+    p_run uuid, p_message uuid, p_step integer, p_calls jsonb, p_now timestamptz, p_window integer, p_priority smallint, p_owner text)
+RETURNS jsonb LANGUAGE plpgsql AS $$
+DECLARE
+    v_rooms jsonb;
+    v_answer jsonb;
 BEGIN
-    INSERT INTO longhaul_tools_toolcall (
-        id, run_id, message_id, step, index, name, arguments, status, outcome, error, attempt, max_attempts,
-        idempotency_key, idempotent, on_unknown, atomic, deferred, timeout, queue, publishes, next_publish_at, settled_at, created_at)
-    SELECT c.id, p_run, p_message, p_step, c.index, c.name, coalesce(c.arguments, '{}'::jsonb),
-           CASE WHEN c.outcome IS NULL THEN 'requested' ELSE 'settled' END, coalesce(c.outcome, ''), c.error, 1,
-           coalesce(c.max_attempts, 1), c.id::text, c.idempotent, coalesce(c.on_unknown, 'ask'), coalesce(c.atomic, false), coalesce(c.deferred, false),
-           make_interval(secs => coalesce(c.timeout_seconds, 60)), coalesce(c.queue, ''),
-           CASE WHEN c.outcome IS NULL THEN 1 ELSE 0 END,
-           CASE WHEN c.outcome IS NULL THEN p_now + interval '1 second' END,
-           CASE WHEN c.outcome IS NOT NULL THEN p_now END, p_now
-    FROM jsonb_to_recordset(p_calls) AS c (
-        id uuid, index integer, name text, arguments jsonb, outcome text, error jsonb, max_attempts integer,
-        idempotent boolean, on_unknown text, atomic boolean, deferred boolean, timeout_seconds double precision, queue text);
+    SELECT jsonb_object_agg(q.queue, longhaul_calls_room(q.queue, p_window, p_now)) INTO v_rooms
+    FROM (SELECT DISTINCT coalesce(c->>'queue', '') AS queue FROM jsonb_array_elements(p_calls) AS c WHERE c->>'outcome' IS NULL) AS q;
+    WITH asked AS MATERIALIZED (
+        SELECT c.*, coalesce(c.queue, '') AS to_queue, c.outcome IS NULL AS open,
+               row_number() OVER (PARTITION BY c.outcome IS NULL AND c.gates IS NULL, c.queue ORDER BY c.index) AS place
+        FROM jsonb_to_recordset(p_calls) AS c (
+            id uuid, index integer, name text, arguments jsonb, outcome text, error jsonb, max_attempts integer,
+            idempotent boolean, on_unknown text, atomic boolean, deferred boolean, timeout_seconds double precision, queue text,
+            gates jsonb)),
+    placed AS MATERIALIZED (
+        SELECT a.*, CASE WHEN a.open AND (a.gates IS NOT NULL OR a.place > (v_rooms->>a.to_queue)::bigint)
+                    THEN longhaul_lane(a.to_queue, a.gates) END AS lane FROM asked a),
+    lanes AS MATERIALIZED (
+        SELECT l.lane, longhaul_call_turn(l.to_queue, l.lane, p_priority, p_owner) AS turn
+        FROM (SELECT DISTINCT p.to_queue, p.lane FROM placed p WHERE p.lane IS NOT NULL) AS l),
+    made AS (
+        INSERT INTO longhaul_tools_toolcall (
+            id, run_id, message_id, step, index, name, arguments, status, outcome, error, attempt, max_attempts,
+            idempotency_key, idempotent, on_unknown, atomic, deferred, timeout, queue, publishes, next_publish_at, settled_at, created_at,
+            gates, priority, turn_of, lane, turn)
+        SELECT c.id, p_run, p_message, p_step, c.index, c.name, coalesce(c.arguments, '{}'::jsonb),
+               CASE WHEN c.open THEN 'requested' ELSE 'settled' END, coalesce(c.outcome, ''), c.error, 1,
+               coalesce(c.max_attempts, 1), c.id::text, c.idempotent, coalesce(c.on_unknown, 'ask'), coalesce(c.atomic, false), coalesce(c.deferred, false),
+               make_interval(secs => coalesce(c.timeout_seconds, 60)), c.to_queue,
+               CASE WHEN c.open AND c.lane IS NULL THEN 1 ELSE 0 END,
+               CASE WHEN c.open AND c.lane IS NULL THEN p_now + interval '1 second' END,
+               CASE WHEN NOT c.open THEN p_now END, p_now,
+               c.gates, p_priority, p_owner, coalesce(c.lane, ''),
+               l.turn + row_number() OVER (PARTITION BY c.lane ORDER BY c.index)
+        FROM placed c LEFT JOIN lanes l ON l.lane = c.lane
+        RETURNING id, index, status, turn)
+    SELECT jsonb_build_object('parked', true, 'out', coalesce(
+               jsonb_agg(id ORDER BY index) FILTER (WHERE status = 'requested' AND turn IS NULL), '[]'))
+    INTO v_answer FROM made HAVING count(turn) > 0;
+    RETURN v_answer;
+END $$;
+
+-- What a call with gates says when it leaves room behind: {"parked": true} when anybody waits who might have it.
+CREATE OR REPLACE FUNCTION longhaul_call_leaves(p_gates jsonb) RETURNS jsonb LANGUAGE plpgsql AS $$
+BEGIN
+    IF p_gates IS NULL OR NOT EXISTS (SELECT 1 FROM longhaul_tools_toolcall WHERE turn IS NOT NULL) THEN RETURN '{}'; END IF;
+    RETURN '{"parked": true}';
+END $$;
+
+-- Parks a call that is to be sent again, unless it has no gates and there is room for it (p_room): with gates it begins only when the
+-- release says so, another attempt like a first one. Returns whether it waits. The caller holds the call.
+CREATE OR REPLACE FUNCTION longhaul_call_park(p_call uuid, p_room boolean DEFAULT true) RETURNS boolean LANGUAGE plpgsql AS $$
+DECLARE
+    v_call longhaul_tools_toolcall;
+    v_lane text;
+BEGIN
+    SELECT * INTO v_call FROM longhaul_tools_toolcall WHERE id = p_call;
+    IF v_call.gates IS NULL AND p_room THEN RETURN false; END IF;
+    v_lane := longhaul_lane(v_call.queue, v_call.gates);
+    UPDATE longhaul_tools_toolcall
+    SET lane = v_lane, turn = longhaul_call_turn(v_call.queue, v_lane, v_call.priority, v_call.turn_of) + 1,
+        next_publish_at = NULL, publishes = 0
+    WHERE id = p_call;
+    RETURN true;
 END $$;
 
 -- requested, retrying -> running, by attempt: a doubled or late message matches no row. Returns NULL then, and when the
 -- run has ended; {"absent": true} when this worker must beat first; {"orphans": [[id, attempt], ...]} when running calls
--- name this worker though it is about to claim (it runs one at a time): it gives them back and claims again.
+-- name this worker though it is about to claim (it runs one at a time): it gives them back and claims again. The answer has
+-- {"parked": true} when others wait in its lane, or in that of its queue without gates, and no more than half of p_window is out: so one
+-- release lets out half a window. A call that waits for its turn is not claimed: its message is of another time.
 CREATE OR REPLACE FUNCTION longhaul_call_claim(
-    p_call uuid, p_attempt integer, p_worker uuid, p_worker_name text, p_task text, p_alone boolean)
+    p_call uuid, p_attempt integer, p_worker uuid, p_worker_name text, p_task text, p_alone boolean, p_window integer DEFAULT NULL)
 RETURNS jsonb LANGUAGE plpgsql AS $$
 DECLARE
     v_seen longhaul_tools_toolcall;
@@ -57,6 +110,7 @@ DECLARE
     v_now timestamptz;
     v_orphans jsonb;
     v_attempt_id uuid;
+    v_more jsonb := '{}';
 BEGIN
     SELECT * INTO v_seen FROM longhaul_tools_toolcall WHERE id = p_call;
     IF NOT FOUND THEN RETURN NULL; END IF;  -- its run was deleted
@@ -79,7 +133,7 @@ BEGIN
     UPDATE longhaul_tools_toolcall
     SET status = 'running', holder = p_worker, claimed_at = v_now, next_publish_at = NULL, not_before = NULL,
         timeout_at = least(v_now + timeout, v_run.deadline)
-    WHERE id = p_call AND attempt = p_attempt AND status IN ('requested', 'retrying')
+    WHERE id = p_call AND attempt = p_attempt AND status IN ('requested', 'retrying') AND turn IS NULL
       AND (not_before IS NULL OR not_before <= v_now)
     RETURNING * INTO v_call;
     IF NOT FOUND THEN
@@ -89,7 +143,12 @@ BEGIN
     v_attempt_id := longhaul_uuid7();
     INSERT INTO longhaul_tools_toolattempt (id, call_id, number, worker_id, task_id, started_at, outcome, backend_pid)
     VALUES (v_attempt_id, p_call, p_attempt, p_worker, p_task, v_now, '', pg_backend_pid());
-    RETURN jsonb_build_object(
+    IF v_call.gates IS NOT NULL THEN PERFORM longhaul_rate_use(v_call.gates, v_now); END IF;
+    IF EXISTS (SELECT 1 FROM longhaul_tools_toolcall
+               WHERE turn IS NOT NULL AND lane IN (v_call.queue || E'\n', longhaul_lane(v_call.queue, v_call.gates)))
+       AND (p_window IS NULL OR longhaul_calls_out(v_call.queue, p_window, v_now) <= p_window / 2)
+    THEN v_more := '{"parked": true}'; END IF;
+    RETURN v_more || jsonb_build_object(
         'call', p_call, 'run', v_run_id, 'thread', v_run.thread_id, 'owner', v_run.owner, 'agent', v_run.agent,
         'overrides', v_run.overrides, 'message', v_call.message_id,
         'name', v_call.name, 'arguments', v_call.arguments, 'attempt', p_attempt, 'attempt_id', v_attempt_id,
@@ -122,7 +181,7 @@ BEGIN
             WHERE call_id = p_call AND number = p_attempt AND (ended_at IS NULL OR outcome = 'lost');
             RETURN longhaul_calls_changed(v_run_id, 'tool_call.settled', jsonb_strip_nulls(jsonb_build_object(
                 'tool_call', p_call, 'name', v_call.name, 'message', v_call.message_id, 'outcome', p_outcome,
-                'error', p_error)) || jsonb_build_object('result', p_result));
+                'error', p_error)) || jsonb_build_object('result', p_result)) || longhaul_call_leaves(v_call.gates);
         END IF;
     END IF;
     PERFORM 1 FROM longhaul_tools_toolattempt
@@ -155,7 +214,8 @@ BEGIN
     PERFORM longhaul_run_record(v_run_id, 'tool_call.retrying', jsonb_build_object(
         'tool_call', p_call, 'name', v_call.name, 'message', v_call.message_id, 'attempt', v_call.attempt,
         'error', p_error, 'delay_seconds', extract(epoch FROM p_delay)));
-    RETURN longhaul_calls_changed(v_run_id) || jsonb_build_object('call', p_call, 'attempt', v_call.attempt);
+    RETURN longhaul_calls_changed(v_run_id) || jsonb_build_object('call', p_call, 'attempt', v_call.attempt)
+        || longhaul_call_leaves(v_call.gates);
 END $$;
 
 -- Takes a running call from a holder that is not present, is past its time, or does not know it holds it. Names holder and
@@ -209,7 +269,7 @@ BEGIN
             RETURN longhaul_run_cancel(v_run_id, 'failed', 'tool_unknown', jsonb_build_object(
                 'code', v_code, 'retryable', false, 'message', format(
                 'The worker that ran %s (call %s) died. Whether the tool has taken effect is not known.', v_call.name, p_call)))
-                || jsonb_build_object('code', v_code);
+                || jsonb_build_object('code', v_code) || longhaul_call_leaves(v_call.gates);
         END IF;
     ELSIF v_code = 'unknown' THEN
         UPDATE longhaul_tools_toolcall SET status = 'unknown', holder = NULL, timeout_at = NULL WHERE id = p_call;
@@ -221,12 +281,15 @@ BEGIN
             max_attempts = max_attempts + CASE WHEN p_began THEN 0 ELSE 1 END,
             not_before = NULL, next_publish_at = v_now + interval '1 second', publishes = 1
         WHERE id = p_call;
+        PERFORM longhaul_call_park(p_call);
         PERFORM longhaul_run_record(v_run_id, 'tool_call.retrying', jsonb_build_object(
             'tool_call', p_call, 'name', v_call.name, 'message', v_call.message_id, 'attempt', p_attempt + 1,
             'error', jsonb_build_object('code', CASE WHEN p_began THEN 'worker_lost' ELSE 'given_back' END), 'delay_seconds', 0));
-        v_more := jsonb_build_object('publish_call', jsonb_build_array(p_call, p_attempt + 1, extract(epoch FROM v_call.timeout), v_call.queue, v_call.name));
+        IF v_call.gates IS NULL THEN
+            v_more := jsonb_build_object('publish_call', jsonb_build_array(p_call, p_attempt + 1, extract(epoch FROM v_call.timeout), v_call.queue, v_call.name));
+        END IF;
     END IF;
-    RETURN longhaul_calls_changed(v_run_id) || v_more || jsonb_build_object('code', v_code);
+    RETURN longhaul_calls_changed(v_run_id) || v_more || jsonb_build_object('code', v_code) || longhaul_call_leaves(v_call.gates);
 END $$;
 
 -- p_from -> settled, by somebody who is no worker: a person who answers an `unknown` call (p_by: who), or cancels any open
@@ -248,13 +311,14 @@ BEGIN
     IF v_call.status = 'settled' THEN RETURN NULL; END IF;  -- somebody was first
     IF v_call.status <> ALL (p_from) THEN RETURN jsonb_build_object('refused', v_call.status); END IF;
     UPDATE longhaul_tools_toolcall
-    SET status = 'settled', outcome = p_outcome, result = p_result, error = p_error, holder = NULL, settled_at = v_now, next_publish_at = NULL
+    SET status = 'settled', outcome = p_outcome, result = p_result, error = p_error, holder = NULL, settled_at = v_now, next_publish_at = NULL,
+        turn = NULL
     WHERE id = p_call;
     UPDATE longhaul_tools_toolattempt SET ended_at = v_now, outcome = p_outcome, error = p_error
     WHERE call_id = p_call AND ended_at IS NULL;
     RETURN longhaul_calls_changed(v_run_id, 'tool_call.settled', jsonb_strip_nulls(jsonb_build_object(
         'tool_call', p_call, 'name', v_call.name, 'message', v_call.message_id, 'outcome', p_outcome, 'error', p_error))
-        || jsonb_build_object('result', p_result, 'by', p_by));
+        || jsonb_build_object('result', p_result, 'by', p_by)) || longhaul_call_leaves(v_call.gates);
 END $$;
 
 -- unknown -> retrying, on the word of a person (p_by) who has seen that the effect is not there: its lost attempt is released,
@@ -276,11 +340,13 @@ BEGIN
     SET status = 'retrying', attempt = attempt + 1, max_attempts = greatest(max_attempts, attempt + 1), error = p_error,
         not_before = NULL, next_publish_at = v_now + interval '1 second', publishes = 1
     WHERE id = p_call;
+    PERFORM longhaul_call_park(p_call);
     UPDATE longhaul_tools_toolattempt SET outcome = 'released', error = p_error
     WHERE call_id = p_call AND number = v_call.attempt AND outcome = 'lost';
     PERFORM longhaul_run_record(v_run_id, 'tool_call.retrying', jsonb_build_object(
         'tool_call', p_call, 'name', v_call.name, 'message', v_call.message_id, 'attempt', v_call.attempt + 1,
         'error', p_error, 'delay_seconds', 0, 'by', p_by));
+    IF v_call.gates IS NOT NULL THEN RETURN longhaul_calls_changed(v_run_id) || '{"parked": true}'; END IF;
     RETURN longhaul_calls_changed(v_run_id) || jsonb_build_object('publish_call', jsonb_build_array(
         p_call, v_call.attempt + 1, extract(epoch FROM v_call.timeout), v_call.queue, v_call.name));
 END $$;
@@ -296,7 +362,8 @@ BEGIN
         ORDER BY index FOR NO KEY UPDATE
     LOOP
         UPDATE longhaul_tools_toolcall
-        SET status = 'settled', outcome = 'cancelled', error = NULL, holder = NULL, settled_at = v_now, next_publish_at = NULL
+        SET status = 'settled', outcome = 'cancelled', error = NULL, holder = NULL, settled_at = v_now, next_publish_at = NULL,
+            turn = NULL
         WHERE id = v_call.id;
         UPDATE longhaul_tools_toolattempt SET ended_at = v_now, outcome = 'cancelled'
         WHERE call_id = v_call.id AND ended_at IS NULL;
@@ -306,16 +373,35 @@ BEGIN
 END $$;
 
 -- Calls whose message must be sent (again): requested or retrying and due. Raises next_publish_at, doubling from 1 s to 15 s.
-CREATE OR REPLACE FUNCTION longhaul_calls_due(p_limit integer) RETURNS TABLE (
+-- Who has waited out the time to another attempt goes out as others do: when it has gates, or its queue no room (p_window; NULL: no
+-- bound), it is parked.
+CREATE OR REPLACE FUNCTION longhaul_calls_due(p_limit integer, p_window integer DEFAULT NULL) RETURNS TABLE (
     call_id uuid, attempt integer, timeout interval, queue text, name text, run_id uuid)
 LANGUAGE plpgsql AS $$
 DECLARE
     v_now timestamptz := longhaul_now();
+    v_call record;
+    v_rooms jsonb := '{}';
+    v_first uuid[] := '{}';
 BEGIN
+    FOR v_call IN
+        SELECT c.id, c.queue AS to_queue FROM longhaul_tools_toolcall c
+        WHERE c.status IN ('requested', 'retrying') AND c.next_publish_at <= v_now AND c.publishes = 0
+        ORDER BY c.next_publish_at LIMIT p_limit FOR NO KEY UPDATE SKIP LOCKED
+    LOOP
+        IF NOT v_rooms ? v_call.to_queue THEN
+            v_rooms := v_rooms || jsonb_build_object(v_call.to_queue, longhaul_calls_room(v_call.to_queue, p_window, v_now));
+        END IF;
+        IF NOT longhaul_call_park(v_call.id, (v_rooms->>v_call.to_queue)::bigint > 0) THEN
+            v_rooms := jsonb_set(v_rooms, ARRAY[v_call.to_queue], to_jsonb((v_rooms->>v_call.to_queue)::bigint - 1));
+            v_first := v_first || v_call.id;
+        END IF;
+    END LOOP;
     RETURN QUERY
     WITH due AS (
         SELECT c.id FROM longhaul_tools_toolcall c
         WHERE c.status IN ('requested', 'retrying') AND c.next_publish_at <= v_now
+          AND (c.publishes > 0 OR c.id = ANY (v_first))  -- another one was not looked at above
         ORDER BY c.next_publish_at LIMIT p_limit FOR NO KEY UPDATE SKIP LOCKED)
     UPDATE longhaul_tools_toolcall c
     SET publishes = c.publishes + 1, next_publish_at = v_now + least(interval '15 seconds', interval '1 second' * 2 ^ least(c.publishes, 4))

@@ -11,8 +11,6 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from django.conf import settings
-
 if TYPE_CHECKING:
     from tools.registry import Tool
 
@@ -65,6 +63,8 @@ def gates_of(
 
 def window() -> int:
     """Return how many calls of a queue may be sent and not claimed."""
+    from django.conf import settings  # a module of tools needs no Django to be imported
+
     given = getattr(settings, "LONGHAUL", {}).get("MAX_DISPATCHED_CALLS")
     # As runs.conf reads it: what is no such number leaves the default.
     return given if isinstance(given, int) and not isinstance(given, bool) and given >= 1 else MAX_DISPATCHED_CALLS

@@ -30,11 +30,11 @@ PUBLISH = Group(
                 Change(
                     "runs/engine.py",
                     "            self.claim.check_lost()  # an answer that is whole",
-                    "            self._publish_calls(calls)\n            self.claim.check_lost()  # an answer that is whole",
+                    "            self._publish_calls(calls, None)\n            self.claim.check_lost()  # an answer that is whole",
                 ),
                 Change(
                     "runs/engine.py",
-                    '        if outcome["status"] == "waiting":\n            self._publish_calls(calls)\n',
+                    '        if outcome["status"] == "waiting":\n            self._publish_calls(calls, outcome.get("out"))\n',
                     "",
                 ),
             ],

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.mutants.catalogue import calls, claims, dispatch, ends, legs, logs, presence
+from tests.mutants.catalogue import calls, claims, dispatch, ends, gates, legs, logs, presence
 from tests.mutants.mutant import Group, Later
 
 GROUPS: tuple[Group, ...] = (
@@ -22,6 +22,7 @@ GROUPS: tuple[Group, ...] = (
     calls.ATOMIC,
     calls.ANSWERS,
     calls.ORDER,
+    gates.LIMITS,
     ends.ENDS,
     ends.BUSY,
     presence.DEADLINES,

@@ -1,0 +1,170 @@
+"""Gates: what waits for its turn, what lets it out, and what is never exceeded."""
+
+from __future__ import annotations
+
+from tests.mutants.catalogue.places import CALLS
+from tests.mutants.mutant import Group, one
+
+GATES = "tools/sql/0002_gates.sql"
+GATE = "tests/protocol/test_gates.py::test_given_"
+
+LIMITS = Group(
+    "Limits of calls, and turns",
+    [
+        one(
+            "release_unlocked",
+            "One releases at a time: what is counted is not spent twice.",
+            GATES,
+            "    IF NOT pg_try_advisory_xact_lock(7813585268839115884) THEN RETURN; END IF;\n",
+            "",
+            f"{GATE}a_release_that_is_not_committed_when_another_comes_then_it_lets_out_nothing",
+        ),
+        one(
+            "release_waits_for_a_transition",
+            "A release waits for no call that a transition holds, so it is in no deadlock.",
+            GATES,
+            "WHERE p.id = v_next.id AND p.turn IS NOT NULL FOR NO KEY UPDATE SKIP LOCKED)",
+            "WHERE p.id = v_next.id AND p.turn IS NOT NULL FOR NO KEY UPDATE)",
+            f"{GATE}a_call_that_a_cancel_holds_when_released_then_it_is_left_and_nobody_waits",
+        ),
+        one(
+            "release_without_window",
+            "No more calls of a queue are let out than there is room for.",
+            GATES,
+            "v_head.of_queue, p_window - longhaul_calls_out(v_head.of_queue, p_window, v_now));",
+            "v_head.of_queue, p_window);",
+            f"{GATE}more_calls_than_room_then_the_rest_waits_and_goes_out_in_order",
+        ),
+        one(
+            "running_holds_no_place",
+            "A call that runs holds its place at each of its gates.",
+            GATES,
+            "AND (c.status = 'running' OR c.publishes > 0);",
+            "AND c.status <> 'running' AND c.publishes > 0;",
+            f"{GATE}a_gate_then_so_many_are_out_or_run_and_each_that_ends_makes_room",
+        ),
+        one(
+            "waiting_for_a_retry_holds_a_place",
+            "Who waits out the time to another attempt holds no place.",
+            GATES,
+            "AND (c.status = 'running' OR c.publishes > 0);",
+            ";",
+            f"{GATE}a_call_that_no_longer_runs_then_its_place_is_free[retry]",
+        ),
+        one(
+            "gate_spent_twice",
+            "What one release lets out counts at the gates of the next one that it looks at.",
+            GATES,
+            "CASE WHEN v_next.gates ? k.key THEN 1 ELSE 0 END",
+            "0",
+            f"{GATE}calls_of_other_runs_and_lanes_with_the_same_gate_then_they_count_together",
+        ),
+        one(
+            "sent_is_not_started",
+            "A call that is sent and not begun counts against its rate.",
+            GATES,
+            "p_now) - p_unclaimed);",
+            "p_now));",
+            f"{GATE}a_rate_then_so_many_start_in_any_stretch_of_its_time",
+            f"{GATE}calls_sent_and_not_begun_then_they_count_against_the_rate",
+        ),
+        one(
+            "pause_unheard",
+            "While a key is paused, nothing of it starts.",
+            GATES,
+            "    IF EXISTS (SELECT 1 FROM longhaul_tools_pause WHERE key = p_key AND until > p_now) THEN RETURN 0; END IF;\n",
+            "",
+            f"{GATE}a_key_that_is_paused_then_nothing_of_it_starts_until_its_time",
+        ),
+        one(
+            "start_is_no_use",
+            "Each claim of a call that has a rate is a use of it.",
+            CALLS,
+            "    IF v_call.gates IS NOT NULL THEN PERFORM longhaul_rate_use(v_call.gates, v_now); END IF;\n",
+            "",
+            f"{GATE}an_attempt_that_is_lost_then_the_next_one_counts_against_the_rate",
+        ),
+        one(
+            "parked_is_claimed",
+            "A call that waits for its turn is not claimed.",
+            CALLS,
+            "      AND turn IS NULL\n",
+            "",
+            f"{GATE}a_call_that_waits_for_its_turn_when_a_message_comes_then_it_is_not_claimed",
+        ),
+        one(
+            "overtaken",
+            "Nobody is sent past others that wait for the same queue.",
+            GATES,
+            "    IF EXISTS (SELECT 1 FROM longhaul_tools_toolcall WHERE turn IS NOT NULL AND lane = p_queue || E'\\n')"
+            " THEN RETURN 0; END IF;\n",
+            "",
+            f"{GATE}some_wait_for_room_then_who_comes_later_waits_behind_them",
+        ),
+        one(
+            "attempt_past_its_gate",
+            "Another attempt of a call with gates waits for them as its first one did.",
+            CALLS,
+            "        PERFORM longhaul_call_park(p_call);\n        PERFORM longhaul_run_record",
+            "        PERFORM longhaul_run_record",
+            f"{GATE}another_attempt_then_it_waits_for_the_gate_as_the_first_did[reclaim]",
+        ),
+        one(
+            "released_past_its_gate",
+            "A call that a person has run again waits for its gates.",
+            CALLS,
+            "    PERFORM longhaul_call_park(p_call);\n    UPDATE longhaul_tools_toolattempt",
+            "    UPDATE longhaul_tools_toolattempt",
+            f"{GATE}another_attempt_then_it_waits_for_the_gate_as_the_first_did[release]",
+        ),
+        one(
+            "due_past_its_gate",
+            "What is due and was not looked at for its gates is not sent.",
+            CALLS,
+            "          AND (c.publishes > 0 OR c.id = ANY (v_first))  -- another one was not looked at above\n",
+            "",
+            f"{GATE}fewer_looked_at_than_due_then_none_passes_its_gate_unseen",
+        ),
+        one(
+            "retries_past_the_window",
+            "Calls whose time has come go out while their queue has room.",
+            CALLS,
+            "(v_rooms->>v_call.to_queue)::bigint > 0)",
+            "true)",
+            f"{GATE}many_retries_due_at_once_then_no_more_than_the_window_go_out",
+        ),
+        one(
+            "no_turns",
+            "Owners take turns: an owner's next call stands behind its own last one.",
+            GATES,
+            "    RETURN greatest(v_first, v_last, 0);",
+            "    RETURN greatest(v_first, 0);",
+            f"{GATE}two_owners_then_they_take_turns_whoever_came_first",
+        ),
+        one(
+            "late_owner_overtakes",
+            "Who comes late begins where the others stand, and does not overtake all that wait.",
+            GATES,
+            "    RETURN greatest(v_first, v_last, 0);",
+            "    RETURN greatest(v_last, 0);",
+            f"{GATE}an_owner_who_was_served_then_who_comes_later_does_not_overtake_for_that",
+            f"{GATE}lanes_of_one_queue_then_their_owners_take_turns_too",
+        ),
+        one(
+            "priority_unheard",
+            "The highest priority is let out first.",
+            GATES,
+            "        ORDER BY first.priority DESC, first.turn, first.id\n",
+            "        ORDER BY first.turn, first.priority, first.id\n",
+            f"{GATE}a_higher_priority_then_it_goes_first",
+        ),
+        one(
+            "cancelled_keeps_its_turn",
+            "Every end of a call takes its turn away.",
+            CALLS,
+            "settled_at = v_now, next_publish_at = NULL,\n            turn = NULL\n        WHERE id = v_call.id;",
+            "settled_at = v_now, next_publish_at = NULL\n        WHERE id = v_call.id;",
+            f"{GATE}a_call_that_a_cancel_holds_when_released_then_it_is_left_and_nobody_waits",
+        ),
+    ],
+)

@@ -372,8 +372,12 @@ export declare class Fold {
      * @returns {Message | undefined}
      */
     message(id: string): Message | undefined;
-    /** Begin anew with this snapshot. What has not changed stays the same object. @param {Iterable<any>} messages */
-    reset(messages: Iterable<any>): void;
+    /**
+     * Begin anew with this snapshot. What has not changed stays the same object.
+     * @param {Iterable<any>} messages
+     * @param {Iterable<any>} [calls] how those of the live run stand
+     */
+    reset(messages: Iterable<any>, calls?: Iterable<any>): void;
     /** Put older messages before all that are there. @param {Iterable<any>} messages */
     prepend(messages: Iterable<any>): void;
     /** @param {RunEvent} event */

@@ -862,12 +862,17 @@ export class Fold {
     return this.#messages.get(id);
   }
 
-  /** Begin anew with this snapshot. What has not changed stays the same object. @param {Iterable<any>} messages */
-  reset(messages) {
+  /**
+   * Begin anew with this snapshot. What has not changed stays the same object.
+   * @param {Iterable<any>} messages
+   * @param {Iterable<any>} [calls] how those of the live run stand
+   */
+  reset(messages, calls = []) {
     const before = this.#messages;
     this.#messages = new Map();
     this.#calls = new Map();
     for (const row of messages) this.#add(saved(row), before.get(row.id));
+    for (const told of calls) this.#callStands(told);
     this.#list = this.#listShown = this.#table = null;
     const all = this.messages;
     this.#whole = !all.length || all[0].status !== "waiting"; // one of what waits alone has not
@@ -895,7 +900,7 @@ export class Fold {
     this.#callsIn(message);
   }
 
-  /** Take what a message's parts say of calls: a snapshot has no events. @param {Message} message */
+  /** Take what a message's parts say of calls. @param {Message} message */
   #callsIn({ id, run, content }) {
     for (const part of content) {
       if (part.type === "tool_call" && !this.#calls.has(part.tool_call)) {
@@ -907,6 +912,16 @@ export class Fold {
         this.#call({ ...known, status: "settled", outcome, result, error });
       }
     }
+  }
+
+  /** Take over how a call stood at the snapshot's cursor. @param {any} told */
+  #callStands(told) {
+    const { tool_call: id, name, message, status } = told;
+    const call = { .../** @type {any} */ (this.#calls.get(id) ?? { id, name, message, run: this.#messages.get(message)?.run }), status };
+    for (const field of CALL_FIELDS) {
+      if ((told[field] ?? null) !== null && (field !== "attempt" || status !== "requested")) call[field] = told[field];
+    }
+    this.#call(call);
   }
 
   /** @param {ToolCall} call */
@@ -1420,7 +1435,7 @@ export class Thread {
     if (signal.aborted) throw closed();
     this.#older = queryOf(page.next);
     this.#paces.clear();
-    this.#fold.reset(page.results.reverse());
+    this.#fold.reset(page.results.reverse(), page.tool_calls);
     for (const message of this.#fold.messages) this.#arrives(message.client_id, message.run);
     const { run, seq } = page.cursor;
     this.#loading = false;

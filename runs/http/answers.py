@@ -458,6 +458,40 @@ class Cursor(BaseModel):
     seq: int
 
 
+class StandingCall(BaseModel):
+    """A tool call of the live run's last step, as it stood at the cursor: what its events up to there say."""
+
+    tool_call: UUID
+    name: str
+    message: UUID
+    status: CallStatus
+    attempt: int
+    outcome: Literal["success", "failed", "denied", "cancelled"] | None
+    result: Any
+    error: Problem | None
+    fraction: float | None
+    note: str | None
+
+
+def standing(run: models.Run) -> list[dict[str, Any]]:
+    rows = CallRow.objects.filter(run_id=run.pk, step=run.steps).order_by("index")
+    return [
+        {
+            "tool_call": str(row.pk),
+            "name": row.name,
+            "message": str(row.message_id),
+            "status": row.status,
+            "attempt": row.attempt,
+            "outcome": row.outcome or None,
+            "result": row.result,
+            "error": row.error if row.status in ("retrying", "settled") else None,  # else of an attempt before
+            "fraction": (row.progress or {}).get("fraction"),
+            "note": (row.progress or {}).get("note"),
+        }
+        for row in rows
+    ]
+
+
 class Agents(BaseModel):
     results: list[Agent]
 

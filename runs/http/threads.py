@@ -59,6 +59,7 @@ class MessagePage(Page[answers.Message]):
     """One page of messages, and the place in the log of the live run, or of the last one, at which they were read."""
 
     cursor: answers.Cursor
+    tool_calls: list[answers.StandingCall]
 
 
 class SavedMessages(BaseModel):
@@ -153,13 +154,13 @@ class Messages(View):
         """List the messages of a thread.
 
         A pending message carries its text so far. Stream the run of `cursor` after its `seq`, or the thread after `RUN:SEQ`:
-        nothing is missed, and no text is shown twice.
+        nothing is missed, and no text is shown twice. `tool_calls`: how those of the live run's last step stand there.
         """
         with snapshot():
             rows = Message.objects.filter(thread=thread)
             if not query.status:
                 rows = rows.filter(shown=True)
-            return page_of_messages(request, rows, query, cursor=_cursor(request, thread))
+            return page_of_messages(request, rows, query, **_place(request, thread))
 
     @operation(
         may("save", Thread), name="save_messages", body=forms.NewMessages, creates=True,
@@ -185,14 +186,19 @@ class Messages(View):
         return answered(once(request, self.body, work))
 
 
-def _cursor(request: Request, thread: Thread) -> dict[str, Any]:
-    """Return where the thread's stream stands: in its live run, or behind its last one, of those that are theirs to see."""
-    runs = visible(Run, request.user).filter(thread=thread).only("pk", "last_seq", "created_at")
+def _place(request: Request, thread: Thread) -> dict[str, Any]:
+    """Return where the thread's stream stands: in its live run, or behind its last one, of those that are theirs to see.
+
+    With it how the calls of a live run stand there, of which the messages say no more than that they were made.
+    """
+    runs = visible(Run, request.user).filter(thread=thread).only("pk", "last_seq", "created_at", "steps")
     run = runs.filter(status__in=OCCUPYING).first()
+    calls = [] if run is None or not run.steps else answers.standing(run)
     if run is None:
         # By the database's clock; ids are of the clocks of many machines, and only nearly in order.
         run = max(runs.order_by("-pk")[:NEARLY], key=lambda each: (each.created_at, each.pk), default=None)
-    return {"run": None, "seq": 0} if run is None else {"run": str(run.pk), "seq": run.last_seq}
+    cursor = {"run": None, "seq": 0} if run is None else {"run": str(run.pk), "seq": run.last_seq}
+    return {"cursor": cursor, "tool_calls": calls}
 
 
 class OneMessage(View):

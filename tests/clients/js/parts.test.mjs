@@ -261,3 +261,19 @@ test("which answers pass", () => {
   assert.deepEqual([408, 425, 429, 500, 502, 503, 504].filter((status) => !passing(status)), []);
   assert.deepEqual([passing(409, "thread_busy"), passing(409, "idempotency_conflict")], [false, true]);
 });
+
+test("a snapshot says how the calls of the live run stand, and events go on from there", () => {
+  const message = (id) => ({ id, role: "assistant", status: "completed", run: "r", step: 1, content: [
+    { type: "tool_call", tool_call: "c1", name: "look", arguments: {} }, { type: "tool_call", tool_call: "c2", name: "send", arguments: {} },
+  ] });
+  const made = new Fold();
+  made.reset([message("a")], [
+    { tool_call: "c1", name: "look", message: "a", status: "running", attempt: 2, outcome: null, result: null, error: null, fraction: 0.5, note: "half" },
+    { tool_call: "c2", name: "send", message: "a", status: "requested", attempt: 1, outcome: null, result: null, error: null, fraction: null, note: null },
+  ]);
+  const { c1: look, c2: send } = made.toolCalls;
+  assert.deepEqual([look.status, look.attempt, look.fraction, look.note, look.run], ["running", 2, 0.5, "half", "r"]);
+  assert.deepEqual([send.status, send.attempt], ["requested", undefined]);
+  made.apply({ seq: 9, type: "tool_call.settled", run: "r", tool_call: "c1", name: "look", message: "a", outcome: "success", result: 3, at });
+  assert.deepEqual(Object.values(made.toolCalls).map(({ status, result }) => [status, result]), [["settled", 3], ["requested", undefined]]);
+});

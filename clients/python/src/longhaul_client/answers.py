@@ -235,10 +235,14 @@ class Page(Generic[Item]):
 
 @dataclass(frozen=True, slots=True)
 class Messages(Page[Message]):
-    """Messages of a thread, and the place in the log at which they were read: `run` is None while the thread has none."""
+    """Messages of a thread, and the place in the log at which they were read: `run` is None while the thread has none.
+
+    `tool_calls`: how those of the live run's last step stood there, as `{"tool_call", "name", "message", "status", ...}`.
+    """
 
     run: str | None = None
     seq: int = 0
+    tool_calls: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def cursor(self) -> str | None:
@@ -279,7 +283,7 @@ def _sides(raw: Mapping[str, Any]) -> tuple[str | None, str | None]:
 def messages(raw: Mapping[str, Any]) -> Messages:
     cursor = raw.get("cursor") or {}
     rows = [Message.of(each) for each in raw["results"]]
-    return Messages(rows, *_sides(raw), cursor.get("run"), cursor.get("seq") or 0)
+    return Messages(rows, *_sides(raw), cursor.get("run"), cursor.get("seq") or 0, raw.get("tool_calls") or [])
 
 
 def events_of(run: str) -> Callable[[Any], Events]:

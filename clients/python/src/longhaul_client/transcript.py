@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, cast, get_args
 
@@ -79,6 +79,8 @@ class Transcript:
         if isinstance(snapshot, Messages) and snapshot.run is not None:
             self.run = snapshot.run
             self._seqs[snapshot.run] = snapshot.seq
+            for told in snapshot.tool_calls:
+                self._call_stands(told)
         if run is not None and run.id == self.run:
             self._stands(run)
 
@@ -200,7 +202,7 @@ class Transcript:
         self.tool_calls = {call: state for call, state in self.tool_calls.items() if state.message != message}
 
     def _calls_of(self, message: Message) -> None:
-        """Know the calls that a message names. A snapshot tells no more of them."""
+        """Know the calls that a message names."""
         for part in message.content:
             if part["type"] == "tool_call" and part["tool_call"] not in self.tool_calls:
                 made = CallState(part["tool_call"], part["name"], message.id, arguments=part.get("arguments"))
@@ -208,6 +210,15 @@ class Transcript:
             elif part["type"] == "tool_result" and (call := self.tool_calls.get(part["tool_call"])) is not None:
                 call.status, call.outcome = "settled", part.get("outcome")
                 call.result, call.error = part.get("result"), part.get("error")
+
+    def _call_stands(self, told: Mapping[str, Any]) -> None:
+        """Take over how a call stood at the cursor."""
+        id = told["tool_call"]
+        call = self.tool_calls.setdefault(id, CallState(id, told["name"], told["message"]))
+        call.status = told["status"]
+        for name in CALL_FIELDS:
+            if told.get(name) is not None and (name != "attempt" or call.status != "requested"):
+                setattr(call, name, told[name])
 
     def _call(self, type: str, event: Event) -> None:
         data = event.data

@@ -20,6 +20,8 @@ from django.core.signals import setting_changed
 
 from tools.gates import MAX_DISPATCHED_CALLS
 from tools.queues import DEFAULTS
+from tools.results import DEFAULTS as RESULTS
+from tools.results import LEAST
 
 Price = Mapping[str, float]  # {"input": ..., "output": ...}, currency units per million tokens
 
@@ -128,6 +130,18 @@ GROUPS: Mapping[str, Mapping[str, Key]] = {
         "BAD_CALLS_LIMIT": _count(5, "steps in a row with nothing but invalid calls, then the run fails"),
         "CONTEXT_MESSAGES": _count(100, "messages that the model sees, where the agent says nothing"),
         "FLUSH_MILLISECONDS": _time(25, "how often streamed text is committed", least=1, unit=MILLISECOND),
+    },
+    "Results of tools": {
+        "MAX_RESULT_CHARS": _count(
+            RESULTS["MAX_RESULT_CHARS"],
+            "characters of a result that the model, events and messages carry; a longer one is kept apart, and cut for them",
+            least=LEAST["MAX_RESULT_CHARS"],
+        ),
+        "MAX_RESULT_BYTES": _count(
+            RESULTS["MAX_RESULT_BYTES"],
+            "size of a result with its files; a larger one is refused, and the call fails",
+            least=LEAST["MAX_RESULT_BYTES"],
+        ),
     },
     "Models": {
         "DEFAULT_MODEL": Key(None, str, "the model of agents that name none", nullable=True),
@@ -245,6 +259,8 @@ class Settings:
     model_tries: int
     model_retry_total: timedelta
     drain_grace: timedelta  # how long streams may run on after SIGTERM
+    max_result_chars: int  # these two are read by tools.results
+    max_result_bytes: int
     bad_calls_limit: int
     context_messages: int
     flush_interval: timedelta

@@ -67,6 +67,7 @@ class CallTold:
     attempt: int = 1  # the current one, or the one that is asked for
     outcome: str = ""
     result: Any = None
+    stored: Any = None  # what of the result stands apart
     error: Mapping[str, Any] | None = None
     attempts: list[AttemptTold] = field(default_factory=list)
 
@@ -263,6 +264,7 @@ class Replay:
             case "settled":
                 call.status, call.outcome = "settled", str(event.get("outcome", ""))
                 call.result, call.error = event.get("result"), event.get("error")
+                call.stored = event.get("stored")
                 # A late result ends an attempt that was taken for lost; a person's answer and a cancel do not.
                 late = call.outcome != "cancelled" and "by" not in event
                 if attempt is not None and attempt.outcome in ("", *(["lost"] if late else [])):

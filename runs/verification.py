@@ -246,6 +246,7 @@ def _calls(report: Report, told: Replay, rows: _Rows, workers: Mapping[UUID, str
         report.compare(f"{what} outcome", said.outcome, call.outcome)
         if said.status == "settled":
             report.compare(f"{what} result", said.result, call.result)
+            report.compare(f"{what} contents apart", said.stored, call.stored)
             report.compare(f"{what} error", said.error, call.error)
         attempts = rows.attempts.get(call.pk, [])
         report.compare(

@@ -13,8 +13,8 @@ from typing import Any, ParamSpec, TypeVar
 
 import orjson
 from asgiref.sync import sync_to_async
-from django.db import connection
-from psycopg import Cursor
+from django.db import DatabaseError, InterfaceError, OperationalError, connection
+from psycopg import Cursor, errors
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -56,6 +56,17 @@ def _execute(raw: Any, statement: str, parameters: Sequence[Any] | Mapping[str, 
     with Cursor(raw) as cursor:
         cursor.execute(statement, parameters, prepare=True)
         return cursor.fetchall()
+
+
+def refused(error: BaseException) -> bool:
+    """Return whether Postgres has looked at what it was sent and will not take it: sent again, it would be refused again.
+
+    Not so an outage, nor a shortage that passes. Django says OperationalError for these, and for a bound that is exceeded too.
+    """
+    cause = error.__cause__
+    if isinstance(cause, errors.ProgramLimitExceeded | errors.StatementTooComplex):
+        return True
+    return isinstance(error, DatabaseError) and not isinstance(error, OperationalError | InterfaceError)
 
 
 def dumps(value: Any) -> str:

@@ -11,11 +11,13 @@ if TYPE_CHECKING:
     from tools.exceptions import AlreadySettled, ApprovalRequired, ModelRetry, ToolFailed
     from tools.models import ToolCall
     from tools.registry import Tool, tool
+    from tools.results import File
     from tools.retry import RetryPolicy
 
 __all__ = [
     "AlreadySettled",
     "ApprovalRequired",
+    "File",
     "ModelRetry",
     "RetryPolicy",
     "Tool",
@@ -28,6 +30,7 @@ __all__ = [
 _HOME = {
     "AlreadySettled": "tools.exceptions",
     "ApprovalRequired": "tools.exceptions",
+    "File": "tools.results",
     "ModelRetry": "tools.exceptions",
     "RetryPolicy": "tools.retry",
     "Tool": "tools.registry",

@@ -16,7 +16,7 @@ from threads.exceptions import BadInput
 from tools import lifecycle, run_log
 from tools.exceptions import AlreadySettled, NotAwaited
 from tools.models import CallStatus, Outcome, ToolCall
-from tools.schema import jsonable
+from tools.results import keep
 
 logger = logging.getLogger("longhaul.tools")
 
@@ -27,9 +27,9 @@ OPEN: Sequence[CallStatus] = tuple(each for each in CallStatus if each != CallSt
 def succeed(call: ToolCall, result: Any = None, *, by: Any = None) -> ToolCall:
     """Settle an `unknown` call with the result that a person knows. Raises AlreadySettled, NotAwaited, BadInput."""
     try:
-        kept = jsonable(result)
+        kept = keep(result, call.pk)
     except TypeError as error:
-        raise BadInput(f"The result cannot be JSON: {error}", attr="result") from error
+        raise BadInput(f"The result cannot be kept: {error}", attr="result") from error
     return _said(call, "settled", lambda: lifecycle.answer(
         call.pk, Outcome.SUCCESS, among=ANSWERED, result=kept, by=_name(by)
     ))  # fmt: skip

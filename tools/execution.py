@@ -24,10 +24,12 @@ from threads import database, logs
 from threads.redaction import redact
 from tools import lifecycle, run_log
 from tools.context import ToolContext
-from tools.exceptions import InvalidArguments, InvalidResult, Problem, ToolError, ToolFailed
+from tools.exceptions import InvalidArguments, InvalidResult, Problem, ToolError
+from tools.lifecycle import NOTHING
 from tools.models import Outcome, ToolCall
 from tools.presence import Presence
 from tools.registry import Tool
+from tools.results import Kept, cut, limits
 from tools.schema import storable_text
 
 logger = logging.getLogger("longhaul.tools")
@@ -132,7 +134,7 @@ def _claim(call_id: UUID, attempt: int, *, presence: Presence, task_id: str, alo
 
 def _execute(claimed: Claimed, tool: Tool, arguments: dict[str, Any]) -> None:
     try:
-        result = tool.serialize(_call(claimed, tool, arguments))
+        result = tool.keep(_call(claimed, tool, arguments), claimed.call_id)
     # An async tool has its loop for itself, so what cancels it comes from within: an error like others.
     except (Exception, asyncio.CancelledError) as error:
         _after_error(claimed, tool, error)
@@ -151,12 +153,10 @@ def _execute_atomic(claimed: Claimed, tool: Tool, arguments: dict[str, Any]) -> 
         with transaction.atomic():
             # By this name a later attempt ends this backend, should it outlive its worker with rows locked.
             database.rows_of("SELECT set_config('application_name', %s, true)", (f"longhaul {claimed.attempt_id}",))
-            result = tool.serialize(_call(claimed, tool, arguments, told))
+            result = tool.keep(_call(claimed, tool, arguments, told), claimed.call_id)
             for type, payload in told:
                 run_log.current().record(claimed.run_id, type, payload)
-            answer = lifecycle.settle(
-                claimed.call_id, claimed.attempt, worker=claimed.worker, outcome=Outcome.SUCCESS, result=result
-            )
+            answer = _settled_within(claimed, tool, result)
             if answer is None:
                 raise SettlementLost
     except SettlementLost:
@@ -176,6 +176,18 @@ def _execute_atomic(claimed: Claimed, tool: Tool, arguments: dict[str, Any]) -> 
     else:
         _say(claimed, "settled", Outcome.SUCCESS)
         run_log.current().announce(answer)
+
+
+def _settled_within(claimed: Claimed, tool: Tool, result: Kept) -> Any:
+    """Settle in the body's transaction. Raises InvalidResult for a result that Postgres does not take: all is rolled back."""
+    try:
+        return lifecycle.settle(
+            claimed.call_id, claimed.attempt, worker=claimed.worker, outcome=Outcome.SUCCESS, result=result
+        )
+    except DatabaseError as error:
+        if database.refused(error):
+            raise tool.lost("the database refuses it.") from error
+        raise
 
 
 def _call(
@@ -221,11 +233,17 @@ def described_error(error: ToolError) -> dict[str, str]:
     """
     if isinstance(error, InvalidArguments):
         problems = [Problem(path=each["path"], message=redact(each["message"])) for each in error.problems]
-        return {"code": error.code, "message": storable_text(str(InvalidArguments(error.tool, problems)))}
-    return {"code": error.code, "message": redact(storable_text(str(error)))}
+        return {"code": error.code, "message": _bounded(str(InvalidArguments(error.tool, problems)))}
+    return {"code": error.code, "message": redact(_bounded(str(error)))}
 
 
-def _settle(claimed: Claimed, outcome: Outcome, *, result: Any = None, error: Mapping[str, Any] | None = None) -> None:
+def _bounded(text: str) -> str:
+    return cut(storable_text(text), limits().chars)
+
+
+def _settle(
+    claimed: Claimed, outcome: Outcome, *, result: Kept = NOTHING, error: Mapping[str, Any] | None = None
+) -> None:
     _until_answered(
         claimed,
         lambda: lifecycle.settle(
@@ -242,18 +260,20 @@ def _until_answered(claimed: Claimed, transition: Callable[[], Any], what: str, 
     while True:
         try:
             answer = transition()
-        except (OperationalError, InterfaceError) as error:
+        except DatabaseError as error:
+            if database.refused(error):
+                # What nobody has foreseen of a result: say so instead.
+                logger.warning("Call %s: its result cannot be stored", claimed.call_id, exc_info=error)
+                refused = InvalidResult(
+                    "The tool ran, and what it does is done, but its result is lost: the database refuses it."
+                )
+                return _settle(claimed, Outcome.FAILED, error=described_error(refused))
             if connection.in_atomic_block:
                 raise
             logger.warning("Call %s: its settlement was not answered, trying again", claimed.call_id, exc_info=error)
             connection.close()
             time.sleep(pause)
             pause = min(pause * 2, 5.0)
-        except DatabaseError as error:
-            # The result itself cannot be stored (a NUL in a string, a number too large): say so instead.
-            logger.warning("Call %s: its result cannot be stored", claimed.call_id, exc_info=error)
-            refused = ToolFailed("The tool ran, but its result cannot be stored.")
-            return _settle(claimed, Outcome.FAILED, error=described_error(refused))
         else:
             break
     if answer is None:

@@ -14,6 +14,9 @@ from uuid import UUID
 from threads import database
 from tools import gates, redelivery
 from tools.models import CallStatus, Outcome
+from tools.results import Kept
+
+NOTHING = Kept(None)
 
 REQUESTED, RUNNING, RETRYING = CallStatus.REQUESTED, CallStatus.RUNNING, CallStatus.RETRYING
 AWAITING_APPROVAL, AWAITING_RESULT = CallStatus.AWAITING_APPROVAL, CallStatus.AWAITING_RESULT
@@ -58,21 +61,30 @@ def settle(
     *,
     worker: UUID,
     outcome: Outcome,
-    result: Any = None,
+    result: Kept = NOTHING,
     error: Mapping[str, Any] | None = None,
 ) -> Any:
     """Settle a call exactly once. None: somebody else did, or its run ended; nothing changed."""
+    apart, contents = _apart(result)
     return database.call(
-        "SELECT longhaul_call_settle(%s::uuid, %s::int, %s::uuid, %s::text, %s::jsonb, %s::jsonb)",
+        f"SELECT longhaul_call_settle(%s::uuid, %s::int, %s::uuid, %s::text, %s::jsonb, %s::jsonb{apart})",
         (
             call_id,
             attempt,
             worker,
             str(outcome),
-            None if result is None else database.dumps(result),
+            None if result.result is None else database.dumps(result.result),
             None if error is None else database.dumps(error),
+            *contents,
         ),
     )
+
+
+def _apart(result: Kept) -> tuple[str, tuple[Any, ...]]:
+    """Return what else a settlement is given of a result that does not stand in its call alone, in the same round trip."""
+    if result.stored is None:
+        return "", ()
+    return ", %s::jsonb, %b::bytea[]", (database.dumps(result.stored), list(result.contents))
 
 
 def retry(call_id: UUID, attempt: int, *, worker: UUID, error: Mapping[str, Any], delay: timedelta) -> Any:
@@ -95,20 +107,22 @@ def answer(
     outcome: Outcome,
     *,
     among: Sequence[CallStatus],
-    result: Any = None,
+    result: Kept = NOTHING,
     error: Mapping[str, Any] | None = None,
     by: str | None = None,
 ) -> Any:
     """Settle an open call for a person. None: it is settled already. {"refused": status}: it is in none of `among`."""
+    apart, contents = _apart(result)
     return database.call(
-        "SELECT longhaul_call_answer(%s::uuid, %s::text[], %s::text, %s::jsonb, %s::jsonb, %s::text)",
+        f"SELECT longhaul_call_answer(%s::uuid, %s::text[], %s::text, %s::jsonb, %s::jsonb, %s::text{apart})",
         (
             call_id,
             [str(each) for each in among],
             str(outcome),
-            None if result is None else database.dumps(result),
+            None if result.result is None else database.dumps(result.result),
             None if error is None else database.dumps(error),
             by,
+            *contents,
         ),
     )
 

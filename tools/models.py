@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from django.conf import settings
 from django.contrib.postgres.indexes import GinIndex
@@ -10,6 +10,9 @@ from django.db import models
 
 from threads.clock import Now
 from threads.ids import new_id
+
+if TYPE_CHECKING:
+    from tools.results import File
 
 
 class CallStatus(models.TextChoices):
@@ -47,7 +50,9 @@ class ToolCall(models.Model):
     arguments = models.JSONField(default=dict)
     status = models.CharField(max_length=20, choices=CallStatus.choices, default=CallStatus.REQUESTED)
     outcome = models.CharField(max_length=16, choices=Outcome.choices, blank=True, default="")
-    result = models.JSONField(null=True)
+    result = models.JSONField(null=True)  # as the model reads it: what is too large, and files, are in `contents`
+    # What of its result stands apart: [{"number", "name", "content_type", "size"}], as StoredContent has it; None: nothing.
+    stored = models.JSONField(null=True)
     error = models.JSONField(null=True)
     attempt = models.IntegerField(default=1)
     max_attempts = models.IntegerField(default=1)
@@ -165,6 +170,15 @@ class ToolCall(models.Model):
 
         return answers.cancel(self, reason, by=by)
 
+    def content(self, number: int = 0) -> File:
+        """Return what the tool returned, whole: 0 is the whole result, or the file that is all of it; files in it count from 1.
+
+        Raises LookupError when there is none of that number, and for a call without a result.
+        """
+        from tools import results
+
+        return results.content(self, number)
+
 
 class ToolAttempt(models.Model):
     """One claim of a call: inserted by the claim, closed by whoever ends the attempt."""
@@ -192,6 +206,33 @@ class ToolAttempt(models.Model):
 
     def __str__(self) -> str:
         return f"attempt {self.number} of {self.call_id}"
+
+
+class StoredContent(models.Model):
+    """What of a call's result stands apart: number 0 is the whole of one that was cut, or the file that is all of it.
+
+    Files within a result count from 1. Written by the settlement, in its transaction, and deleted with the call.
+    """
+
+    id = models.UUIDField(primary_key=True, default=new_id, editable=False)
+    # Written beside an update of its call, as an attempt is.
+    call = models.ForeignKey(
+        ToolCall, on_delete=models.CASCADE, related_name="contents", db_index=False, db_constraint=False
+    )
+    number = models.IntegerField()
+    name = models.CharField(max_length=200)
+    content_type = models.CharField(max_length=200)
+    size = models.BigIntegerField()  # bytes
+    content = models.BinaryField()
+    created_at = models.DateTimeField(db_default=Now(), editable=False)
+
+    class Meta:
+        constraints: ClassVar = [
+            models.UniqueConstraint(fields=["call", "number"], name="longhaul_one_content_a_number"),
+        ]
+
+    def __str__(self) -> str:
+        return f"content {self.number} of {self.call_id}"
 
 
 class Approval(models.Model):

@@ -14,14 +14,16 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import cached_property
 from typing import Any, Generic, Literal, TypeAlias, get_args, overload
+from uuid import UUID
 
 from typing_extensions import ParamSpec, TypeVar
 
 from tools.context import ToolContext
 from tools.exceptions import DuplicateTool, InvalidResult, ToolOptionError, ToolSchemaError
 from tools.gates import Rate
+from tools.results import Kept, keep
 from tools.retry import RetryPolicy
-from tools.schema import Arguments, compile_arguments, jsonable
+from tools.schema import Arguments, compile_arguments
 
 P = ParamSpec("P", default=...)
 R = TypeVar("R", default=Any)
@@ -97,12 +99,22 @@ class Tool(Generic[P, R]):
         """
         return self.arguments.validate(self.name, arguments)
 
-    def serialize(self, result: Any) -> Any:
-        """Return the result as JSON knows it. Raises InvalidResult, a ToolFailed, when that cannot be."""
+    def keep(self, result: Any, call_id: UUID | None = None) -> Kept:
+        """Return what the call keeps of a result. Raises InvalidResult, a ToolFailed, when that cannot be."""
         try:
-            return jsonable(result)
+            return keep(result, call_id)
         except TypeError as error:
-            raise InvalidResult(f"Tool {self.name!r} ran, but its result is lost: {error}") from error
+            raise self.lost(str(error)) from error
+
+    def lost(self, reason: str) -> InvalidResult:
+        """Return what the model is told when the tool has run, and its result cannot be kept."""
+        if self.atomic:
+            told = (
+                f"Tool {self.name!r} was rolled back, and nothing was changed, for its result cannot be kept: {reason}"
+            )
+        else:
+            told = f"Tool {self.name!r} ran, and what it does is done, but its result is lost: {reason}"
+        return InvalidResult(told)
 
 
 @overload

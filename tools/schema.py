@@ -141,7 +141,7 @@ def jsonable(value: Any) -> Any:
     try:
         text = to_json(value, inf_nan_mode="strings")
     except (PydanticSerializationError, ValueError) as error:
-        raise _unwritable(value, _own_words(error)) from error
+        raise _unwritable(value, own_words(error)) from error
     try:
         result = from_json(text)
     except ValueError as error:  # nested too deep, or a number of thousands of digits
@@ -165,7 +165,8 @@ def storable_text(text: str) -> str:
     return text.encode("utf-8", "replace").decode().replace("\0", "\ufffd")
 
 
-def _own_words(error: Exception) -> str:
+def own_words(error: Exception) -> str:
+    """Return what pydantic says of a value that cannot be JSON, and of a foreign exception nothing but that there was one."""
     known = _OF_PYDANTIC.fullmatch(str(error))
     return known[1] if known else "a serializer or computed field of its own failed"
 

@@ -92,7 +92,14 @@ export type ToolCallFields = {
      * of a settled one: success, failed, denied, cancelled
      */
     outcome?: string;
+    /**
+     * as the model read it: a long one is cut, with a note, and a file is described
+     */
     result?: any;
+    /**
+     * what of it stands apart, to be had whole at /api/tool-calls/ID/content
+     */
+    stored?: any;
     error?: any;
     /**
      * who answered it in place of its worker

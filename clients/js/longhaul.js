@@ -69,7 +69,8 @@
  * @property {any} [arguments] once they are complete
  * @property {string} [argumentsText] while they come
  * @property {string} [outcome] of a settled one: success, failed, denied, cancelled
- * @property {any} [result]
+ * @property {any} [result] as the model read it: a long one is cut, with a note, and a file is described
+ * @property {any} [stored] what of it stands apart, to be had whole at /api/tool-calls/ID/content
  * @property {any} [error]
  * @property {string} [by] who answered it in place of its worker
  * @property {number} [attempt]
@@ -798,7 +799,7 @@ const CALL_STATUS = /** @type {Record<string, CallStatus>} */ ({
   "tool_call.unknown": "unknown",
   "tool_call.settled": "settled",
 });
-const CALL_FIELDS = ["attempt", "fraction", "note", "outcome", "result", "error", "by", "arguments", "deadline", "assignee"];
+const CALL_FIELDS = ["attempt", "fraction", "note", "outcome", "result", "stored", "error", "by", "arguments", "deadline", "assignee"];
 /** What the attempt before has left, and does not hold any more. */
 const LEFT = /** @type {Record<string, string[]>} */ ({
   "tool_call.created": ["argumentsText"],
@@ -907,9 +908,9 @@ export class Fold {
         const { tool_call, name } = part;
         this.#call({ id: tool_call, name, message: id, run, status: "requested", arguments: part.arguments });
       } else if (part.type === "tool_result" && this.#calls.get(part.tool_call)?.status !== "settled") {
-        const { tool_call, name, outcome, result, error } = part;
+        const { tool_call, name, outcome, result, stored, error } = part;
         const known = this.#calls.get(tool_call) ?? { id: tool_call, name: name ?? "", message: "", run };
-        this.#call({ ...known, status: "settled", outcome, result, error });
+        this.#call({ ...known, status: "settled", outcome, result, ...(stored && { stored }), error });
       }
     }
   }

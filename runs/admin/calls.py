@@ -15,7 +15,8 @@ from django.urls import path, reverse
 from runs import access, flower
 from runs.admin import answer
 from runs.admin.followed import Followed, Section, is_page
-from runs.admin.run_page import attempt_shown, names_of
+from runs.admin.run_page import attempt_shown, contents, names_of
+from runs.http.download import download
 from runs.models import Run
 from threads.admin import marks
 from threads.admin.listing import Before, Created, belonging, by_id, choosing, in_window, latest
@@ -42,7 +43,7 @@ class ToolCallAdmin(Followed):
         "By id of the call, its run or its Celery task, or the beginning of it, or a part of the tool's name."
     )
     fieldsets = (
-        (None, {"fields": ("name", "state", "outcome_", "arguments_", "result_", "error_")}),
+        (None, {"fields": ("name", "state", "outcome_", "arguments_", "result_", "stored_", "error_")}),
         ("Belongs to", {"fields": ("id", "run_link", "message_link", "step", "index", "child")}),
         ("Tries", {"fields": ("tries", "rules", "timeout", "created", "claimed", "settled", "took", "timeout_at_")}),
         (
@@ -63,7 +64,9 @@ class ToolCallAdmin(Followed):
         if is_page(request):
             return rows
         given = Left(Cast("arguments", TextField()), 100)
-        annotated: QuerySet[Any] = rows.defer("arguments", "result", "error", "progress").annotate(given=given)
+        annotated: QuerySet[Any] = rows.defer("arguments", "result", "stored", "error", "progress").annotate(
+            given=given
+        )
         return annotated
 
     def readings(self, rows: QuerySet[Any], term: str) -> Any:
@@ -94,8 +97,22 @@ class ToolCallAdmin(Followed):
     # --- what people say of a call whose worker died
 
     def get_urls(self) -> list[Any]:
-        view = self.admin_site.admin_view(self.answer_view)
-        return [path("<uuid:call_id>/answer/", view, name="longhaul_tools_toolcall_answer"), *super().get_urls()]
+        view, content = self.admin_site.admin_view(self.answer_view), self.admin_site.admin_view(self.content_view)
+        return [
+            path("<uuid:call_id>/answer/", view, name="longhaul_tools_toolcall_answer"),
+            path("<uuid:call_id>/content/<int:number>/", content, name="longhaul_tools_toolcall_content"),
+            *super().get_urls(),
+        ]
+
+    def content_view(self, request: HttpRequest, call_id: UUID, number: int) -> HttpResponse:
+        """Return what of a call's result stands apart, as an attachment."""
+        call = self.get_queryset(request).filter(pk=call_id).first()
+        if call is None or not self.has_view_permission(request, call):
+            raise Http404
+        try:
+            return download(call.content(number))
+        except LookupError:
+            raise Http404 from None
 
     def answer_view(self, request: HttpRequest, call_id: UUID) -> HttpResponse:
         """Ask (GET), then say (POST) what became of an unknown call."""
@@ -132,6 +149,10 @@ class ToolCallAdmin(Followed):
     @admin.display(description="result")
     def result_(self, call: ToolCall) -> str:
         return marks.pretty(call.result)
+
+    @admin.display(description="kept apart")
+    def stored_(self, call: ToolCall) -> str:
+        return contents(self.admin_site, call)
 
     @admin.display(description="error")
     def error_(self, call: ToolCall) -> str:

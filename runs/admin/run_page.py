@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from django.contrib.admin import AdminSite
 from django.http import HttpRequest
+from django.urls import reverse
 from django.utils.html import format_html_join
-from django.utils.safestring import mark_safe
+from django.utils.safestring import SafeString, mark_safe
 
 from runs import access, compaction
 from runs.admin import parts
@@ -98,6 +99,7 @@ def _calls(
             "state": marks.state(call.outcome or call.status),
             "arguments": marks.pretty(call.arguments),
             "result": marks.pretty(call.result) if call.result is not None or not call.error else "",
+            "stored": contents(site, call) if call.stored else "",
             "error": marks.pretty(call.error) if call.error else "",
             "attempts": tried.get(call.pk, []),
             "child": marks.link(site, Run, children[call.pk]) if call.pk in children else "",
@@ -105,6 +107,25 @@ def _calls(
         for call in calls
     ]
     return Section("Tool calls", _template("calls"), shown, marks.list_url(site, ToolCall, run=run.pk), **turn)
+
+
+def contents(site: AdminSite, call: ToolCall) -> str:
+    """Return links to what of a call's result stands apart: its whole, and its files."""
+    if not call.stored:
+        return marks.NOTHING
+    return format_html_join(
+        SafeString("<br>"),
+        '<a href="{}">{}</a> ({}, {} bytes)',
+        (
+            (
+                reverse("admin:longhaul_tools_toolcall_content", args=(call.pk, each["number"]), current_app=site.name),
+                each["name"],
+                each["content_type"],
+                f"{each['size']:,}",
+            )
+            for each in call.stored
+        ),
+    )
 
 
 def names_of(attempts: list[ToolAttempt]) -> dict[Any, str]:

@@ -15,7 +15,7 @@ from runs import agents as agent_registry
 from runs import models
 from runs.conf import settings
 from runs.explain import explain_all
-from runs.http.events import Event
+from runs.http.events import RESULT, STORED, Event, Stored
 from runs.http.json import time
 from runs.models import OCCUPYING
 from threads.models import Message as MessageRow
@@ -198,7 +198,7 @@ def threads(rows: Iterable[Any]) -> list[dict[str, Any]]:
 
 class ContentPart(BaseModel):
     """`{type: text|reasoning, text}`, `{type: tool_call, tool_call, name, arguments}`, `{type: tool_result, tool_call,
-    outcome, result}`, `{type: image|file|data, ...}`."""
+    outcome, result, stored?}`, `{type: image|file|data, ...}`."""
 
     model_config = ConfigDict(extra="allow")
     type: str
@@ -331,7 +331,8 @@ class ToolCall(BaseModel):
     arguments: Any
     status: CallStatus
     outcome: Literal["success", "failed", "denied", "cancelled"] | None
-    result: Any
+    result: Any = Field(description=RESULT)
+    stored: list[Stored] | None = Field(description=STORED)
     error: Problem | None
     attempt: int
     max_attempts: int
@@ -359,6 +360,7 @@ def tool_call(row: CallRow) -> dict[str, Any]:
         "status": row.status,
         "outcome": row.outcome or None,
         "result": row.result,
+        "stored": row.stored,
         "error": row.error,
         "attempt": row.attempt,
         "max_attempts": row.max_attempts,

@@ -16,6 +16,21 @@ SEQ = "the event's place in the run's log, from 1 without gaps"
 LegEnd = Literal["budget", "tools", "person", "retry", "drained", "lost", "cancelled", "failed", "finished"]
 
 
+RESULT = "as the model reads it: a long one is cut, with a note, and a file is described"
+STORED = (
+    "what of the result stands apart: 0 is the whole of one that was cut, or the file that is all of it; null: nothing"
+)
+
+
+class Stored(BaseModel):
+    """A content of a result, had whole at `/api/tool-calls/{id}/content/{number}`."""
+
+    number: int
+    name: str
+    content_type: str
+    size: int = Field(description="bytes")
+
+
 class Fault(BaseModel):
     """What went wrong: a code to program against, and a sentence to read."""
 
@@ -235,7 +250,8 @@ class ToolCallSettledEvent(OfCall):
 
     type: Literal["tool_call.settled"]
     outcome: Literal["success", "failed", "denied", "cancelled"]
-    result: Any = None
+    result: Annotated[Any, Field(description=RESULT)] = None
+    stored: Annotated[list[Stored] | None, Field(description=STORED)] = None
     error: Fault | None = None
     by: Annotated[str | None, Field(description=BY)] = None
 

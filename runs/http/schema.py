@@ -246,7 +246,9 @@ class Schema(AutoSchema):
 
     def _in_path(self, name: str) -> Described:
         schema: Described = {"type": "string", "format": "uuid"}
-        if name != "id":
+        if name == "number":
+            schema = {"type": "integer", "minimum": 0}
+        elif name != "id":
             view: Any = self.view
             schema = {"type": "string", "enum": list(view.names)}
         return {"in": "path", "name": name, "required": True, "schema": schema}

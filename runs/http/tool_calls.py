@@ -9,18 +9,21 @@ from uuid import UUID
 from django.contrib.auth import get_user_model
 from django.core.exceptions import ValidationError
 from django.db.models import QuerySet
+from django.http import Http404, HttpResponse
 from pydantic import Field
 from rest_framework.request import Request
 from rest_framework.response import Response
 
 from runs.access import visible
 from runs.http import answers, forms
+from runs.http.download import download
 from runs.http.etags import tagged
 from runs.http.idempotency import Answer, once
 from runs.http.pages import Page, Paged, paged
 from runs.http.query import Text
 from runs.http.view import SIGNED_IN, View, may, operation, sees
 from tools.models import CallStatus, ToolCall
+from tools.results import ANYTHING
 
 NEEDS = {
     "approval": CallStatus.AWAITING_APPROVAL,
@@ -94,6 +97,27 @@ class CallCancelled(View):
 def _answered(view: View, request: Request, work: Callable[[], ToolCall]) -> Response:
     done = once(request, view.body, lambda: Answer(200, answers.tool_call(work())))
     return Response(done.data, done.status)
+
+
+class Whole(View):
+    @operation(sees(ToolCall), name="get_whole_result", raises=(404,), answers={200: ((ANYTHING, bytes),)})
+    def get(self, request: Request, toolcall: ToolCall) -> HttpResponse:
+        """Return what the tool returned, whole, as an attachment: JSON, a text, or the file that is all of it."""
+        return _content(toolcall, 0)
+
+
+class Content(View):
+    @operation(sees(ToolCall), name="get_result_content", raises=(404,), answers={200: ((ANYTHING, bytes),)})
+    def get(self, request: Request, toolcall: ToolCall, number: int) -> HttpResponse:
+        """Return one content of a result as an attachment: a file within it (from 1), or its whole (0)."""
+        return _content(toolcall, number)
+
+
+def _content(call: ToolCall, number: int) -> HttpResponse:
+    try:
+        return download(call.content(number))
+    except LookupError:
+        raise Http404 from None
 
 
 class OneToolCall(View):

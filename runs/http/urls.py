@@ -50,6 +50,10 @@ urlpatterns = [
     path("api/runs/<row_id:id>/fork", runs.Forked.as_view(), name="run-fork"),
     path("api/tool-calls", tool_calls.ToolCalls.as_view(), name="tool-calls"),
     path("api/tool-calls/<row_id:id>", tool_calls.OneToolCall.as_view(), name="tool-call"),
+    path("api/tool-calls/<row_id:id>/content", tool_calls.Whole.as_view(), name="tool-call-content"),
+    path(
+        "api/tool-calls/<row_id:id>/content/<int:number>", tool_calls.Content.as_view(), name="tool-call-content-part"
+    ),
     path("api/tool-calls/<row_id:id>/result", tool_calls.Result.as_view(), name="tool-call-result"),
     path("api/tool-calls/<row_id:id>/error", tool_calls.Error.as_view(), name="tool-call-error"),
     path("api/tool-calls/<row_id:id>/cancel", tool_calls.CallCancelled.as_view(), name="tool-call-cancel"),

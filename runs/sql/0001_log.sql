@@ -76,7 +76,8 @@ BEGIN
         SELECT longhaul_uuid7(), p_run.thread_id, p_run.id, p_run.steps, 'tool', 'completed',
                v_place + row_number() OVER (ORDER BY c.index),
                jsonb_build_array(jsonb_strip_nulls(jsonb_build_object(
-                   'type', 'tool_result', 'tool_call', c.id, 'name', c.name, 'outcome', c.outcome, 'error', c.error))
+                   'type', 'tool_result', 'tool_call', c.id, 'name', c.name, 'outcome', c.outcome, 'error', c.error,
+                   'stored', c.stored))
                    || jsonb_build_object('result', c.result)),
                '{}', '', p_run.save_mode <> 'none', p_now
         FROM longhaul_tools_toolcall c WHERE c.run_id = p_run.id AND c.step = p_run.steps

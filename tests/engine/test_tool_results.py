@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from datetime import date
+from decimal import Decimal
 from typing import Any
 from unittest import mock
 
@@ -11,7 +13,8 @@ from pydantic import BaseModel, computed_field, field_serializer
 
 from runs.pytest_longhaul import ScriptedModel, assert_invariants
 from tests.engine.tool_runs import SECRET, attempts, only_call, secret_got_out, told, took
-from tools import RetryPolicy, registry, tool
+from tools import File, RetryPolicy, registry, tool
+from tools.results import Kept
 
 pytestmark = pytest.mark.django_db
 
@@ -22,11 +25,37 @@ class Opaque:
     """What JSON does not know."""
 
 
+def itself() -> list[Any]:
+    circle: list[Any] = []
+    circle.append(circle)
+    return circle
+
+
+def nested(depth: int) -> list[Any]:
+    value: list[Any] = []
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
 @pytest.mark.parametrize("atomic", [False, True])
 @pytest.mark.parametrize(
     "result",
-    [Opaque(), {"deep": [Opaque()]}, b"\xff", "\ud800", 10**5000],
-    ids=["object", "deep", "bytes", "text", "int"],
+    [
+        *(Opaque(), {"deep": [Opaque()]}, b"\xff", "\ud800", 10**5000, 2**64, float("nan"), {"rate": float("-inf")}),
+        *(
+            "a\0b",
+            itself(),
+            nested(500),
+            ["x" * 1_000_000] * 1_000_000,
+            File("large", data=bytes(10_000_001)),
+            (n for n in [1]),
+        ),
+    ],
+    ids=[
+        *("object", "deep object", "bytes", "surrogate", "int", "int of 65 bits", "nan", "infinity"),
+        *("nul", "cycle", "nested", "terabyte", "large file", "generator"),
+    ],
 )
 def test_a_result_that_cannot_be_json_fails_the_call_without_another_attempt(
     scripted_model: ScriptedModel, atomic: bool, result: Any
@@ -42,7 +71,8 @@ def test_a_result_that_cannot_be_json_fails_the_call_without_another_attempt(
     assert (made.outcome, made.result, attempts(made)) == ("failed", None, ["failed"])
     assert made.error is not None
     assert made.error["code"] == "invalid_result"
-    assert "'answer'" in made.error["message"]
+    assert ("Tool 'answer' was rolled back" if atomic else "Tool 'answer' ran") in made.error["message"]
+    assert made.stored is None
     assert Group.objects.filter(name="done").exists() is not atomic
     assert_invariants(run)
 
@@ -53,15 +83,14 @@ def test_a_result_that_cannot_be_json_fails_the_call_without_another_attempt(
         (None, None),
         (False, False),
         (2**64 - 1, 2**64 - 1),
-        (2**64, str(2**64)),
-        ([{"wei": -(2**63) - 1}], [{"wei": str(-(2**63) - 1)}]),
-        (float("inf"), "Infinity"),
-        ("a\0b", "a\ufffdb"),
+        (Decimal("1.10"), "1.10"),
+        (date(2026, 11, 21), "2026-11-21"),
+        ("NaN, Infinity", "NaN, Infinity"),
     ],
     ids=repr,
 )
 @pytest.mark.parametrize("atomic", [False, True])
-def test_a_result_that_the_database_could_not_take_is_kept_as_text(
+def test_a_result_is_kept_and_told_as_json(
     scripted_model: ScriptedModel, atomic: bool, result: Any, expected: Any
 ) -> None:
     @tool(atomic=atomic)
@@ -122,14 +151,17 @@ def test_a_result_that_postgres_refuses_fails_the_call_all_the_same(
     def answer() -> str:
         """Answer."""
         ran.append(1)
+        Group.objects.create(name="done")
         return "refused"
 
-    monkeypatch.setattr(registry, "jsonable", lambda result: "\0" + result)
+    monkeypatch.setattr(registry, "keep", lambda result, call_id: Kept("\0" + result))
     with mock.patch("runs.tasks.publish"):
         run = took(scripted_model, answer)
     made = only_call(run)
     assert made.error is not None
     assert (made.outcome, made.result) == ("failed", None)
-    assert made.error["code"] == ("error" if atomic else "tool_failed")
-    assert len(ran) == (3 if atomic else 1)  # what an atomic attempt did is rolled back with it
+    assert made.error["code"] == "invalid_result"
+    assert ("was rolled back" if atomic else "what it does is done") in made.error["message"]
+    assert len(ran) == 1
+    assert Group.objects.filter(name="done").exists() is not atomic
     assert_invariants(run)

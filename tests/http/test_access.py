@@ -63,6 +63,8 @@ RULES: dict[str, dict[str, Rule]] = {
     "run-fork": {"POST": may("fork", Run)},
     "tool-calls": {"GET": SIGNED_IN},
     "tool-call": {"GET": sees(ToolCall)},
+    "tool-call-content": {"GET": sees(ToolCall)},
+    "tool-call-content-part": {"GET": sees(ToolCall)},
     "tool-call-result": {"POST": may("answer", ToolCall)},
     "tool-call-error": {"POST": may("answer", ToolCall)},
     "tool-call-cancel": {"POST": may("cancel", ToolCall)},
@@ -289,11 +291,11 @@ class Scene:
     def address(self, name: str) -> str:
         ids: dict[str, list[Any]] = {"docs-asset": ["start.js"]}
         rule = next(iter(RULES[name].values()))
-        if name.startswith("tool-call-"):
+        if name.startswith("tool-call-") and "content" not in name:
             self.call = self.lose()  # what people say is about a call that is not settled
         if rule.of is not None:
             row = {Thread: self.thread, Run: self.run, Message: self.message, ToolCall: self.call}[rule.of]
-            ids[name] = [row.pk]
+            ids[name] = [row.pk, 0] if name == "tool-call-content-part" else [row.pk]
         return reverse(f"longhaul:{name}", args=ids.get(name)) + QUERIES.get(name, "")
 
 

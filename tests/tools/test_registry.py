@@ -242,12 +242,12 @@ def test_wrong_arguments_are_told_to_the_model_by_the_tools_name() -> None:
 
 
 def test_a_result_becomes_json() -> None:
-    assert refund.serialize({"amount": Decimal("1.50")}) == {"amount": "1.50"}
+    assert refund.keep({"amount": Decimal("1.50")}).result == {"amount": "1.50"}
 
 
 def test_a_result_that_cannot_be_json_is_final_and_says_so() -> None:
-    with pytest.raises(ToolFailed, match="Tool 'add' ran, but its result is lost: object cannot be written") as caught:
-        add.serialize(object())
+    with pytest.raises(ToolFailed, match="its result is lost: object cannot be written") as caught:
+        add.keep(object())
     assert isinstance(caught.value, InvalidResult)
     assert add.retry.delay(1, caught.value) is None
 

@@ -53,6 +53,7 @@ class Migration(migrations.Migration):
                 ('status', models.CharField(choices=[('requested', 'Requested'), ('awaiting_approval', 'Awaiting Approval'), ('running', 'Running'), ('retrying', 'Retrying'), ('awaiting_result', 'Awaiting Result'), ('awaiting_child', 'Awaiting Child'), ('unknown', 'Unknown'), ('settled', 'Settled')], default='requested', max_length=20)),
                 ('outcome', models.CharField(blank=True, choices=[('success', 'Success'), ('failed', 'Failed'), ('denied', 'Denied'), ('cancelled', 'Cancelled')], default='', max_length=16)),
                 ('result', models.JSONField(null=True)),
+                ('stored', models.JSONField(null=True)),
                 ('error', models.JSONField(null=True)),
                 ('attempt', models.IntegerField(default=1)),
                 ('max_attempts', models.IntegerField(default=1)),
@@ -94,6 +95,19 @@ class Migration(migrations.Migration):
                 ('error', models.JSONField(null=True)),
                 ('backend_pid', models.IntegerField(null=True)),
                 ('call', models.ForeignKey(db_constraint=False, db_index=False, on_delete=django.db.models.deletion.CASCADE, related_name='attempts', to='longhaul_tools.toolcall')),
+            ],
+        ),
+        migrations.CreateModel(
+            name='StoredContent',
+            fields=[
+                ('id', models.UUIDField(default=threads.ids.new_id, editable=False, primary_key=True, serialize=False)),
+                ('number', models.IntegerField()),
+                ('name', models.CharField(max_length=200)),
+                ('content_type', models.CharField(max_length=200)),
+                ('size', models.BigIntegerField()),
+                ('content', models.BinaryField()),
+                ('created_at', models.DateTimeField(db_default=threads.clock.Now(), editable=False)),
+                ('call', models.ForeignKey(db_constraint=False, db_index=False, on_delete=django.db.models.deletion.CASCADE, related_name='contents', to='longhaul_tools.toolcall')),
             ],
         ),
         migrations.CreateModel(
@@ -168,6 +182,10 @@ class Migration(migrations.Migration):
         migrations.AddConstraint(
             model_name='toolattempt',
             constraint=models.UniqueConstraint(fields=('call', 'number'), name='longhaul_one_claim_an_attempt'),
+        ),
+        migrations.AddConstraint(
+            model_name='storedcontent',
+            constraint=models.UniqueConstraint(fields=('call', 'number'), name='longhaul_one_content_a_number'),
         ),
         migrations.AddIndex(
             model_name='worker',

@@ -157,11 +157,24 @@ BEGIN
         'step', v_call.step, 'timeout_at', v_call.timeout_at);
 END $$;
 
+-- Keeps what of a result stands apart: a row a content, in the order in which p_stored describes them. The caller has just
+-- settled the call, under the run's lock.
+CREATE OR REPLACE FUNCTION longhaul_call_store(p_call uuid, p_stored jsonb, p_contents bytea[], p_now timestamptz)
+RETURNS void LANGUAGE plpgsql AS $$
+BEGIN
+    INSERT INTO longhaul_tools_storedcontent (id, call_id, number, name, content_type, size, content, created_at)
+    SELECT longhaul_uuid7(), p_call, (s.told->>'number')::integer, s.told->>'name', s.told->>'content_type',
+           octet_length(p_contents[s.place]), p_contents[s.place], p_now
+    FROM jsonb_array_elements(p_stored) WITH ORDINALITY AS s (told, place);
+END $$;
+
 -- running -> settled, exactly once: guarded by attempt, holder and status, under the run's lock. The late result of an
 -- `unknown` call settles it too. Returns NULL when somebody else settled it (or its run ended): nothing changed then.
 -- {"already": true}: this very attempt settled it before, and the answer was lost. Else what longhaul_calls_changed says.
+-- p_stored and p_contents are what of the result stands apart; of most results nothing does.
 CREATE OR REPLACE FUNCTION longhaul_call_settle(
-    p_call uuid, p_attempt integer, p_worker uuid, p_outcome text, p_result jsonb, p_error jsonb)
+    p_call uuid, p_attempt integer, p_worker uuid, p_outcome text, p_result jsonb, p_error jsonb,
+    p_stored jsonb DEFAULT NULL, p_contents bytea[] DEFAULT NULL)
 RETURNS jsonb LANGUAGE plpgsql AS $$
 DECLARE
     v_run_id uuid;
@@ -173,16 +186,18 @@ BEGIN
     IF (longhaul_run_lock(v_run_id)).thread_id IS NOT NULL THEN
         v_now := longhaul_now();
         UPDATE longhaul_tools_toolcall
-        SET status = 'settled', outcome = p_outcome, result = p_result, error = p_error, holder = NULL, settled_at = v_now
+        SET status = 'settled', outcome = p_outcome, result = p_result, stored = p_stored, error = p_error, holder = NULL,
+            settled_at = v_now
         WHERE id = p_call AND attempt = p_attempt
           AND (status = 'running' AND holder = p_worker OR status = 'unknown')
         RETURNING * INTO v_call;
         IF FOUND THEN
             UPDATE longhaul_tools_toolattempt SET ended_at = v_now, outcome = p_outcome, error = p_error
             WHERE call_id = p_call AND number = p_attempt AND (ended_at IS NULL OR outcome = 'lost');
+            IF p_stored IS NOT NULL THEN PERFORM longhaul_call_store(p_call, p_stored, p_contents, v_now); END IF;
             RETURN longhaul_calls_changed(v_run_id, 'tool_call.settled', jsonb_strip_nulls(jsonb_build_object(
                 'tool_call', p_call, 'name', v_call.name, 'message', v_call.message_id, 'outcome', p_outcome,
-                'error', p_error)) || jsonb_build_object('result', p_result)) || longhaul_call_leaves(v_call.gates);
+                'error', p_error, 'stored', p_stored)) || jsonb_build_object('result', p_result)) || longhaul_call_leaves(v_call.gates);
         END IF;
     END IF;
     PERFORM 1 FROM longhaul_tools_toolattempt
@@ -297,7 +312,8 @@ END $$;
 -- one. An attempt that runs is closed with it: its result is refused from now on. The run goes on. NULL: it is settled
 -- already, or its run has ended; {"refused": status}: it is open, and waits for no such answer. Nothing changed then.
 CREATE OR REPLACE FUNCTION longhaul_call_answer(
-    p_call uuid, p_from text[], p_outcome text, p_result jsonb, p_error jsonb, p_by text)
+    p_call uuid, p_from text[], p_outcome text, p_result jsonb, p_error jsonb, p_by text,
+    p_stored jsonb DEFAULT NULL, p_contents bytea[] DEFAULT NULL)
 RETURNS jsonb LANGUAGE plpgsql AS $$
 DECLARE
     v_run_id uuid;
@@ -312,13 +328,15 @@ BEGIN
     IF v_call.status = 'settled' THEN RETURN NULL; END IF;  -- somebody was first
     IF v_call.status <> ALL (p_from) THEN RETURN jsonb_build_object('refused', v_call.status); END IF;
     UPDATE longhaul_tools_toolcall
-    SET status = 'settled', outcome = p_outcome, result = p_result, error = p_error, holder = NULL, settled_at = v_now, next_publish_at = NULL,
-        turn = NULL
+    SET status = 'settled', outcome = p_outcome, result = p_result, stored = p_stored, error = p_error, holder = NULL,
+        settled_at = v_now, next_publish_at = NULL, turn = NULL
     WHERE id = p_call;
     UPDATE longhaul_tools_toolattempt SET ended_at = v_now, outcome = p_outcome, error = p_error
     WHERE call_id = p_call AND ended_at IS NULL;
+    IF p_stored IS NOT NULL THEN PERFORM longhaul_call_store(p_call, p_stored, p_contents, v_now); END IF;
     RETURN longhaul_calls_changed(v_run_id, 'tool_call.settled', jsonb_strip_nulls(jsonb_build_object(
-        'tool_call', p_call, 'name', v_call.name, 'message', v_call.message_id, 'outcome', p_outcome, 'error', p_error))
+        'tool_call', p_call, 'name', v_call.name, 'message', v_call.message_id, 'outcome', p_outcome, 'error', p_error,
+        'stored', p_stored))
         || jsonb_build_object('result', p_result, 'by', p_by)) || longhaul_call_leaves(v_call.gates);
 END $$;
 

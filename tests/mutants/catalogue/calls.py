@@ -310,8 +310,8 @@ ATTEMPTS = Group(
             "plain_tool_in_a_transaction",
             "The code of a plain tool runs with no transaction open.",
             EXECUTION,
-            "        result = tool.serialize(_call(claimed, tool, arguments))\n    # An async",
-            "        with transaction.atomic():\n            result = tool.serialize(_call(claimed, tool, arguments))\n    # An async",
+            "        result = tool.keep(_call(claimed, tool, arguments), claimed.call_id)\n    # An async",
+            "        with transaction.atomic():\n            result = tool.keep(_call(claimed, tool, arguments), claimed.call_id)\n    # An async",
             f"{TOOLS}a_plain_tool_keeps_what_it_wrote_before_it_failed",
         ),
         one(
@@ -375,12 +375,10 @@ ATTEMPTS = Group(
     ],
 )
 
-_TRY = """            result = tool.serialize(_call(claimed, tool, arguments, told))
+_TRY = """            result = tool.keep(_call(claimed, tool, arguments, told), claimed.call_id)
             for type, payload in told:
                 run_log.current().record(claimed.run_id, type, payload)
-            answer = lifecycle.settle(
-                claimed.call_id, claimed.attempt, worker=claimed.worker, outcome=Outcome.SUCCESS, result=result
-            )
+            answer = _settled_within(claimed, tool, result)
             if answer is None:
                 raise SettlementLost
 """
@@ -393,13 +391,11 @@ ATOMIC = Group(
             "Body and settlement of an atomic tool are one transaction.",
             EXECUTION,
             _TRY,
-            """            result = tool.serialize(_call(claimed, tool, arguments, told))
+            """            result = tool.keep(_call(claimed, tool, arguments, told), claimed.call_id)
         with transaction.atomic():
             for type, payload in told:
                 run_log.current().record(claimed.run_id, type, payload)
-            answer = lifecycle.settle(
-                claimed.call_id, claimed.attempt, worker=claimed.worker, outcome=Outcome.SUCCESS, result=result
-            )
+            answer = _settled_within(claimed, tool, result)
             if answer is None:
                 raise SettlementLost
 """,
@@ -426,8 +422,8 @@ ATOMIC = Group(
             "atomic_holds_its_run",
             "An atomic tool takes the run's lock last.",
             EXECUTION,
-            "_call(claimed, tool, arguments, told))",
-            "_call(claimed, tool, arguments))",
+            "_call(claimed, tool, arguments, told), claimed.call_id)",
+            "_call(claimed, tool, arguments), claimed.call_id)",
             f"{CONTEXT_OF_TOOLS}an_atomic_tool_that_speaks_to_readers_does_not_hold_its_run_meanwhile",
         ),
         one(

@@ -32,6 +32,7 @@ class Part(TypedDict, total=False):
     arguments: Any
     outcome: str
     result: Any
+    stored: list[dict[str, Any]]
     error: dict[str, Any]
     data: Any
 
@@ -202,7 +203,8 @@ class ToolCall:
     arguments: Any
     status: CallStatus
     outcome: str | None
-    result: Any
+    result: Any  # as the model read it: a long one is cut, with a note, and a file is described
+    stored: list[dict[str, Any]] | None  # what of it stands apart: /api/tool-calls/{id}/content has it whole
     error: dict[str, Any] | None
     attempt: int
     progress: Any

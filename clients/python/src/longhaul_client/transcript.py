@@ -25,7 +25,19 @@ CALL_STATUS: dict[str, CallStatus] = {
     "tool_call.settled": "settled",
 }
 # What an event says of a call, beside how it stands.
-CALL_FIELDS = ("arguments", "outcome", "result", "error", "by", "attempt", "fraction", "note", "deadline", "assignee")
+CALL_FIELDS = (
+    "arguments",
+    "outcome",
+    "result",
+    "stored",
+    "error",
+    "by",
+    "attempt",
+    "fraction",
+    "note",
+    "deadline",
+    "assignee",
+)
 
 
 @dataclass(slots=True)
@@ -39,6 +51,7 @@ class CallState:
     arguments: Any = None
     outcome: str | None = None
     result: Any = None
+    stored: list[dict[str, Any]] | None = None  # what of the result stands apart
     error: dict[str, Any] | None = None
     attempt: int = 0
     fraction: float | None = None
@@ -210,6 +223,7 @@ class Transcript:
             elif part["type"] == "tool_result" and (call := self.tool_calls.get(part["tool_call"])) is not None:
                 call.status, call.outcome = "settled", part.get("outcome")
                 call.result, call.error = part.get("result"), part.get("error")
+                call.stored = part.get("stored")
 
     def _call_stands(self, told: Mapping[str, Any]) -> None:
         """Take over how a call stood at the cursor."""

@@ -110,8 +110,7 @@ CREATE OR REPLACE FUNCTION longhaul_calls_changed(p_run uuid, p_type text DEFAUL
 RETURNS jsonb LANGUAGE plpgsql AS $$
 DECLARE
     v_run longhaul_runs_run;
-    v_open integer;
-    v_people integer;
+    v_works boolean;
     v_status text;
     v_now timestamptz := longhaul_now();
     v_seq bigint;
@@ -124,11 +123,16 @@ BEGIN
         v_seq := v_seq + 1;
         INSERT INTO longhaul_runs_event (run_id, seq, type, at, payload) VALUES (p_run, v_seq, p_type, v_now, p_payload);
     END IF;
-    -- Only the last step of a run has open calls.
-    SELECT count(*), count(*) FILTER (WHERE status IN ('awaiting_approval', 'awaiting_result', 'unknown'))
-    INTO v_open, v_people FROM longhaul_tools_toolcall WHERE run_id = p_run AND step = v_run.steps AND status <> 'settled';
     IF v_run.status IN ('waiting', 'requires_action') THEN  -- else the run is being ended: nothing to queue
-        IF v_open = 0 THEN
+        -- Only the last step of a run has open calls. Two probes, for a count would read all calls of the step at each
+        -- settlement: is one at work, and if none is, does one wait for a person or an outside system? From the step's end, for
+        -- its calls are claimed from the begin.
+        PERFORM 1 FROM longhaul_tools_toolcall
+        WHERE run_id = p_run AND step = v_run.steps AND status IN ('requested', 'retrying', 'running', 'awaiting_child')
+        ORDER BY index DESC LIMIT 1;
+        v_works := FOUND;
+        IF NOT v_works AND NOT EXISTS (
+            SELECT 1 FROM longhaul_tools_toolcall WHERE run_id = p_run AND step = v_run.steps AND status <> 'settled') THEN
             v_seq := longhaul_calls_say(v_run, v_seq, v_now) + 1;
             INSERT INTO longhaul_runs_event (run_id, seq, type, at, payload)
             VALUES (p_run, v_seq, 'run.queued', v_now, '{"reason": "tools"}');
@@ -141,7 +145,7 @@ BEGIN
             RETURN jsonb_build_object('run', p_run, 'status', 'queued', 'dispatch_seq', v_run.dispatch_seq + 1,
                                       'lingering', v_lingering, 'agent', v_run.agent);
         END IF;
-        v_status := CASE WHEN v_open = v_people THEN 'requires_action' ELSE 'waiting' END;
+        v_status := CASE WHEN v_works THEN 'waiting' ELSE 'requires_action' END;
         IF v_status <> v_run.status THEN
             v_seq := v_seq + 1;
             INSERT INTO longhaul_runs_event (run_id, seq, type, at, payload)

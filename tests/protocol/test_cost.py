@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 from uuid import UUID
 
@@ -133,6 +134,23 @@ def test_given_a_long_run_then_each_transition_reads_as_many_rows_as_in_a_short_
     meter("cancel", lambda: world.cancel(claim.run))
     dear = {name: counts for name, counts in meter.take().items() if sum(counts.values()) >= 40}
     assert dear == {}
+
+
+def test_given_a_step_of_many_calls_then_each_costs_as_much_as_one_of_few(world: World) -> None:
+    """At its begin, in the middle and towards its end; the last one joins, and reads them all."""
+    meter, tools = Meter(world.db), world.worker("tools@a")
+    found: dict[tuple[int, str], set[int]] = {}
+    for many in (10, 150):
+        claim = world.waiting(*(a_call(index) for index in range(many)))
+        for number, call in enumerate(world.calls(claim.run)):
+            meter.on = number in (0, 1, many // 2, many - 3, many - 2)
+            meter("call_claim", partial(world.try_call_claim, call, 1, tools))
+            meter("settle", partial(world.settle, Call(call, 1, tools), result=number))
+            for name, rows in meter.take().items():
+                found.setdefault((many, name), set()).add(sum(rows.values()))
+    assert {name for _, name in found} == {"call_claim", "settle"}
+    apart = {name: rows for (many, name), rows in found.items() if max(rows) > max(found[10, name]) + 1}
+    assert apart == {}
 
 
 def test_given_many_open_calls_and_finished_runs_then_the_sweep_reads_only_what_is_due(world: World) -> None:

@@ -133,7 +133,8 @@ BEGIN
     UPDATE longhaul_tools_toolcall
     SET status = 'running', holder = p_worker, claimed_at = v_now, next_publish_at = NULL, not_before = NULL,
         timeout_at = least(v_now + timeout, v_run.deadline)
-    WHERE id = p_call AND attempt = p_attempt AND status IN ('requested', 'retrying')
+    -- || '': not to be found by the index of what is due, all of which the planner would read where it was short once
+    WHERE id = p_call AND attempt = p_attempt AND status || '' IN ('requested', 'retrying')
       AND (not_before IS NULL OR not_before <= v_now)
       AND turn IS NULL
     RETURNING * INTO v_call;

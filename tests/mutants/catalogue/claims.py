@@ -128,7 +128,7 @@ CLAIMS = Group(
             [
                 Change(
                     CALLS,
-                    "WHERE id = p_call AND attempt = p_attempt AND status IN ('requested', 'retrying')\n      AND (not_before",
+                    "WHERE id = p_call AND attempt = p_attempt AND status || '' IN ('requested', 'retrying')\n      AND (not_before",
                     "WHERE id = p_call AND attempt = p_attempt\n      AND (not_before",
                 )
             ],
@@ -140,8 +140,8 @@ CLAIMS = Group(
             [
                 Change(
                     CALLS,
-                    "WHERE id = p_call AND attempt = p_attempt AND status IN ('requested', 'retrying')\n      AND (not_before",
-                    "WHERE id = p_call AND status IN ('requested', 'retrying')\n      AND (not_before",
+                    "WHERE id = p_call AND attempt = p_attempt AND status || '' IN ('requested', 'retrying')\n      AND (not_before",
+                    "WHERE id = p_call AND status || '' IN ('requested', 'retrying')\n      AND (not_before",
                 ),
                 Change(CALLS, "IF v_seen.attempt <> p_attempt OR v_seen.status", "IF v_seen.status"),
             ],

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from typing import Any
@@ -16,7 +17,7 @@ from uuid import UUID
 
 from django.db import IntegrityError, transaction
 
-from runs import agents, bells, lifecycle
+from runs import agents, bells, lifecycle, occupant
 from runs.conf import settings
 from runs.exceptions import (
     BadInput,
@@ -36,9 +37,9 @@ from tools import redelivery
 logger = logging.getLogger("longhaul.runs")
 
 SAVE_MODES = ("prompt_and_output", "all", "none")
-BUSY = ("enqueue", "reject")
+BUSY = ("enqueue", "steer", "interrupt", "rollback", "reject")
 FIRST_REPUBLISH = timedelta(seconds=1)
-LATER = ("steer", "interrupt", "rollback")
+BEGINS = 5  # of one start, when others take the thread between its look and its insert
 
 
 def start(
@@ -73,7 +74,9 @@ def start(
     input: a text or a list of parts, saved as the user's message; or `message`, one that is saved already; with neither
     the run goes on from the thread's last state. messages: extra ones, shown to the model before the input.
     save: what later runs of the thread see of this one: prompt_and_output, all (`messages` too), none.
-    busy: what happens when a run occupies the thread: enqueue (held until it ends), reject.
+    busy: what happens when a run occupies the thread: enqueue (held until it ends), steer (that run takes the input in at its
+        next step boundary, and is returned), interrupt (it is cancelled, this one starts), rollback (and what it was given and
+        has said is taken out of the thread), reject. docs/busy.md has the transcripts.
     output_schema: a JSON schema of the final answer; the run's output is then the value, and no text.
     idempotency_key: the same key of the same owner and the same request give the same run.
 
@@ -83,8 +86,6 @@ def start(
         raise BadInput("Give input or message, not both.")
     if save not in SAVE_MODES:
         raise BadInput(f"save must be one of {', '.join(SAVE_MODES)}; it is {save!r}.", attr="save")
-    if busy in LATER:
-        raise BadInput(f"busy={busy!r} is not there yet; use one of {', '.join(BUSY)}.", attr="busy")
     if busy not in BUSY:
         raise BadInput(f"busy must be one of {', '.join(BUSY)}; it is {busy!r}.", attr="busy")
     if isinstance(priority, bool) or not isinstance(priority, int) or not -32768 <= priority <= 32767:
@@ -118,61 +119,88 @@ def start(
     for extra in drafts:
         _refuse_size("A message", extra.content)
     fingerprint = _fingerprint(agent.name, parts, thread, message, list(messages), save, overrides, metadata, client_id)
-    run = Run(
-        owner_id=owner_id,
-        agent=agent.name,
-        origin=origin,
-        parent=parent,
-        busy=busy,
-        priority=priority,
-        overrides=overrides,
-        save_mode=save,
-        metadata=metadata,
-        idempotency_key=idempotency_key,
-        fingerprint=fingerprint,
-    )
+    fields = {
+        "owner_id": owner_id,
+        "agent": agent.name,
+        "origin": origin,
+        "parent": parent,
+        "busy": busy,
+        "priority": priority,
+        "overrides": overrides,
+        "save_mode": save,
+        "metadata": metadata,
+        "idempotency_key": idempotency_key,
+        "fingerprint": fingerprint,
+    }
     for extra in drafts:
         extra.shown = save == "all"
     if parts is not None:
         drafts.append(Message(thread=thread, role=Role.USER, content=parts, client_id=client_id, shown=save != "none"))
-    try:
-        with transaction.atomic():
-            if idempotency_key is not None and (known := _known(owner_id, idempotency_key, fingerprint)):
+    keyed = (owner_id, idempotency_key or "", fingerprint)
+    given = _Given(drafts, message, parts is not None, definition, told or {}, keyed)
+    begins = 0
+    while True:
+        begins += 1
+        try:
+            with transaction.atomic():
+                if idempotency_key is not None and (known := _known(busy, *keyed)):
+                    return known
+                return _insert(Run(**fields), thread, given)
+        except (IntegrityError, ThreadBusy, NothingToDo) as error:
+            # Somebody used the key between our look and our lock or insert; anything else goes on.
+            if idempotency_key is not None and (known := _known(busy, *keyed)):
                 return known
-            _insert(run, thread, drafts, message, has_input=parts is not None, definition=definition, told=told or {})
-    except (IntegrityError, ThreadBusy, NothingToDo):
-        # Somebody used the key between our look and our lock or insert; anything else goes on.
-        if idempotency_key is not None and (known := _known(owner_id, idempotency_key, fingerprint)):
-            return known
-        raise
-    return run
+            if begins == BEGINS or not _taken_meanwhile(error):
+                raise
 
 
-def _insert(
-    run: Run,
-    thread: Thread,
-    drafts: list[Message],
-    message: Message | None,
-    *,
-    has_input: bool,
-    definition: agents.Definition,
-    told: Mapping[str, Any],
-) -> None:
-    """Insert the run and its messages, held or queued. In a transaction."""
+@dataclass(frozen=True, slots=True)
+class _Given:
+    """What a run starts with. `drafts` are its messages, the input last. `key`: owner, idempotency key ("": none), fingerprint."""
+
+    drafts: list[Message]
+    message: Message | None
+    has_input: bool
+    definition: agents.Definition
+    told: Mapping[str, Any]
+    key: tuple[Any, str, str]
+
+
+def _taken_meanwhile(error: Exception) -> bool:
+    """Whether another run has come to occupy the thread, which was free when we looked."""
+    return isinstance(error, IntegrityError) and "longhaul_one_run_occupies_a_thread" in str(error)
+
+
+def _insert(run: Run, thread: Thread, given: _Given) -> Run:
+    """Insert the run and its messages, held or queued, and return it; or the live run, which was steered. In a transaction."""
+    drafts, message, has_input = given.drafts, given.message, given.has_input
+    told, replaced = given.told, None
+    left: list[Message] = []
+    for draft in drafts:
+        draft.status, draft.position = MessageStatus.COMPLETED, None
     new_thread = thread._state.adding
     if new_thread:
         thread.save()
         occupied = False
     else:
         occupied = transcript.lock_occupant(thread.pk)
+    if occupied and run.busy == "steer":
+        return occupant.steer(thread, drafts, message, key=given.key)
+    if run.busy == "steer" and message is not None and (steered := occupant.steered_with(message)):
+        return steered
+    if occupied and run.busy in occupant.REPLACES:
+        run.parent = run.parent or occupant.of(thread)
+        replaced, left = occupant.replace(run.parent, run.pk, run.busy)
+        told, occupied = {"after": str(run.parent.pk), **told}, False
     if occupied:
         _admit_held(run, thread)
-    elif not has_input and message is None and not drafts:
+    elif not has_input and message is None and not drafts and not left:
         _something_to_do(thread)
     moment = clock.now()
     run.thread = thread
     run.created_at = moment
-    run.deadline = moment + definition.limits.deadline if definition.limits.deadline else None
+    deadline = given.definition.limits.deadline
+    run.deadline = moment + deadline if deadline else None
     for draft in drafts:
         draft.run_id = run.pk
     if has_input:
@@ -189,8 +217,12 @@ def _insert(
         run.publishes = 1
         run.queued_at = moment
         run.next_publish_at = moment + FIRST_REPUBLISH
-        transcript.place(thread.pk, drafts, last=0 if new_thread else None)
-    placed = [] if occupied else list(drafts)
+        for each in left:
+            each.status = MessageStatus.COMPLETED
+        transcript.place(thread.pk, [*left, *drafts], last=0 if new_thread else None)
+        if left:
+            Message.objects.bulk_update(left, ["status", "position"])
+    placed = [] if occupied else [*left, *drafts]
     if message is not None:
         saved = Message.objects.select_for_update(no_key=True).filter(pk=message.pk).first()
         if saved is None:
@@ -210,6 +242,9 @@ def _insert(
     run_id, agent = run.pk, run.agent
 
     def after_commit() -> None:
+        if replaced is not None and run.parent is not None:
+            _log("cancelled", run.parent.pk, run.parent.agent, thread.pk)
+            announce(replaced)
         if not new_thread:
             bells.ring([bells.thread_channel(thread.pk)])
         if not occupied:
@@ -219,6 +254,7 @@ def _insert(
 
     # One callback a run: people's tests count them.
     transaction.on_commit(after_commit)
+    return run
 
 
 def _log(what: str, run_id: UUID, agent: str, thread_id: UUID) -> None:
@@ -310,7 +346,9 @@ def _fingerprint(*request: Any) -> str:
     return hashlib.sha256(database.dumps(plain).encode()).hexdigest()
 
 
-def _known(owner_id: Any, key: str, fingerprint: str) -> Run | None:
+def _known(busy: str, owner_id: Any, key: str, fingerprint: str) -> Run | None:
+    if busy == "steer" and (steered := occupant.steered((owner_id, key, fingerprint))):
+        return steered
     known = Run.objects.filter(owner_id=owner_id, idempotency_key=key).first()
     if known is not None and known.fingerprint != fingerprint:
         raise IdempotencyConflict(

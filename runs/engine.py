@@ -500,7 +500,7 @@ class Leg:
         self.committed = True
         self.tries = 0
         self.usage = None
-        if end is None:
+        if end is None or outcome["status"] == "running":  # somebody has steered it meanwhile: it goes on
             logger.info(
                 "Run %s: step %s committed, %s calls",
                 self.claim.run_id,
@@ -607,7 +607,15 @@ class Leg:
         if not calls:
             # What was asked for as the last step is the limit's doing, whatever the model made of it.
             reason = StopReason.MAX_STEPS if turn.last else StopReason.END_TURN
-            return {"status": Status.COMPLETED, "stop_reason": reason, "output": answer.text, "error": None}
+            limits = self._opening()[-3:]  # steps, tokens, cost
+            room = [limits[0], limits[1], str(limits[2])]
+            return {
+                "status": Status.COMPLETED,
+                "stop_reason": reason,
+                "output": answer.text,
+                "error": None,
+                "room": room,
+            }
         if bad and turn.bad_calls + 1 >= settings().bad_calls_limit:
             message = f"The model made only invalid tool calls in {turn.bad_calls + 1} steps in a row."
             error = {"code": "invalid_calls", "message": message, "retryable": False}
@@ -628,7 +636,8 @@ class Leg:
             return None
         message = f"The model's answer does not fit output_schema: {invalid}"
         error = {"code": "output_invalid", "message": message, "retryable": False}
-        return {**end, "status": Status.FAILED, "stop_reason": StopReason.MODEL_ERROR, "output": None, "error": error}
+        failed = {"status": Status.FAILED, "stop_reason": StopReason.MODEL_ERROR, "output": None, "error": error}
+        return failed
 
     def _step_row(self, turn: Turn) -> dict[str, Any]:
         return {

@@ -40,6 +40,8 @@ QUEUED_BY = {
     "drained": "its worker shut down",
     "released": "the run before it has ended",
 }
+# The runs that go on where another one ended, which they name as their parent.
+GOES_ON = Q(origin__in=["resume", "retry", "steer"]) | Q(origin="start", busy__in=["interrupt", "rollback"])
 # How to start a worker of each kind, after `celery -A PROJECT worker -Q QUEUE`.
 POOLS = {"agents": "-P gevent -c 1000", "tools": "-P prefork", "control": "-P threads -c 2"}
 
@@ -165,7 +167,7 @@ class Facts:
     def successors(self) -> dict[UUID, UUID]:
         """The last run that goes on after each failed or cancelled one."""
         ended = [run.pk for run in self._of(Status.FAILED, Status.CANCELLED)]
-        after = Run.objects.filter(parent_id__in=ended, origin__in=["resume", "retry"]).order_by("pk")
+        after = Run.objects.filter(GOES_ON, parent_id__in=ended).order_by("pk")
         return {parent: run for parent, run in after.values_list("parent_id", "pk") if parent is not None}
 
     @cached_property

@@ -140,7 +140,7 @@ LEFT JOIN (
 ) AS log ON log.run_id = r.id AND log.message = m.id
 WHERE coalesce(log.created, 0) <> CASE m.role WHEN 'assistant' THEN 1 ELSE 0 END
    OR coalesce(log.completed, 0) <> CASE WHEN m.status IN ('pending', 'discarded') THEN 0 ELSE 1 END
-   OR coalesce(log.discarded, 0) <> CASE m.status WHEN 'discarded' THEN 1 ELSE 0 END;
+   OR coalesce(log.discarded, 0) <> CASE WHEN m.status IN ('discarded', 'rolled_back') THEN 1 ELSE 0 END;
 
 -- 2: The text that was streamed is the text that was kept.
 SELECT r.id, kind || ' of message ' || m.id || ': ' || length(coalesce(streamed.text, '')) || ' characters streamed, '

@@ -194,11 +194,15 @@ def cancel(
     *,
     status: Status = CANCELLED,
     error: Mapping[str, Any] | None = None,
+    by: UUID | None = None,
 ) -> Any:
-    """Any live run -> cancelled (or failed, by a deadline). None: it had ended, and is as it was."""
+    """Any live run -> cancelled (or failed, by a deadline). None: it had ended, and is as it was.
+
+    by: the run that takes its place in the thread. The caller inserts it in the same transaction.
+    """
     return database.call(
-        "SELECT longhaul_run_cancel(%s::uuid, %s::text, %s::text, %s::jsonb)",
-        (run_id, str(status), str(stop_reason), None if error is None else database.dumps(error)),
+        "SELECT longhaul_run_cancel(%s::uuid, %s::text, %s::text, %s::jsonb, %s::uuid)",
+        (run_id, str(status), str(stop_reason), None if error is None else database.dumps(error), by),
     )
 
 

@@ -78,7 +78,7 @@ class Run(models.Model):
     agent = models.CharField(max_length=200)
     status = models.CharField(max_length=16, choices=Status.choices, default=Status.QUEUED)
     stop_reason = models.CharField(max_length=16, choices=StopReason.choices, blank=True, default="")
-    origin = models.CharField(max_length=16, default="start")  # start, resume, retry, fork, child, handoff
+    origin = models.CharField(max_length=16, default="start")  # start, resume, retry, fork, steer, child, handoff
     parent = models.ForeignKey("self", on_delete=models.SET_NULL, null=True, related_name="children", db_index=False)
     parent_call_id = models.UUIDField(null=True)
     depth = models.SmallIntegerField(default=0)
@@ -249,6 +249,16 @@ class Run(models.Model):
             for event in batch:
                 yield event
             after = batch[-1].seq
+
+    @property
+    def rolled_back(self) -> dict[str, Any] | None:
+        """What a run that was started with busy="rollback" has taken back: `{"run": id, "tool_calls": [...]}`.
+
+        The calls are those that had taken effect, or may have: that is not undone. None for any other run.
+        """
+        from runs import occupant
+
+        return occupant.rolled_back(self)
 
     def why(self) -> str:
         """Say why the run stands where it stands, for a person to read."""

@@ -8,8 +8,9 @@ The rule, event by event, in the order of `seq`:
 - `run.*` sets the status. A claim shows as `leg.started` or, where a lingering leg claims again, as the `message.created` of
   its next turn: the run is running then. The last event is the terminal one, with stop reason, output, error and usage.
 - `message.created` opens an assistant's message. Its deltas are its text so far. `message.completed` gives the content that
-  counts (`partial`: what a cancel cut), `message.discarded` takes it away, with the calls that it had begun. Any other
-  message comes with its `message.completed` alone. Messages stand in the order of their first event.
+  counts (`partial`: what a cancel cut), `message.discarded` takes it away, with the calls that it had begun; with the
+  reason `rolled_back` it was completed before, and its calls were made. Any other message comes with its `message.completed`
+  alone. Messages stand in the order of their first event.
 - A completed assistant message with a step, that is not partial, is a step of the run.
 - `tool_call.created` makes a call, in the order of its message's calls. `started` opens an attempt; `retrying`, `unknown`
   and `settled` end it: as given_back, lost or released where their error says so. Settled is final.
@@ -42,7 +43,7 @@ class MessageTold:
     id: str
     role: str
     step: int | None
-    status: str  # pending, completed, partial, discarded
+    status: str  # pending, completed, partial, discarded, rolled_back
     content: list[dict[str, Any]] | None = None
     client_id: str | None = None  # None: not told
     text: dict[str, str] = field(default_factory=dict)  # streamed, by kind of part: text, reasoning
@@ -195,6 +196,9 @@ class Replay:
     def _message(self, seq: int, verb: str, event: Mapping[str, Any]) -> None:
         id, step = str(event["message"]), event.get("step")
         known = self.messages.get(id)
+        if known is not None and known.status in ("completed", "partial") and event.get("reason") == "rolled_back":
+            known.status = "rolled_back"
+            return
         if known is not None and (verb == "created" or known.status != "pending"):
             self._fault(seq, f"message.{verb} of message {id}, which was {known.status}")
         message = known or MessageTold(id, str(event.get("role", "")), step, "pending")

@@ -57,6 +57,23 @@ class RunLimits(BaseModel):
     leg_budget_seconds: float | None
 
 
+class Effect(BaseModel):
+    """A tool call of a run that was rolled back: its effect is there (`taken`), or may be (`possible`)."""
+
+    id: UUID
+    name: str
+    arguments: Any
+    outcome: str
+    effect: Literal["taken", "possible"]
+
+
+class RolledBack(BaseModel):
+    """What a run with `busy: rollback` has taken back. The effects of these calls are not undone."""
+
+    run: UUID
+    tool_calls: list[Effect]
+
+
 class Run(BaseModel):
     """One execution of an agent over a thread."""
 
@@ -75,16 +92,22 @@ class Run(BaseModel):
     epoch: int
     last_seq: int = Field(description="of the last event so far")
     parent: UUID | None
-    origin: str = Field(description="start, resume, retry, fork, child, handoff")
+    origin: str = Field(description="start, resume, retry, fork, steer, child, handoff")
     priority: int
     created_at: datetime
     started_at: datetime | None
     finished_at: datetime | None
     metadata: dict[str, Any]
+    rolled_back: RolledBack | None = Field(
+        default=None, description="only of a run that has rolled another one back, by itself"
+    )
 
 
 def run(row: models.Run) -> dict[str, Any]:
-    return runs([row])[0]
+    found = runs([row])[0]
+    if (taken_back := row.rolled_back) is not None:
+        found["rolled_back"] = taken_back
+    return found
 
 
 def runs(rows: Iterable[models.Run]) -> list[dict[str, Any]]:

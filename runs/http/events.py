@@ -63,6 +63,7 @@ class RunQueuedEvent(Logged):
     reason: Literal["start", "tools", "budget", "retry", "lost", "drained", "released"]
     not_before: Annotated[datetime | None, Field(description="of `retry`: from when it may be taken")] = None
     superseded: Annotated[UUID | None, Field(description="of a run that retries another: the message left out")] = None
+    after: Annotated[UUID | None, Field(description="the run whose place it took, or whose steering it answers")] = None
 
 
 class RunStartedEvent(Logged):
@@ -98,6 +99,10 @@ class Ended(Logged):
     output: Annotated[Any, Field(description="the final text, or the object that output_schema asks for")]
     usage: EndUsage
     error: Fault | None
+    next: Annotated[
+        UUID | None,
+        Field(description="the run that took its place, or goes on with what steered it and was not taken in"),
+    ] = None
 
 
 class RunCompletedEvent(Ended):
@@ -162,7 +167,7 @@ class MessageCompletedEvent(OfMessage):
 
 
 class MessageDiscardedEvent(OfMessage):
-    """A message counts no more, with its text and its calls. The step is asked for again, as a new message."""
+    """A message counts no more, with its text and its calls: it was cut and is asked for again, or was taken back (`rolled_back`)."""
 
     type: Literal["message.discarded"]
     reason: str

@@ -131,7 +131,8 @@ class NewRun(Overrides):
     stream: bool = Field(default=False, description="answer with the run's events, as text/event-stream")
     busy: Literal["enqueue", "steer", "interrupt", "rollback", "reject"] = Field(
         default="enqueue",
-        description="what happens when a run occupies the thread; steer, interrupt and rollback are refused today",
+        description="when a run occupies the thread: `enqueue` waits for its end; `steer` gives it the input, and the answer is"
+        " that run; `interrupt` cancels it and starts; `rollback` does so and takes what it said out of the thread; `reject` is 409",
     )
     priority: Annotated[int, Field(ge=-32768, le=32767), WHOLE] = 0
     output_schema: JSONSchema | None = Field(default=None, description="a JSON schema of the final answer")

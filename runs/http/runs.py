@@ -12,10 +12,11 @@ from django.db.models import Q
 from django.http import Http404, HttpResponseBase
 from django.urls import reverse
 from pydantic import ConfigDict, Field, model_validator
+from rest_framework.exceptions import PermissionDenied
 from rest_framework.request import Request
 from rest_framework.response import Response
 
-from runs import admission, agents, events
+from runs import admission, agents, events, occupant
 from runs.access import visible
 from runs.http import answers, forms
 from runs.http.errors import BadField
@@ -27,7 +28,8 @@ from runs.http.streams import can_stream, make_room, needs_asgi, stream_of
 from runs.http.threads import MessageList, answered, page_of_messages, said
 from runs.http.tool_calls import ToolCallPage
 from runs.http.view import SIGNED_IN, View, may, operation, sees
-from runs.models import LIVE, TERMINAL, Leg, Run, Step
+from runs.models import LIVE, OCCUPYING, TERMINAL, Leg, Run, Step
+from threads import access
 from threads.exceptions import BadInput
 from threads.models import Message, Thread
 from tools.models import ToolCall
@@ -168,6 +170,10 @@ def _start(request: Request, body: forms.NewRun, thread: Thread | None) -> Run:
     name = body.agent or (thread.agent if thread is not None else "")
     if not name:
         raise BadField("agent", "This field is required: the thread names no agent.", "required")
+    if thread is not None and body.busy in occupant.REPLACES:
+        live = Run.objects.filter(thread=thread, status__in=OCCUPYING).first()
+        if live is not None and not access.may(request.user, "cancel", live):
+            raise PermissionDenied
     return admission.start(
         agents.get(name),
         content(body.input),

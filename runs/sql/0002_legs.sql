@@ -50,15 +50,18 @@ BEGIN
 END $$;
 
 -- Gives the waiting messages of a thread their places, in the order in which they were accepted: those saved by hand
--- (p_owner NULL) at a boundary or an end, those of a held run when it is released. The caller holds the run p_run that
--- occupies (or will occupy) the thread; each shows as an event of that run.
-CREATE OR REPLACE FUNCTION longhaul_messages_admit(p_thread uuid, p_run uuid, p_owner uuid) RETURNS void LANGUAGE plpgsql AS $$
+-- (p_by_hand) at a boundary or an end, and those of the run (p_own): its input when it is released, at a boundary what steers it.
+-- The caller holds the run p_run that occupies (or will occupy) the thread; each shows as an event of that run.
+CREATE OR REPLACE FUNCTION longhaul_messages_admit(p_thread uuid, p_run uuid, p_by_hand boolean, p_own boolean)
+RETURNS void LANGUAGE plpgsql AS $$
 DECLARE
     v_message longhaul_threads_message;
 BEGIN
     FOR v_message IN
         SELECT * FROM longhaul_threads_message
-        WHERE thread_id = p_thread AND position IS NULL AND status = 'waiting' AND run_id IS NOT DISTINCT FROM p_owner ORDER BY created_at, id
+        WHERE thread_id = p_thread AND position IS NULL AND status = 'waiting'
+          AND (p_by_hand AND run_id IS NULL OR p_own AND run_id = p_run)
+        ORDER BY created_at, id
     LOOP
         UPDATE longhaul_threads_message
         SET status = 'completed',
@@ -70,15 +73,64 @@ BEGIN
     END LOOP;
 END $$;
 
+-- What the end of a run does about what steered it and was not taken in: it becomes the input of the run that goes on. That is
+-- p_next, whose caller inserts it in this transaction; or a run of its own, of the same agent with the same settings,
+-- queued here. None where nobody is to answer: a rollback takes it back, a deleted thread takes it along. Returns the run
+-- that goes on, if one does, and whether it is queued here. The caller holds the run and ends it in this transaction.
+CREATE OR REPLACE FUNCTION longhaul_steered(p_run longhaul_runs_run, p_stop_reason text, p_next uuid)
+RETURNS uuid LANGUAGE plpgsql AS $$
+DECLARE
+    v_message longhaul_threads_message;
+BEGIN
+    IF NOT EXISTS (SELECT 1 FROM longhaul_threads_message
+                   WHERE thread_id = p_run.thread_id AND position IS NULL AND status = 'waiting' AND run_id = p_run.id) THEN
+        RETURN p_next;
+    END IF;
+    IF p_stop_reason IN ('rolled_back', 'thread_deleted', 'parent_ended') THEN
+        FOR v_message IN
+            UPDATE longhaul_threads_message SET status = 'discarded' WHERE run_id = p_run.id AND status = 'waiting' RETURNING *
+        LOOP
+            PERFORM longhaul_run_record(p_run.id, 'message.discarded', jsonb_build_object(
+                'message', v_message.id, 'role', v_message.role, 'client_id', v_message.client_id, 'reason', p_stop_reason));
+        END LOOP;
+        RETURN p_next;
+    END IF;
+    p_next := coalesce(p_next, longhaul_uuid7());
+    UPDATE longhaul_threads_message SET run_id = p_next WHERE run_id = p_run.id AND status = 'waiting';
+    RETURN p_next;
+END $$;
+
+-- Queues the run p_next that goes on with what steered p_run, which has just ended, and was not taken in: of the same agent,
+-- with the same settings and as much time. Its input has run_id p_next already. The caller holds p_run, as the row was.
+CREATE OR REPLACE FUNCTION longhaul_steered_start(p_run longhaul_runs_run, p_next uuid) RETURNS void LANGUAGE plpgsql AS $$
+DECLARE
+    v_now timestamptz := longhaul_now();
+BEGIN
+    INSERT INTO longhaul_runs_run (
+        id, thread_id, owner_id, agent, status, stop_reason, origin, parent_id, depth, busy, priority, overrides, save_mode,
+        metadata, input_message_id, fingerprint, epoch, dispatch_seq, publishes, next_publish_at, last_seq, steps, legs, lost,
+        bad_calls, model_tries, input_tokens, output_tokens, cost, deadline, created_at, queued_at)
+    SELECT p_next, p_run.thread_id, p_run.owner_id, p_run.agent, 'queued', '', 'steer', p_run.id, p_run.depth, 'steer', p_run.priority,
+           p_run.overrides, p_run.save_mode, p_run.metadata, (
+               SELECT id FROM longhaul_threads_message WHERE run_id = p_next ORDER BY created_at, id LIMIT 1),
+           '', 0, 1, 1, v_now + interval '1 second', 0, 0, 0, 0, 0, 0, 0, 0, 0, v_now + (p_run.deadline - p_run.created_at), v_now, v_now;
+    PERFORM longhaul_messages_admit(p_run.thread_id, p_next, false, true);
+    PERFORM longhaul_run_record(p_next, 'run.queued', jsonb_build_object('reason', 'start', 'after', p_run.id));
+END $$;
+
 -- The end of a run, of whatever cause: nothing pending, nothing open, the transcript joined, the terminal event last, the
--- oldest held run of the thread queued, all in the caller's transaction. The caller holds the run and has checked
--- that it is live. Cancel raises the epoch: the leg learns of it by its fence. Returns {"status", "released": [run, dispatch_seq, agent]}.
+-- next run of the thread queued, all in the caller's transaction: the one that goes on with what steered this one, else the
+-- oldest held one. p_next: the run that its caller inserts in this place (interrupt, rollback), so none is queued here. The
+-- caller holds the run and has checked that it is live. Cancel raises the epoch: the leg learns of it by its fence.
+-- Returns {"status", "released": [run, dispatch_seq, agent]}.
 CREATE OR REPLACE FUNCTION longhaul_run_end(
-    p_run uuid, p_status text, p_stop_reason text, p_error jsonb, p_output jsonb, p_leg_reason text, p_epoch integer DEFAULT NULL)
+    p_run uuid, p_status text, p_stop_reason text, p_error jsonb, p_output jsonb, p_leg_reason text, p_epoch integer DEFAULT NULL,
+    p_next uuid DEFAULT NULL)
 RETURNS jsonb LANGUAGE plpgsql AS $$
 DECLARE
     v_run longhaul_runs_run;
     v_held uuid;
+    v_on uuid;
     v_next longhaul_runs_run;
     v_message longhaul_threads_message;
 BEGIN
@@ -94,7 +146,9 @@ BEGIN
                 'message', v_message.id, 'role', v_message.role, 'client_id', v_message.client_id, 'reason', p_leg_reason));
         END LOOP;
     ELSE
-        PERFORM longhaul_messages_admit(v_run.thread_id, p_run, NULL);
+        PERFORM longhaul_messages_admit(v_run.thread_id, p_run, true, false);
+        v_on := longhaul_steered(v_run, p_stop_reason, p_next);
+        IF p_stop_reason = 'rolled_back' THEN PERFORM longhaul_messages_roll_back(p_run); END IF;
     END IF;
     UPDATE longhaul_runs_run
     SET status = p_status, stop_reason = p_stop_reason, error = p_error, output = p_output, finished_at = longhaul_now(),
@@ -103,8 +157,14 @@ BEGIN
     WHERE id = p_run;
     PERFORM longhaul_run_record(p_run, 'run.' || p_status, jsonb_build_object(
         'stop_reason', p_stop_reason, 'output', p_output, 'error', p_error,
-        'usage', jsonb_build_object('input_tokens', v_run.input_tokens, 'output_tokens', v_run.output_tokens, 'cost', v_run.cost)),
+        'usage', jsonb_build_object('input_tokens', v_run.input_tokens, 'output_tokens', v_run.output_tokens, 'cost', v_run.cost))
+        || CASE WHEN v_on IS NULL THEN '{}'::jsonb ELSE jsonb_build_object('next', v_on) END,
         p_epoch);
+    IF p_next IS NOT NULL THEN RETURN jsonb_build_object('run', p_run, 'status', p_status); END IF;
+    IF v_on IS NOT NULL THEN
+        PERFORM longhaul_steered_start(v_run, v_on);
+        RETURN jsonb_build_object('run', p_run, 'status', p_status, 'released', jsonb_build_array(v_on, 1, v_run.agent));
+    END IF;
     IF v_run.status <> 'held' THEN
         SELECT id INTO v_held FROM longhaul_runs_run
         WHERE thread_id = v_run.thread_id AND status = 'held' ORDER BY created_at, id LIMIT 1 FOR NO KEY UPDATE;
@@ -114,9 +174,30 @@ BEGIN
     SET status = 'queued', dispatch_seq = dispatch_seq + 1, queued_at = longhaul_now(), publishes = 1,
         next_publish_at = longhaul_now() + interval '1 second'
     WHERE id = v_held RETURNING * INTO v_next;
-    PERFORM longhaul_messages_admit(v_run.thread_id, v_held, v_held);
+    PERFORM longhaul_messages_admit(v_run.thread_id, v_held, false, true);
     PERFORM longhaul_run_record(v_held, 'run.queued', '{"reason": "released"}');
     RETURN jsonb_build_object('run', p_run, 'status', p_status, 'released', jsonb_build_array(v_held, v_next.dispatch_seq, v_next.agent));
+END $$;
+
+-- Takes all that a run was given, has said and has asked for out of later context: its messages stay where they stand, and the
+-- log says of each that it is taken away. What was saved by hand meanwhile stays. The caller holds the run and ends it.
+CREATE OR REPLACE FUNCTION longhaul_messages_roll_back(p_run uuid) RETURNS void LANGUAGE plpgsql AS $$
+DECLARE
+    v_seq bigint;
+    v_now timestamptz := longhaul_now();
+    v_count integer;
+BEGIN
+    SELECT last_seq INTO v_seq FROM longhaul_runs_run WHERE id = p_run;
+    WITH gone AS (
+        UPDATE longhaul_threads_message SET status = 'rolled_back'
+        WHERE run_id = p_run AND status IN ('completed', 'partial') AND position IS NOT NULL
+        RETURNING id, role, step, client_id, position)
+    INSERT INTO longhaul_runs_event (run_id, seq, type, at, payload)
+    SELECT p_run, v_seq + row_number() OVER (ORDER BY position), 'message.discarded', v_now, jsonb_build_object(
+               'message', id, 'role', role, 'step', step, 'client_id', client_id, 'reason', 'rolled_back')
+    FROM gone;
+    GET DIAGNOSTICS v_count = ROW_COUNT;
+    UPDATE longhaul_runs_run SET last_seq = last_seq + v_count WHERE id = p_run;
 END $$;
 
 -- queued -> running, by dispatch_seq: a doubled or late message matches no row (NULL). {"absent": true}: the worker must beat
@@ -183,8 +264,9 @@ BEGIN
     IF p_run.input_tokens + p_run.output_tokens >= p_max_tokens THEN RETURN '{"limit": "token_budget"}'; END IF;
     IF p_run.cost >= p_max_cost THEN RETURN '{"limit": "cost_budget"}'; END IF;
     IF EXISTS (SELECT 1 FROM longhaul_threads_message
-               WHERE thread_id = p_run.thread_id AND position IS NULL AND status = 'waiting' AND run_id IS NULL) THEN
-        PERFORM longhaul_messages_admit(p_run.thread_id, p_run.id, NULL);
+               WHERE thread_id = p_run.thread_id AND position IS NULL AND status = 'waiting'
+                 AND (run_id IS NULL OR run_id = p_run.id)) THEN
+        PERFORM longhaul_messages_admit(p_run.thread_id, p_run.id, true, true);
         SELECT last_seq INTO v_seq FROM longhaul_runs_run WHERE id = p_run.id;
     END IF;
     v_context := longhaul_context_read(p_run.thread_id, p_run.id, p_after, p_limit);
@@ -294,8 +376,9 @@ END $$;
 
 -- The commit of a step, fenced, one transaction: the deltas that the flusher still held and the other events (p_events, in
 -- order), the message complete, the step, its usage, its calls, and the run's next state: waiting for its calls, or
--- ended (p_end: {"status", "stop_reason", "output", "error"}), or, with neither calls nor an end (input to take in, an
--- answer to correct), still running: the leg opens its next turn. What the model is told of its answer comes with the
+-- ended (p_end: {"status", "stop_reason", "output", "error", "room"?}), or, with neither calls nor an end (input to take in, an
+-- answer to correct), still running: the leg opens its next turn. "room": [steps, tokens, cost] says up to where input that
+-- steers the run, and came while the model spoke, makes it go on in place of ending. What the model is told of its answer comes with the
 -- step's row ("correction": {"id", "content"}) and is a message of the user's in this run and step. Returns NULL when the
 -- fence was lost. With calls: what longhaul_calls_changed says when all came settled already, else {"status": "waiting"} and what
 -- longhaul_calls_request says of those that wait for their turn (p_window: how many of a queue may be out).
@@ -312,6 +395,7 @@ DECLARE
     v_parked jsonb;
     v_waits boolean := coalesce(jsonb_array_length(p_calls), 0) > 0 AND p_end IS NULL;
     v_leg_ends boolean := v_waits AND coalesce(p_linger, interval '0') <= interval '0';
+    v_end jsonb := p_end;
 BEGIN
     SELECT * INTO v_run FROM longhaul_runs_run
     WHERE id = p_run AND epoch = p_epoch AND status = 'running' AND holder = p_worker AND pending_message_id = p_message
@@ -319,6 +403,16 @@ BEGIN
     IF NOT FOUND THEN RETURN NULL; END IF;  -- the fence
     v_now := longhaul_now();
     v_step := v_run.steps + 1;
+    -- Somebody steers: the run goes on, unless it has reached a limit. Then its end sees to what was not taken in.
+    IF p_end ? 'room' AND coalesce(v_run.deadline > v_now, true)
+       AND v_step < (p_end->'room'->>0)::integer
+       AND v_run.input_tokens + v_run.output_tokens + coalesce((p_usage->>'input_tokens')::bigint, 0)
+           + coalesce((p_usage->>'output_tokens')::bigint, 0) < (p_end->'room'->>1)::bigint
+       AND v_run.cost + coalesce((p_usage->>'cost')::numeric, 0) < (p_end->'room'->>2)::numeric
+       AND EXISTS (SELECT 1 FROM longhaul_threads_message
+                   WHERE thread_id = v_run.thread_id AND position IS NULL AND status = 'waiting' AND run_id = p_run) THEN
+        v_end := NULL;
+    END IF;
     SELECT coalesce(jsonb_agg(c->'id' ORDER BY (c->>'index')::integer), '[]') INTO v_open
     FROM jsonb_array_elements(CASE WHEN v_waits THEN p_calls ELSE '[]' END) AS c WHERE c->>'outcome' IS NULL;
     INSERT INTO longhaul_runs_event (run_id, seq, type, at, epoch, message_id, ordinal, payload)
@@ -363,7 +457,7 @@ BEGIN
             'message', p_step_row->'correction'->'id', 'role', 'user', 'step', v_step,
             'content', p_step_row->'correction'->'content') || longhaul_message_mark(v_run.save_mode <> 'none'), p_epoch);
     END IF;
-    IF p_end IS NOT NULL THEN
+    IF v_end IS NOT NULL THEN
         RETURN longhaul_run_end(p_run, p_end->>'status', p_end->>'stop_reason', nullif(p_end->'error', 'null'::jsonb), p_end->'output',
                                 CASE p_end->>'status' WHEN 'completed' THEN 'finished' ELSE 'failed' END, p_epoch);
     END IF;
@@ -453,11 +547,12 @@ BEGIN
 END $$;
 
 -- Any live run -> cancelled, or failed (a deadline that nobody holds): a transition, not a flag. NULL: it had ended, nothing changed.
-CREATE OR REPLACE FUNCTION longhaul_run_cancel(p_run uuid, p_status text, p_stop_reason text, p_error jsonb)
+-- p_next: the run that takes its place in the thread, which the caller inserts in this transaction.
+CREATE OR REPLACE FUNCTION longhaul_run_cancel(p_run uuid, p_status text, p_stop_reason text, p_error jsonb, p_next uuid DEFAULT NULL)
 RETURNS jsonb LANGUAGE plpgsql AS $$
 BEGIN
     IF (longhaul_run_lock(p_run)).thread_id IS NULL THEN RETURN NULL; END IF;
-    RETURN longhaul_run_end(p_run, p_status, p_stop_reason, p_error, NULL, p_status);
+    RETURN longhaul_run_end(p_run, p_status, p_stop_reason, p_error, NULL, p_status, NULL, p_next);
 END $$;
 
 -- running -> queued, without its leg: the holder is dead, past its leg_deadline, or does not know the claim. Names holder and

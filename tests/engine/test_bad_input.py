@@ -113,7 +113,7 @@ def test_an_input_that_is_too_large_says_what_is_allowed_and_which_setting(agent
         ({"instructions": 3}, ["instructions", "string"]),
         ({"options": "hot"}, ["options", "dict"]),
         ({"busy": "wait"}, ["busy", "enqueue", "reject"]),
-        ({"busy": "steer"}, ["steer", "enqueue", "reject"]),
+        ({"busy": "reject all"}, ["steer", "interrupt", "rollback"]),
         ({"save": "some"}, ["save", "prompt_and_output", "all", "none"]),
         ({"priority": 40_000}, ["priority", "32767"]),
         ({"client_id": "x" * 201}, ["client_id", "200"]),

@@ -305,16 +305,18 @@ class World:
     def try_commit(
         self, claim: Claim, calls: Sequence[Row] | None = None, end: Row | None = None, linger: timedelta | None = None,
         bad: bool = False, events: Sequence[Any] = (), usage: Row | None = None, window: int | None = None,
+        content: Sequence[Row] | None = None,
     ) -> Row | None:  # fmt: skip
+        said = [{"type": "text", "text": "said"}] if content is None else list(content)
         step_row = {
             "model": "echo", "instructions": "", "tool_names": [], "schema_digest": "", "options": {}, "context": {},
         }  # fmt: skip
         answer: Row | None = self.db.call(
             "longhaul_step_commit", p_run=claim.run, p_epoch=claim.epoch, p_worker=claim.worker,
-            p_message=claim.message, p_leg=claim.leg, p_content=Jsonb([{"type": "text", "text": "said"}]),
+            p_message=claim.message, p_leg=claim.leg, p_content=Jsonb(said),
             p_events=Jsonb([
                 *events,
-                ["message.completed", None, {"message": str(claim.message), "role": "assistant", "content": []}],
+                ["message.completed", None, {"message": str(claim.message), "role": "assistant", "content": said}],
             ]),
             p_step_row=step_row, p_usage=usage, p_calls=None if calls is None else Jsonb(list(calls)), p_bad=bad,
             p_end=end, p_linger=timedelta() if linger is None else linger, p_window=window,

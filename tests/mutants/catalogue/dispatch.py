@@ -6,10 +6,10 @@ from tests.mutants.catalogue.places import PUBLISHED, START
 from tests.mutants.mutant import Change, Exempt, Group, Mutant, one
 
 _LOOK = (
-    "            if idempotency_key is not None and (known := _known(owner_id, idempotency_key, fingerprint)):\n"
-    "                return known\n"
+    "                if idempotency_key is not None and (known := _known(busy, *keyed)):\n"
+    "                    return known\n"
 )
-_LATE_LOOK = "    except (IntegrityError, ThreadBusy, NothingToDo):\n"
+_LATE_LOOK = "        except (IntegrityError, ThreadBusy, NothingToDo) as error:\n"
 
 PUBLISH = Group(
     "Publish after commit",
@@ -86,8 +86,8 @@ PUBLISH = Group(
             "two_runs_of_one_key",
             "The same key of the same owner and the same request give the same run.",
             [
-                Change("runs/admission.py", _LOOK + "            _insert", "            _insert"),
-                Change("runs/admission.py", _LATE_LOOK, "    except ZeroDivisionError:\n"),
+                Change("runs/admission.py", _LOOK + "                return _insert", "                return _insert"),
+                Change("runs/admission.py", _LATE_LOOK, "        except ZeroDivisionError as error:\n"),
             ],
             [f"{START}a_key_is_its_owners"],
         ),
@@ -96,7 +96,7 @@ PUBLISH = Group(
             "Also when somebody uses the key between the look and the insert.",
             "runs/admission.py",
             _LATE_LOOK,
-            "    except ZeroDivisionError:\n",
+            "        except ZeroDivisionError as error:\n",
             f"{START}a_key_that_is_used_between_the_look_and_the_insert_gives_the_run_of_the_faster",
         ),
     ],

@@ -20,7 +20,7 @@ ENDS = Group(
             "cancel_is_a_flag",
             "Cancel is a transition, not a flag that the leg sees at its next boundary.",
             LEGS,
-            "    RETURN longhaul_run_end(p_run, p_status, p_stop_reason, p_error, NULL, p_status);\n",
+            "    RETURN longhaul_run_end(p_run, p_status, p_stop_reason, p_error, NULL, p_status, NULL, p_next);\n",
             "    PERFORM longhaul_calls_close(p_run, (SELECT steps FROM longhaul_runs_run WHERE id = p_run));\n"
             "    PERFORM longhaul_run_record(p_run, 'run.cancelling', '{}');\n"
             "    RETURN jsonb_build_object('run', p_run, 'status', p_status);\n",
@@ -103,7 +103,11 @@ ENDS = Group(
                     "    PERFORM longhaul_run_record(p_run, 'run.' || p_status, jsonb_build_object(\n        'stop_reason'",
                     "    PERFORM (jsonb_build_object(\n        'stop_reason'",
                 ),
-                Change(LEGS, "'cost', v_run.cost)),\n        p_epoch);", "'cost', v_run.cost)));"),
+                Change(
+                    LEGS,
+                    "jsonb_build_object('next', v_on) END,\n        p_epoch);",
+                    "jsonb_build_object('next', v_on) END);",
+                ),
             ],
             [f"{CANCEL}text_when_a_run_is_cancelled_then_it_is_kept_as_partial"],
         ),
@@ -111,8 +115,8 @@ ENDS = Group(
             "saved_by_hand_is_stranded",
             "A message saved by hand in the last step gets its place at the run's end.",
             LEGS,
-            "        PERFORM longhaul_messages_admit(v_run.thread_id, p_run, NULL);\n    END IF;\n    UPDATE",
-            "        NULL;\n    END IF;\n    UPDATE",
+            "        PERFORM longhaul_messages_admit(v_run.thread_id, p_run, true, false);\n",
+            "",
             "tests/protocol/test_exits.py::test_given_messages_saved_by_hand_when_the_run_ends_then_they_have_a_place",
         ),
         one(
@@ -196,7 +200,7 @@ BUSY = Group(
             "released_input_has_no_place",
             "The input of a held run gets its place when the run leaves `held`.",
             LEGS,
-            "    PERFORM longhaul_messages_admit(v_run.thread_id, v_held, v_held);\n",
+            "    PERFORM longhaul_messages_admit(v_run.thread_id, v_held, false, true);\n",
             "",
             f"{_OLDEST}[completed]",
         ),

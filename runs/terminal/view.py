@@ -215,6 +215,8 @@ class RunView:
                 yield f"user: {line}"
         elif event.get("role") != "assistant":
             return
+        elif verb == "discarded" and event.get("reason") == "rolled_back":
+            return  # it was complete; the end of the run says why
         elif verb == "created":
             self.status = "running"  # also when a lingering leg has claimed again, which no event of its own tells
             self._listen(message)

@@ -227,6 +227,9 @@ GROUPS: Mapping[str, Mapping[str, Key]] = {
             form=("quorum|classic", "quorum or classic"),
         ),
         "DRAIN_GRACE_SECONDS": _time(5, "how long streams go on after SIGTERM"),
+        "CANCEL_GRACE_SECONDS": _time(
+            30, "how long a tool may run on once its call is cancelled; then it is interrupted, and 5 s later killed"
+        ),
         "PRESENCE_TTL_SECONDS": _time(12, "a worker that is silent for longer is dead", least=6),
     },
 }
@@ -259,6 +262,7 @@ class Settings:
     model_tries: int
     model_retry_total: timedelta
     drain_grace: timedelta  # how long streams may run on after SIGTERM
+    cancel_grace: timedelta  # how long a tool may run on once its call is cancelled
     max_result_chars: int  # these two are read by tools.results
     max_result_bytes: int
     bad_calls_limit: int

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from functools import cached_property, reduce
 from operator import or_
+from textwrap import shorten
 from typing import Any, NamedTuple
 from uuid import UUID
 
@@ -317,7 +318,7 @@ def _call(call: ToolCall, workers: dict[UUID | None, tuple[str, bool]], now: dat
             name, present = workers.get(call.holder, ("a worker that is gone", False))
             silent = "" if present or call.holder not in workers else ", which is silent"
             since = span(now - call.claimed_at) if call.claimed_at else "?"
-            return f"{call.name} (running on {name}{silent}, {since}, {tried})"
+            return f"{call.name} (running on {name}{silent}, {since}, {tried}{_progress(call)})"
         case CallStatus.REQUESTED | CallStatus.RETRYING:
             if call.not_before is not None and call.not_before > now:
                 code = (call.error or {}).get("code", "it failed")
@@ -331,6 +332,16 @@ def _call(call: ToolCall, workers: dict[UUID | None, tuple[str, bool]], now: dat
         case _:
             until = f", until {call.deadline:%Y-%m-%d %H:%M} UTC" if call.deadline else ""
             return f"{call.name} ({call.get_status_display().lower()}{until})"
+
+
+def _progress(call: ToolCall) -> str:
+    """How far the current attempt says that it is: `, 40%: part 2 of 5`."""
+    told = call.progress or {}
+    if told.get("attempt") != call.attempt:
+        return ""
+    fraction, note = told.get("fraction"), shorten(str(told.get("note") or ""), 80, placeholder="...")
+    said = [each for each in ("" if fraction is None else f"{fraction:.0%}", note) if each]
+    return f", {': '.join(said)}" if said else ""
 
 
 def _ended(run: Run, facts: Facts) -> Explanation:

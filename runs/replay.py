@@ -13,7 +13,8 @@ The rule, event by event, in the order of `seq`:
   alone. Messages stand in the order of their first event.
 - A completed assistant message with a step, that is not partial, is a step of the run.
 - `tool_call.created` makes a call, in the order of its message's calls. `started` opens an attempt; `retrying`, `unknown`
-  and `settled` end it: as given_back, lost or released where their error says so. Settled is final.
+  and `settled` end it: as given_back, lost or released where their error says so. Settled is final. `progress` is how far it
+  was when it last said so.
 - `leg.started` and `leg.ended` are the legs. Each `usage` event is one model call; the run's usage is their sum, those of
   discarded messages included.
 
@@ -71,6 +72,7 @@ class CallTold:
     stored: Any = None  # what of the result stands apart
     error: Mapping[str, Any] | None = None
     attempts: list[AttemptTold] = field(default_factory=list)
+    progress: dict[str, Any] | None = None  # what was told last: fraction, note
 
 
 @dataclass(slots=True)
@@ -279,7 +281,9 @@ class Replay:
                 call.status, call.arguments = "requested", event.get("arguments", call.arguments)
             case "awaiting_result" | "awaiting_child":
                 call.status = verb
-            case _:  # progress, extended, assigned, denied (settled follows): no change of what is kept here
+            case "progress":
+                call.progress = {"fraction": event.get("fraction"), "note": event.get("note")}
+            case _:  # extended, assigned, denied (settled follows): no change of what is kept here
                 pass
 
     def _usage(self, event: Mapping[str, Any]) -> None:

@@ -248,6 +248,9 @@ def _calls(report: Report, told: Replay, rows: _Rows, workers: Mapping[UUID, str
             report.compare(f"{what} result", said.result, call.result)
             report.compare(f"{what} contents apart", said.stored, call.stored)
             report.compare(f"{what} error", said.error, call.error)
+        if not told.removed:  # else what it said last may be among that
+            kept = call.progress and {each: call.progress.get(each) for each in ("fraction", "note")}
+            report.compare(f"{what} progress", said.progress, kept)
         attempts = rows.attempts.get(call.pk, [])
         report.compare(
             f"{what} attempts",

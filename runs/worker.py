@@ -21,6 +21,7 @@ from runs.prefetch import Prefetch, of_the_host
 from runs.sweep import SweepThread
 from threads import logs
 from tools import presence
+from tools.interrupts import Minder
 from tools.presence import Holding, Presence
 
 logger = logging.getLogger("longhaul.worker")
@@ -69,7 +70,9 @@ def recognise(sender: str, instance: Any, **_: Any) -> None:
     # worker would end for that, and take the slow call that it runs along, again and again.
     instance.app.conf.broker_channel_error_retry = True
     logs.everywhere(worker=str(sender))
-    presence.current = Presence(name=str(sender), kind=_kind(), holdings=_holdings())
+    # Calls of the solo pool run in the main thread, as in a prefork child; but nobody would start a worker that was killed.
+    minder = Minder(settings().cancel_grace, kills=False) if "solo" in instance.pool_cls.__module__ else None
+    presence.current = Presence(name=str(sender), kind=_kind(), holdings=_holdings(), minder=minder)
     if _prefork:
         # The children name it as their parent, so its row comes before them.
         presence.current.try_tick()
@@ -168,9 +171,7 @@ def arrive_in_child(**_: Any) -> None:
     if parent is None:
         return
     parent.forget()
-    child = Presence(
-        name=parent.name, kind=parent.kind, holdings=parent.holdings, parent=parent.first_life, beats=False
-    )
+    child = parent.child(Minder(settings().cancel_grace, kills=True))
     presence.current = child
     child.start()
     if settings().agents_queue in _queues:
@@ -184,8 +185,11 @@ def arrive_in_child(**_: Any) -> None:
 def drain(**_: Any) -> None:
     """SIGTERM: no new claim, streams get their grace, the rest is handed on.
 
-    Runs in a signal handler, under gevent in the hub: it sets flags and starts nothing.
+    Runs in a signal handler, under gevent in the hub: it sets flags and starts nothing. A tools worker waits for its tools,
+    which can see that it leaves.
     """
+    if presence.current is not None:
+        presence.current.draining = True
     if _process is not None:
         _process.drain()
 

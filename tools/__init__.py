@@ -24,6 +24,7 @@ __all__ = [
     "ToolCall",
     "ToolContext",
     "ToolFailed",
+    "WorkerLeaving",
     "tool",
 ]
 
@@ -37,6 +38,7 @@ _HOME = {
     "ToolCall": "tools.models",
     "ToolContext": "tools.context",
     "ToolFailed": "tools.exceptions",
+    "WorkerLeaving": "tools.exceptions",
     "tool": "tools.registry",
 }
 

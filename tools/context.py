@@ -27,6 +27,7 @@ class ToolContext:
     __slots__ = (
         "_attempt",
         "_check_cancelled",
+        "_check_stopping",
         "_deadline",
         "_emit_data",
         "_idempotency_key",
@@ -56,11 +57,12 @@ class ToolContext:
         report_progress: Callable[[float | None, str], None] = lambda fraction, note: None,
         emit_data: Callable[[Any], None] = lambda data: None,
         check_cancelled: Callable[[], bool] = lambda: False,
+        check_stopping: Callable[[], bool] = lambda: False,
     ) -> None:
         """Take plain values, and callables for what costs a query or writes.
 
         `report_progress(fraction, note)` gets a fraction between 0 and 1 or None, and decides how often it writes;
-        `emit_data(data)` gets JSON-able data; `check_cancelled()` may be called in a tight loop.
+        `emit_data(data)` gets JSON-able data; `check_cancelled()` and `check_stopping()` may be called in a tight loop.
         """
         self._tool_call = tool_call
         self._attempt = attempt
@@ -75,6 +77,7 @@ class ToolContext:
         self._report_progress = report_progress
         self._emit_data = emit_data
         self._check_cancelled = check_cancelled
+        self._check_stopping = check_stopping
 
     def __repr__(self) -> str:
         return f"<ToolContext run={self._run_id} attempt={self._attempt} key={self._idempotency_key!r}>"
@@ -146,3 +149,11 @@ class ToolContext:
     def is_cancelled(self) -> bool:
         """Return True once the result is no longer wanted: the call is settled, or another attempt has taken over."""
         return self._check_cancelled()
+
+    @property
+    def stopping(self) -> bool:
+        """True once the worker has been asked to shut down: it waits for its tools, until somebody kills it.
+
+        A long tool that can begin again raises `WorkerLeaving` then; the call is given back and costs no attempt.
+        """
+        return self._check_stopping()

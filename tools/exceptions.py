@@ -5,7 +5,8 @@
     │   ├── ModelRetry            failed; the model reads why and may try otherwise
     │   ├── ToolFailed            failed for good
     │   │   └── InvalidResult     it ran, but its result cannot be JSON (said by us)
-    │   └── ApprovalRequired      a person must decide first
+    │   ├── ApprovalRequired      a person must decide first
+    │   └── WorkerLeaving         its worker shuts down: begin again elsewhere
     ├── said to the model, about a call it asked for
     │   ├── ToolNotAvailable      no fault of the model's
     │   ├── UnknownTool           (LookupError)
@@ -80,6 +81,16 @@ class ApprovalRequired(ToolError):
     """
 
     code = "approval_required"
+
+
+class WorkerLeaving(ToolError):
+    """The worker that runs this tool shuts down: the call is given back, and begins again on another one.
+
+    Raised by a long tool that sees `ctx.stopping`, or in one with `on_deploy="give_back"`. It costs none of the call's
+    attempts. A tool with `idempotent=False` must not start twice: there it is an error like others.
+    """
+
+    code = "worker_leaving"
 
 
 class UnknownTool(ToolError, LookupError):

@@ -8,6 +8,7 @@ lock taken last. The settlement is repeated until it is answered; a crash betwee
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import logging
 import time
@@ -22,9 +23,9 @@ from django.db import DatabaseError, InterfaceError, OperationalError, connectio
 
 from threads import database, logs
 from threads.redaction import redact
-from tools import lifecycle, run_log
+from tools import interrupts, lifecycle, run_log
 from tools.context import ToolContext
-from tools.exceptions import InvalidArguments, InvalidResult, Problem, ToolError
+from tools.exceptions import InvalidArguments, InvalidResult, Problem, ToolError, WorkerLeaving
 from tools.lifecycle import NOTHING
 from tools.models import Outcome, ToolCall
 from tools.presence import Presence
@@ -37,7 +38,15 @@ logger = logging.getLogger("longhaul.tools")
 P = ParamSpec("P")
 R = TypeVar("R")
 
+PROGRESS = "tool_call.progress"
 PROGRESS_SECONDS = 1.0
+# Of a tool that starts at most once, and did not come to its end.
+NOBODY_KNOWS = (
+    " Whether it has taken effect is not known. Do not call it again for the same purpose unless you have made sure that it"
+    " has not."
+)
+# An author may have put one into the text for the model.
+_TRACE = "Traceback (most recent call last):"
 
 
 class SettlementLost(Exception):
@@ -54,6 +63,7 @@ class Claimed:
     attempt_id: UUID
     worker: UUID
     answer: Mapping[str, Any]
+    leaving: Callable[[], bool] = lambda: False  # whether its worker shuts down
 
     @property
     def name(self) -> str:
@@ -65,7 +75,8 @@ def execute(call_id: UUID, attempt: int, *, presence: Presence, task_id: str = "
 
     `alone`: this process runs one call at a time (prefork), so whatever else names it is lost and given back first.
     """
-    with presence.register.entry("call", call_id) as registered:
+    interrupted = interrupts.delivered(prefork=alone) if presence.interrupts else contextlib.nullcontext()
+    with interrupted, presence.register.entry("call", call_id) as registered:
         claimed = _claim(call_id, attempt, presence=presence, task_id=task_id, alone=alone)
         if claimed is None:
             return
@@ -123,6 +134,7 @@ def _claim(call_id: UUID, attempt: int, *, presence: Presence, task_id: str, alo
                 attempt_id=UUID(answer["attempt_id"]),
                 worker=worker,
                 answer=answer,
+                leaving=lambda: presence.draining,
             )
         for orphan, number in answer["orphans"]:  # lost in this process: an answer that never came
             began = not presence.register.unbegun("call", UUID(orphan), number)
@@ -155,7 +167,7 @@ def _execute_atomic(claimed: Claimed, tool: Tool, arguments: dict[str, Any]) -> 
             database.rows_of("SELECT set_config('application_name', %s, true)", (f"longhaul {claimed.attempt_id}",))
             result = tool.keep(_call(claimed, tool, arguments, told), claimed.call_id)
             for type, payload in told:
-                run_log.current().record(claimed.run_id, type, payload)
+                _write(claimed, type, payload)
             answer = _settled_within(claimed, tool, result)
             if answer is None:
                 raise SettlementLost
@@ -195,16 +207,29 @@ def _call(
 ) -> Any:
     if tool.context_parameter is not None:
         arguments[tool.context_parameter] = context_of(claimed, told)
-    if tool.is_async:
-        return asyncio.run(tool.function(**arguments))
-    return tool.function(**arguments)
+    seconds = claimed.answer.get("seconds")
+    gives_back = tool.on_deploy == "give_back"
+    with interrupts.body(claimed.call_id, claimed.attempt, seconds, gives_back=gives_back) as body:
+        try:
+            if tool.is_async:
+                return asyncio.run(body.bounded(tool.function(**arguments)))
+            return tool.function(**arguments)
+        except (Exception, asyncio.CancelledError) as error:
+            if body.reason is None or isinstance(error, (ToolError, SoftTimeLimitExceeded)):
+                raise
+            raise body.error() from error  # what it raised while it cleaned up is no error to be tried again
 
 
 def _after_error(claimed: Claimed, tool: Tool, error: BaseException) -> None:
     """Settle as failed, or ask for another attempt, as the error's class and the tool's policy say."""
     if isinstance(error, SoftTimeLimitExceeded):
-        return _settle(
-            claimed, Outcome.FAILED, error={"code": "timed_out", "message": "The tool did not finish in time."}
+        late = "The tool did not finish in time." + (NOBODY_KNOWS if tool.idempotent is False else "")
+        return _settle(claimed, Outcome.FAILED, error={"code": "timed_out", "message": late})
+    if isinstance(error, WorkerLeaving) and tool.idempotent is not False:
+        return _until_answered(
+            claimed,
+            lambda: lifecycle.reclaim(claimed.call_id, claimed.attempt, holder=claimed.worker, began=False),
+            "given back",
         )
     if isinstance(error, ToolError):
         if isinstance(error, InvalidResult):  # only here stands what a serializer of the user's raised
@@ -234,7 +259,15 @@ def described_error(error: ToolError) -> dict[str, str]:
     if isinstance(error, InvalidArguments):
         problems = [Problem(path=each["path"], message=redact(each["message"])) for each in error.problems]
         return {"code": error.code, "message": _bounded(str(InvalidArguments(error.tool, problems)))}
-    return {"code": error.code, "message": redact(_bounded(str(error)))}
+    return {"code": error.code, "message": redact(_bounded(_without_trace(str(error))))}
+
+
+def _without_trace(text: str) -> str:
+    """Return the text as far as it says something to others than programmers: up to a traceback, and its last line."""
+    said, found, trace = text.partition(_TRACE)
+    if not found:
+        return text
+    return "\n".join(each for each in (said.strip(), trace.strip().rpartition("\n")[2].strip()) if each)
 
 
 def _bounded(text: str) -> str:
@@ -298,6 +331,20 @@ def _say(claimed: Claimed, what: str, outcome: Outcome | None) -> None:
     )
 
 
+def _write(claimed: Claimed, type: str, payload: Mapping[str, Any]) -> bool:
+    """Lock the live run and append an event to it; progress goes to the call's row too. False when the run has ended."""
+    if not run_log.current().record(claimed.run_id, type, payload):
+        return False
+    if type == PROGRESS:
+        database.rows_of(
+            "UPDATE longhaul_tools_toolcall SET progress = jsonb_build_object('fraction', %s::float, 'note', %s::text,"
+            " 'attempt', attempt, 'at', to_char(longhaul_now() AT TIME ZONE 'UTC', 'YYYY-MM-DD\"T\"HH24:MI:SS.US\"Z\"'))"
+            " WHERE id = %s AND attempt = %s AND status IN ('running', 'unknown') RETURNING 1",
+            (payload["fraction"], payload["note"], claimed.call_id, claimed.attempt),
+        )
+    return True
+
+
 def context_of(claimed: Claimed, told: list[tuple[str, dict[str, Any]]] | None = None) -> ToolContext:
     """Build what the tool is handed. Rows are read only when it asks for them.
 
@@ -316,9 +363,8 @@ def context_of(claimed: Claimed, told: list[tuple[str, dict[str, Any]]] | None =
             told.append((type, payload))
             return
         with transaction.atomic():
-            log.record(claimed.run_id, type, payload)
             # Looked at under the run's lock, which whoever takes or settles the call needs: after that it says nothing more.
-            if not wanted():
+            if not (_write(claimed, type, payload) and wanted()):
                 transaction.set_rollback(True)
 
     thread_id = UUID(answer["thread"])
@@ -330,7 +376,7 @@ def context_of(claimed: Claimed, told: list[tuple[str, dict[str, Any]]] | None =
             return  # at most one a second: each takes the run's lock
         last[0] = moment
         tell(
-            "tool_call.progress",
+            PROGRESS,
             {
                 "tool_call": str(claimed.call_id),
                 "name": claimed.name,
@@ -374,6 +420,7 @@ def context_of(claimed: Claimed, told: list[tuple[str, dict[str, Any]]] | None =
         report_progress=_beside_a_loop(report),
         emit_data=_beside_a_loop(emit),
         check_cancelled=_beside_a_loop(lambda: not wanted()),
+        check_stopping=claimed.leaving,
     )
 
 

@@ -190,6 +190,8 @@ class ToolAttempt(models.Model):
     )
     number = models.IntegerField()
     worker_id = models.UUIDField()
+    # Its worker's name: the row of that life may be removed before this one.
+    worker = models.CharField(max_length=200, blank=True, default="", db_default="")
     task_id = models.CharField(max_length=100, blank=True, default="")
     started_at = models.DateTimeField(db_default=Now())
     ended_at = models.DateTimeField(null=True)
@@ -197,6 +199,7 @@ class ToolAttempt(models.Model):
         max_length=20, blank=True, default=""
     )  # an Outcome, or retrying, lost, given_back, released
     error = models.JSONField(null=True)
+    retry_at = models.DateTimeField(null=True)  # of one that is tried again: when the next one may begin
     backend_pid = models.IntegerField(null=True)
 
     class Meta:

@@ -20,8 +20,10 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import mmap
 import os
 import secrets
+import signal
 import socket
 import sys
 from collections.abc import Callable, Generator, Sequence
@@ -37,6 +39,7 @@ from django.db import DEFAULT_DB_ALIAS, connections
 from psycopg import waiting
 
 from threads.ids import new_id
+from tools.interrupts import GRACE, Minder
 
 logger = logging.getLogger("longhaul.tools")
 
@@ -100,6 +103,10 @@ class Register:
         """Keep nothing more of what was given back."""
         self._unanswered.discard((kind, id))
         self._broken_off.discard((kind, id, number))
+
+    def claimed(self, kind: str) -> set[tuple[UUID, int]]:
+        """Return (id, number) of what was claimed and answered, and has not ended."""
+        return {(k[1], held) for k, held in list(self._entries.items()) if k[0] == kind and held is not None}
 
     def knows(self, kind: str, id: UUID, number: int) -> bool:
         return any(k[0] == kind and k[1] == id and held in (None, number) for k, held in list(self._entries.items()))
@@ -222,16 +229,21 @@ class Presence:
         holdings: Sequence[Holding] = (CALLS,),
         parent: UUID | None = None,
         beats: bool = True,
+        minder: Minder | None = None,
+        leaves: mmap.mmap | None = None,
     ) -> None:
         self.name = name
         self.kind = kind
         self.holdings = tuple(holdings)
         self.parent = parent
         self.beats = beats
+        # Where a call runs in the main thread, and nothing beside it: it is looked after, and can be interrupted.
+        self.minder = minder
         self.life = Life()
         self._lives = [self.life.id]  # all that this process has had: its children name the first of them
         self.register = Register()
-        self.draining = False
+        self._leaves = leaves or mmap.mmap(-1, 1)  # shared with all who are forked from here
+        self._has_children = False
         self._connection: NativeConnection | None = None
         self._ended = False
         self._host = socket.gethostname()
@@ -241,6 +253,31 @@ class Presence:
     @property
     def id(self) -> UUID:
         return self.life.id
+
+    @property
+    def interrupts(self) -> bool:
+        return self.minder is not None
+
+    @property
+    def draining(self) -> bool:
+        """Whether this worker was asked to shut down. A prefork child sees it at once, for it is told only to its parent."""
+        return bool(self._leaves[0])
+
+    @draining.setter
+    def draining(self, yes: bool) -> None:
+        self._leaves[0] = yes
+
+    def child(self, minder: Minder) -> Presence:
+        """In a process that was forked from this one: what keeps it present, while this one beats for it."""
+        return Presence(
+            name=self.name,
+            kind=self.kind,
+            holdings=self.holdings,
+            parent=self.first_life,
+            beats=False,
+            minder=minder,
+            leaves=self._leaves,
+        )
 
     @property
     def first_life(self) -> UUID:
@@ -294,6 +331,8 @@ class Presence:
                     self._connection.execute("SELECT pg_advisory_unlock_all()")
                 self._live(self._connection)
             self._give_back(self._connection)
+            if self._has_children:
+                self._cut(self._connection)
         except Exception:
             self._drop()
             raise
@@ -340,6 +379,7 @@ class Presence:
         children = to.execute(
             "SELECT id, pid FROM longhaul_tools_worker WHERE parent_id = ANY (%s) AND gone_at IS NULL", (self._lives,)
         ).fetchall()
+        self._has_children = bool(children)
         present = [id for id, pid in children if _runs(pid)]
         if present:
             to.execute(
@@ -350,26 +390,51 @@ class Presence:
 
     def _give_back(self, to: NativeConnection) -> None:
         """Give back what the register does not know. What another transaction holds is left to the next tick."""
-        lost = [
+        known = self.register.claimed("call")  # before the rows are read: what is claimed meanwhile is not missed there
+        held = [
             (holding, id, number)
             for holding in self.holdings
             for id, number in to.execute(holding.select, (self.life.id,)).fetchall()
-            if not self.register.knows(holding.kind, id, number)
         ]
+        if self.minder is not None:
+            taken = known - {(id, number) for holding, id, number in held if holding.kind == "call"}
+            self.minder.look(to, taken, leaving=self.draining)
+        lost = [each for each in held if not self.register.knows(each[0].kind, *each[1:])]
         if not lost:
             return
         patience = _PATIENCE
         for holding, id, number in lost:
             unbegun = bool(holding.give_back_unbegun) and self.register.unbegun(holding.kind, id, number)
             try:
-                # For the transaction only: a beat, or the lock that shows this life, must not be given up for a moment's
-                # wait, and behind a pooler a setting of the session would be somebody else's.
-                with to.transaction():
-                    to.execute("SELECT set_config('lock_timeout', %s, true)", (f"{patience}ms",))
-                    to.execute(holding.give_back_unbegun if unbegun else holding.give_back, (id, number, self.life.id))
+                _give_back(
+                    to,
+                    holding.give_back_unbegun if unbegun else holding.give_back,
+                    (id, number, self.life.id),
+                    patience,
+                )
                 self.register.forget(holding.kind, id, number)
             except psycopg.errors.LockNotAvailable:
                 patience = _PATIENCE_SPENT  # many may be held by the same transaction
+
+    def _cut(self, to: NativeConnection) -> None:
+        """In a prefork parent: take what a child that is gone held, and what one holds past its limit; then end that child.
+
+        Nobody knows so surely, and so soon, that a child is gone. The limit is that of the row, which the run's deadline
+        cuts too; Celery's own, of the message, stands beside it.
+        """
+        rows = to.execute(_CHILDRENS_CALLS, {"lives": self._lives}).fetchall()
+        for id, number, life, pid, late in rows:
+            here = _is_child(pid)
+            if here and (late is None or late < GRACE.total_seconds()):
+                continue
+            try:
+                answer = _give_back(to, CALLS.give_back, (id, number, life), _PATIENCE)
+            except psycopg.errors.LockNotAvailable:
+                continue
+            # Not one that has gone on to another call meanwhile.
+            if here and answer is not None and not to.execute(CALLS.select, (life,)).fetchall():
+                with contextlib.suppress(OSError):
+                    os.kill(pid, signal.SIGKILL)
 
     def _drop(self) -> None:
         dropped, self._connection = self._connection, None
@@ -402,7 +467,26 @@ class Presence:
         self._drop()
 
 
+# Also of a child that has said that it leaves: it was asked to end in the middle of a call.
+_CHILDRENS_CALLS = """
+SELECT c.id, c.attempt, w.id, w.pid, extract(epoch FROM longhaul_now() - c.timeout_at)::float
+FROM longhaul_tools_worker w JOIN longhaul_tools_toolcall c ON c.holder = w.id AND c.status = 'running'
+WHERE w.parent_id = ANY (%(lives)s)
+"""
+
 _undead: list[NativeConnection] = []
+
+
+def _give_back(to: NativeConnection, statement: str, parameters: Sequence[Any], patience: int) -> Any:
+    """Give a row back, and return the answer: None when it was not ours (any more). Raises LockNotAvailable after `patience` ms.
+
+    For the transaction only: a beat, or the lock that shows this life, must not be given up for a moment's wait, and behind
+    a pooler a setting of the session would be somebody else's.
+    """
+    with to.transaction():
+        to.execute("SELECT set_config('lock_timeout', %s, true)", (f"{patience}ms",))
+        row = to.execute(statement, parameters).fetchone()
+    return row and row[0]
 
 
 def _runs(pid: int) -> bool:
@@ -412,6 +496,16 @@ def _runs(pid: int) -> bool:
             return file.read().rpartition(")")[2].split()[0] != "Z"
     except OSError:
         return False
+
+
+def _is_child(pid: int) -> bool:
+    """Return whether this number is a running child of this process: another may have it by now."""
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            state, parent = file.read().rpartition(")")[2].split()[:2]
+    except OSError:
+        return False
+    return state != "Z" and int(parent) == os.getpid()
 
 
 # The presence of this process; None where nothing claims (a web process, a shell).

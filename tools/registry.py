@@ -31,6 +31,7 @@ R = TypeVar("R", default=Any)
 NeedsApproval: TypeAlias = bool | Callable[[dict[str, Any], ToolContext], bool]
 
 OnUnknown: TypeAlias = Literal["ask", "tell_model", "fail"]
+OnDeploy: TypeAlias = Literal["finish", "give_back"]
 
 NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")  # what OpenAI's API, and those made after it, take as a function's name
 
@@ -56,6 +57,7 @@ class Tool(Generic[P, R]):
     queue: str | None
     strict: bool
     on_unknown: OnUnknown = "ask"
+    on_deploy: OnDeploy = "finish"
     max_concurrency: int | None = None
     rate: Rate | None = None
 
@@ -130,6 +132,7 @@ def tool(
     retry: RetryPolicy | None = None,
     idempotent: bool | None = None,
     on_unknown: OnUnknown | None = None,
+    on_deploy: OnDeploy = "finish",
     atomic: bool = False,
     needs_approval: NeedsApproval = False,
     deferred: bool = False,
@@ -150,6 +153,7 @@ def tool(
     retry: RetryPolicy | None = None,
     idempotent: bool | None = None,
     on_unknown: OnUnknown | None = None,
+    on_deploy: OnDeploy = "finish",
     atomic: bool = False,
     needs_approval: NeedsApproval = False,
     deferred: bool = False,
@@ -170,6 +174,8 @@ def tool(
     on_unknown: what becomes of an idempotent=False call whose worker died, for nobody knows whether its effect is there.
         "ask" (if not given): it is `unknown` until a person, or its worker's late result, settles it. "tell_model": it
         has failed, and the model is told why. "fail": its run fails.
+    on_deploy: what becomes of a call whose worker is asked to shut down. "finish": the worker waits for it. "give_back": it
+        is interrupted by WorkerLeaving and begins again on another worker. A long tool may do the same by `ctx.stopping`.
     atomic: body and settlement are one transaction on Longhaul's database; sync, short, no network. What happens is
         there exactly once, so `idempotent` has nothing to add.
     needs_approval: True, or `(arguments, context) -> bool` (sync): a person decides before it runs.
@@ -199,6 +205,7 @@ def tool(
             retry=retry,
             idempotent=idempotent,
             on_unknown=on_unknown,
+            on_deploy=on_deploy,
             atomic=atomic,
             needs_approval=needs_approval,
             deferred=deferred,
@@ -220,6 +227,7 @@ def tool(
             queue=queue,
             strict=strict,
             on_unknown=on_unknown or "ask",
+            on_deploy=on_deploy,
             max_concurrency=max_concurrency,
             rate=None if rate_limit is None else Rate.parse(rate_limit),
         )
@@ -256,6 +264,7 @@ def _check_options(
     retry: RetryPolicy | None,
     idempotent: bool | None,
     on_unknown: str | None,
+    on_deploy: str,
     atomic: bool,
     needs_approval: NeedsApproval,
     deferred: bool,
@@ -278,6 +287,10 @@ def _check_options(
         raise refuse(f"on_unknown is one of {', '.join(get_args(OnUnknown))}; got {on_unknown!r}.")
     if on_unknown is not None and idempotent is not False:
         raise refuse("on_unknown says what becomes of a call that must not run twice: give it beside idempotent=False.")
+    if on_deploy not in get_args(OnDeploy):
+        raise refuse(f"on_deploy is one of {', '.join(get_args(OnDeploy))}; got {on_deploy!r}.")
+    if on_deploy == "give_back" and idempotent is False:
+        raise refuse("on_deploy='give_back' begins the call again, which idempotent=False forbids. Drop one.")
     if atomic and idempotent is not None:
         raise refuse(
             f"atomic=True excludes idempotent={idempotent}: an atomic effect is there exactly when its settlement is,"

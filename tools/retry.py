@@ -2,8 +2,10 @@
 
 import math
 import random
+from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
+from email.utils import parsedate_to_datetime
 
 from tools.exceptions import ToolError
 
@@ -19,8 +21,10 @@ class RetryPolicy:
     [1.0, 4.0, 16.0, 30.0, None]
 
     With `jitter` (full jitter) the wait is drawn evenly between zero and that, so that calls which failed
-    together do not come back together. A `retry_after` (seconds or timedelta) that the error carries takes
-    the place of both: the other side has said when it will answer. It too is capped by `max_seconds`.
+    together do not come back together. What the other side has said of when it will answer takes the place of both: a
+    `retry_after` of the error (seconds or timedelta), or the header Retry-After (seconds, or a date) of its
+    `response.headers`, as the errors of httpx, requests and openai carry it, or of its `headers`, as urllib's; else
+    that of the error that it was raised from. It too is capped by `max_seconds`.
 
     `give_up_on` wins over `retry_on`. The errors of `tools.exceptions` are never retried: `ModelRetry`,
     `ToolFailed` and `ApprovalRequired` are answers, not accidents.
@@ -92,7 +96,43 @@ def _number(value: object) -> float | None:
 
 
 def _retry_after(error: BaseException) -> float | None:
-    """Return the seconds that the error asks to wait; None where it says nothing usable (foreign classes: anything)."""
-    asked = getattr(error, "retry_after", None)
-    seconds = asked.total_seconds() if isinstance(asked, timedelta) else _number(asked)
-    return seconds if seconds is not None and seconds >= 0 else None
+    """Return the seconds that the error, or the one that it was raised from, asks to wait; None where neither says so."""
+    seconds = _asked(error)
+    return _asked(error.__cause__) if seconds is None and error.__cause__ is not None else seconds
+
+
+def _asked(error: BaseException) -> float | None:
+    """As `_retry_after`, of this error alone. Its class is foreign: its attributes may be anything, and may raise."""
+    try:
+        asked = getattr(error, "retry_after", None)
+        if asked is None:
+            headers = getattr(getattr(error, "response", error), "headers", None)
+            said = None if headers is None else _in_headers(headers)
+        else:
+            said = asked.total_seconds() if isinstance(asked, timedelta) else _number(asked)
+    except Exception:
+        return None
+    return said if said is not None and said >= 0 else None
+
+
+def _in_headers(headers: Mapping[str, object]) -> float | None:
+    """Return what a response asks for, in seconds; a date counts from the response's own clock, where it tells it."""
+    told = {str(name).lower(): str(headers[name]) for name in headers if str(name).lower() in ("retry-after", "date")}
+    asked = told.get("retry-after")
+    if asked is None:
+        return None
+    try:
+        return _number(float(asked))
+    except ValueError:
+        pass
+    try:
+        now = _date(told["date"])
+    except (KeyError, TypeError, ValueError, IndexError):
+        now = datetime.now(UTC)
+    return max((_date(asked) - now).total_seconds(), 0.0)
+
+
+def _date(text: str) -> datetime:
+    """Read a date of HTTP, which is in GMT. Raises ValueError and others for what is none."""
+    date = parsedate_to_datetime(text)
+    return date if date.tzinfo else date.replace(tzinfo=UTC)

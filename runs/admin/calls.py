@@ -15,7 +15,7 @@ from django.urls import path, reverse
 from runs import access, flower
 from runs.admin import answer
 from runs.admin.followed import Followed, Section, is_page
-from runs.admin.run_page import attempt_shown, contents, names_of
+from runs.admin.run_page import attempt_shown, contents
 from runs.http.download import download
 from runs.models import Run
 from threads.admin import marks
@@ -45,7 +45,22 @@ class ToolCallAdmin(Followed):
     fieldsets = (
         (None, {"fields": ("name", "state", "outcome_", "arguments_", "result_", "stored_", "error_")}),
         ("Belongs to", {"fields": ("id", "run_link", "message_link", "step", "index", "child")}),
-        ("Tries", {"fields": ("tries", "rules", "timeout", "created", "claimed", "settled", "took", "timeout_at_")}),
+        (
+            "Tries",
+            {
+                "fields": (
+                    "tries",
+                    "rules",
+                    "timeout",
+                    "created",
+                    "claimed",
+                    "settled",
+                    "took",
+                    "timeout_at_",
+                    "progress_",
+                )
+            },
+        ),
         (
             "Claim and dispatch",
             {
@@ -55,7 +70,7 @@ class ToolCallAdmin(Followed):
         ),
         (
             "Waiting for people",
-            {"classes": ("collapse",), "fields": ("deferred", "deadline_", "assignee", "progress_")},
+            {"classes": ("collapse",), "fields": ("deferred", "deadline_", "assignee")},
         ),
     )
 
@@ -80,8 +95,7 @@ class ToolCallAdmin(Followed):
         if not self.sees(request, ToolAttempt):
             return []
         rows = list(ToolAttempt.objects.filter(call=row).order_by("-number")[:ATTEMPTS])
-        workers = names_of(rows)
-        shown = [attempt_shown(each, workers) for each in reversed(rows)]
+        shown = [attempt_shown(each) for each in reversed(rows)]
         more = marks.list_url(self.admin_site, ToolAttempt, call=row.pk)
         return [Section("Attempts", "admin/longhaul_tools/attempts.html", shown, more)]
 
@@ -221,7 +235,7 @@ class ToolAttemptAdmin(Followed):
     search_help_text = "By id of the attempt, its tool call or its Celery task, or the beginning of it."
     fields = (
         *("id", "call_link", "number", "outcome_", "error_", "worker_link", "task", "backend_pid"),
-        *("started", "ended", "took"),
+        *("started", "ended", "took", "next_try"),
     )
 
     def readings(self, rows: QuerySet[Any], term: str) -> Any:
@@ -244,7 +258,11 @@ class ToolAttemptAdmin(Followed):
 
     @admin.display(description="worker")
     def worker_link(self, attempt: ToolAttempt) -> str:
-        return marks.link(self.admin_site, Worker, attempt.worker_id, "worker")
+        return marks.link(self.admin_site, Worker, attempt.worker_id, attempt.worker or "worker")
+
+    @admin.display(description="next try")
+    def next_try(self, attempt: ToolAttempt) -> str:
+        return marks.moment(attempt.retry_at)
 
     @admin.display(description="took")
     def took(self, attempt: ToolAttempt) -> str:

@@ -20,7 +20,7 @@ from runs.admin.followed import Section, task_link
 from runs.models import Event, Leg, Run, Step, Usage
 from threads.admin import marks
 from threads.models import Message
-from tools.models import ToolAttempt, ToolCall, Worker
+from tools.models import ToolAttempt, ToolCall
 
 if TYPE_CHECKING:
     from runs.admin.runs import RunAdmin
@@ -85,9 +85,8 @@ def _calls(
     tried: dict[Any, list[dict[str, Any]]] = {}
     if attempts:
         rows = list(ToolAttempt.objects.filter(call_id__in=ids).order_by("call_id", "number")[: 5 * ROWS])
-        workers = names_of(rows)
         tried = {
-            call: [attempt_shown(each, workers) for each in group]
+            call: [attempt_shown(each) for each in group]
             for call, group in groupby(rows, key=lambda each: each.call_id)
         }
     visible = access.visible(Run, request.user).filter(parent_call_id__in=ids)
@@ -128,19 +127,15 @@ def contents(site: AdminSite, call: ToolCall) -> str:
     )
 
 
-def names_of(attempts: list[ToolAttempt]) -> dict[Any, str]:
-    """Return the names of the workers that made the attempts, by id."""
-    return dict(Worker.objects.filter(pk__in={each.worker_id for each in attempts}).values_list("pk", "name"))
-
-
-def attempt_shown(attempt: ToolAttempt, workers: dict[Any, str]) -> dict[str, Any]:
+def attempt_shown(attempt: ToolAttempt) -> dict[str, Any]:
     return {
         "number": attempt.number,
         "outcome": attempt.outcome or "open",
-        "worker": workers.get(attempt.worker_id) or str(attempt.worker_id),
+        "worker": attempt.worker or str(attempt.worker_id),
         "task": task_link(attempt.task_id),
         "started": marks.moment(attempt.started_at),
         "took": marks.took(attempt.started_at, attempt.ended_at),
+        "next": marks.moment(attempt.retry_at),
         "error": marks.pretty(attempt.error) if attempt.error else "",
     }
 

@@ -333,10 +333,13 @@ class Attempt(BaseModel):
     """One try at a tool call."""
 
     number: int
-    worker: UUID
+    worker: UUID = Field(description="one life of a worker's process")
+    worker_name: str
     task: str | None
     started_at: datetime
     ended_at: datetime | None
+    duration_seconds: float | None = Field(description="null while it runs")
+    next_try_at: datetime | None = Field(description="of an attempt that is tried again: when the next one may begin")
     outcome: str | None = Field(
         description="success, failed, denied, cancelled, retrying, lost, given_back, released, or null"
     )
@@ -391,9 +394,12 @@ def tool_call(row: CallRow) -> dict[str, Any]:
             {
                 "number": attempt.number,
                 "worker": str(attempt.worker_id),
+                "worker_name": attempt.worker,
                 "task": attempt.task_id or None,
                 "started_at": time(attempt.started_at),
                 "ended_at": time(attempt.ended_at),
+                "duration_seconds": attempt.ended_at and (attempt.ended_at - attempt.started_at).total_seconds(),
+                "next_try_at": time(attempt.retry_at),
                 "outcome": attempt.outcome or None,
                 "error": attempt.error,
             }

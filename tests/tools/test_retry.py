@@ -3,9 +3,13 @@
 import dataclasses
 import doctest
 import pickle
-from datetime import timedelta
+import urllib.error
+from datetime import UTC, datetime, timedelta
+from email.message import Message
+from email.utils import format_datetime
 from typing import Any
 
+import httpx2
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -138,3 +142,71 @@ def test_a_policy_is_a_value() -> None:
     assert pickle.loads(pickle.dumps(EVEN)) == EVEN
     with pytest.raises(dataclasses.FrozenInstanceError):
         EVEN.attempts = 9  # type: ignore[misc]
+
+
+class Response:
+    def __init__(self, headers: Any) -> None:
+        self.headers = headers
+
+
+class Refused(Exception):
+    """As the errors of httpx, requests and openai are."""
+
+    def __init__(self, **headers: str) -> None:
+        super().__init__()
+        self.response = Response({name.replace("_", "-"): value for name, value in headers.items()})
+
+
+NOON = "Sun, 22 Nov 2026 12:00:00 GMT"
+LATER = "Sun, 22 Nov 2026 12:00:07 GMT"
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [{"Retry_After": "7"}, {"retry_after": "7.0"}, {"RETRY_AFTER": " 7 "}, {"Retry_After": LATER, "Date": NOON}],
+)
+def test_a_response_says_when_to_come_again(headers: dict[str, str]) -> None:
+    assert EVEN.delay(1, Refused(**headers)) == timedelta(seconds=7)
+
+
+def test_the_error_of_a_real_client_says_when_to_come_again() -> None:
+    request = httpx2.Request("GET", "https://example.org")
+    response = httpx2.Response(429, headers={"Retry-After": "7"}, request=request)
+    with pytest.raises(httpx2.HTTPStatusError) as raised:
+        response.raise_for_status()
+    assert EVEN.delay(1, raised.value) == timedelta(seconds=7)
+    old = urllib.error.HTTPError("https://example.org", 503, "Busy", Message(), None)
+    old.headers["Retry-After"] = "7"
+    assert EVEN.delay(1, old) == timedelta(seconds=7)
+
+
+def test_a_date_without_the_responses_own_counts_from_now() -> None:
+    soon = format_datetime(datetime.now(UTC) + timedelta(seconds=30), usegmt=True)
+    wait = EVEN.delay(1, Refused(Retry_After=soon))
+    assert wait is not None
+    assert timedelta(seconds=20) < wait <= timedelta(seconds=30)
+
+
+def test_a_date_that_has_passed_is_now() -> None:
+    assert EVEN.delay(3, Refused(Retry_After=NOON, Date=LATER)) == timedelta(0)
+
+
+def test_what_an_error_was_raised_from_says_it_too() -> None:
+    error = OSError()
+    error.__cause__ = Refused(Retry_After="7")
+    assert EVEN.delay(1, error) == timedelta(seconds=7)
+
+
+class Sly(Exception):
+    @property
+    def response(self) -> Any:
+        raise RuntimeError("streamed")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [Refused(Retry_After="soon"), Refused(Retry_After="-1"), Refused(Retry_After="nan"), Refused(), Refused(Retry_After=""), Sly()],
+    ids=str,
+)  # fmt: skip
+def test_a_response_that_says_nothing_usable_is_passed_over(error: Exception) -> None:
+    assert EVEN.delay(3, error) == timedelta(seconds=4)

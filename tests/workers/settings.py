@@ -1,5 +1,6 @@
 """What the workers of these tests run with: the project, their agents, and short times."""
 
+import json
 import os
 
 from agents_project.settings import *  # noqa: F403
@@ -13,6 +14,8 @@ LONGHAUL = {
     "MODEL_SILENCE_SECONDS": 60,
     "PRESENCE_TTL_SECONDS": float(os.environ.get("TESTS_PRESENCE_TTL_SECONDS", "6")),
     "POISON_LIMIT": 3,
+    "CANCEL_GRACE_SECONDS": 2,
+    **json.loads(os.environ.get("TESTS_LONGHAUL", "{}")),
 }
 
 LOGGING["handlers"]["console"]["formatter"] = "json"

@@ -143,8 +143,8 @@ BEGIN
         RETURN NULL;  -- another worker got there first
     END IF;
     v_attempt_id := longhaul_uuid7();
-    INSERT INTO longhaul_tools_toolattempt (id, call_id, number, worker_id, task_id, started_at, outcome, backend_pid)
-    VALUES (v_attempt_id, p_call, p_attempt, p_worker, p_task, v_now, '', pg_backend_pid());
+    INSERT INTO longhaul_tools_toolattempt (id, call_id, number, worker_id, worker, task_id, started_at, outcome, backend_pid)
+    VALUES (v_attempt_id, p_call, p_attempt, p_worker, p_worker_name, p_task, v_now, '', pg_backend_pid());
     IF v_call.gates IS NOT NULL THEN PERFORM longhaul_rate_use(v_call.gates, v_now); END IF;
     IF EXISTS (SELECT 1 FROM longhaul_tools_toolcall
                WHERE turn IS NOT NULL AND lane IN (v_call.queue || E'\n', longhaul_lane(v_call.queue, v_call.gates)))
@@ -155,7 +155,7 @@ BEGIN
         'overrides', v_run.overrides, 'message', v_call.message_id,
         'name', v_call.name, 'arguments', v_call.arguments, 'attempt', p_attempt, 'attempt_id', v_attempt_id,
         'max_attempts', v_call.max_attempts, 'idempotency_key', v_call.idempotency_key, 'atomic', v_call.atomic,
-        'step', v_call.step, 'timeout_at', v_call.timeout_at);
+        'step', v_call.step, 'timeout_at', v_call.timeout_at, 'seconds', extract(epoch FROM v_call.timeout_at - v_now));
 END $$;
 
 -- Keeps what of a result stands apart: a row a content, in the order in which p_stored describes them. The caller has just
@@ -226,7 +226,7 @@ BEGIN
     WHERE id = p_call AND attempt = p_attempt AND status = 'running' AND holder = p_worker
     RETURNING * INTO v_call;
     IF NOT FOUND THEN RETURN NULL; END IF;
-    UPDATE longhaul_tools_toolattempt SET ended_at = v_now, outcome = 'retrying', error = p_error
+    UPDATE longhaul_tools_toolattempt SET ended_at = v_now, outcome = 'retrying', error = p_error, retry_at = v_call.not_before
     WHERE call_id = p_call AND number = p_attempt AND ended_at IS NULL;
     PERFORM longhaul_run_record(v_run_id, 'tool_call.retrying', jsonb_build_object(
         'tool_call', p_call, 'name', v_call.name, 'message', v_call.message_id, 'attempt', v_call.attempt,
@@ -272,7 +272,9 @@ BEGIN
                    ELSE 'again' END;
     IF v_code IN ('timed_out', 'worker_lost', 'unknown_outcome') THEN
         v_error := jsonb_build_object('code', v_code, 'message', CASE v_code
-            WHEN 'timed_out' THEN 'The tool did not finish in time.'
+            WHEN 'timed_out' THEN 'The tool did not finish in time.' || CASE WHEN v_call.idempotent IS FALSE AND p_began THEN
+                ' Whether it has taken effect is not known. Do not call it again for the same purpose unless you have made sure'
+                ' that it has not.' ELSE '' END
             WHEN 'worker_lost' THEN 'The worker that ran this tool died, and no attempt is left.'
             ELSE 'The worker that ran this tool died. Whether the tool has taken effect is not known. Do not call it again'
                  ' for the same purpose unless you have made sure that it has not.' END);

@@ -335,8 +335,8 @@ ATTEMPTS = Group(
             "tells_after_it_was_taken",
             "An attempt whose call was settled, or taken over, tells nothing more.",
             EXECUTION,
-            "            if not wanted():\n",
-            "            if False:\n",
+            "(_write(claimed, type, payload) and wanted())",
+            "_write(claimed, type, payload)",
             f"{CONTEXT_OF_TOOLS}a_tool_whose_call_was_taken_from_it_learns_so_and_says_nothing_more",
         ),
         Mutant(
@@ -378,7 +378,7 @@ ATTEMPTS = Group(
 
 _TRY = """            result = tool.keep(_call(claimed, tool, arguments, told), claimed.call_id)
             for type, payload in told:
-                run_log.current().record(claimed.run_id, type, payload)
+                _write(claimed, type, payload)
             answer = _settled_within(claimed, tool, result)
             if answer is None:
                 raise SettlementLost
@@ -395,7 +395,7 @@ ATOMIC = Group(
             """            result = tool.keep(_call(claimed, tool, arguments, told), claimed.call_id)
         with transaction.atomic():
             for type, payload in told:
-                run_log.current().record(claimed.run_id, type, payload)
+                _write(claimed, type, payload)
             answer = _settled_within(claimed, tool, result)
             if answer is None:
                 raise SettlementLost

@@ -8,6 +8,7 @@ from django.conf import settings
 
 from agents_project.demo.models import Ledger
 from runs import Agent
+from tests.workers.app.slow import slow_test
 from tools import ToolContext, tool
 
 
@@ -62,3 +63,5 @@ def once_fails(seconds: float, ctx: ToolContext) -> str:
 
 TOOLS: list[Any] = [atomic, idempotent, plain, once, once_told, once_fails]
 worker_test = Agent(name="worker_test", model="openai:test", instructions="Do as told.", tools=TOOLS)
+
+__all__ = ["slow_test", "worker_test"]

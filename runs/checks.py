@@ -11,6 +11,7 @@
     E009  an agent without a model                     W009  streams that keep a thread for each reader
     E010  Celery does not take Longhaul's messages     W010  a broker over TLS that may be anybody
     E011  DIRECT_DATABASE is another database (`--database default`)
+    E012  a model's limits that cannot be read
 
 Each has a hint that says what to change.
 """
@@ -34,6 +35,7 @@ from django.db import DatabaseError, connections, router
 from django.urls import NoReverseMatch, reverse
 from django.utils.module_loading import import_string
 
+from runs import quotas
 from runs.conf import KEYS, settings
 from tools.envelope import ATTRIBUTES, Envelope
 from tools.queues import AMQP, broker_url
@@ -74,7 +76,8 @@ def check_keys(app_configs: Configs, **_: Any) -> list[CheckMessage]:
         elif problem := KEYS[name].problem(value):
             hint = f"Leave it out for the default, {KEYS[name].default!r}."
             found.append(Error(f"LONGHAUL[{name!r}] {problem}.", hint=hint, id="longhaul.E002"))
-    return [*found, *_prices(given.get("PRICES")), *_access(given.get("ACCESS"))]
+    limits = _model_limits(given.get("MODEL_LIMITS"))
+    return [*found, *_prices(given.get("PRICES")), *limits, *_access(given.get("ACCESS"))]
 
 
 def _prices(prices: Any) -> Iterator[CheckMessage]:
@@ -88,6 +91,26 @@ def _prices(prices: Any) -> Iterator[CheckMessage]:
                 hint='Say what a million tokens cost: {"gpt-5-mini": {"input": 0.25, "output": 2.0}}.',
                 id="longhaul.E006",
             )
+
+
+def _model_limits(limits: Any) -> Iterator[CheckMessage]:
+    if not isinstance(limits, Mapping):
+        return  # a wrong type was told above
+    for model, said in limits.items():
+        if not isinstance(model, str) or not all(model.partition(":")[::2]):
+            problem = "names no model: write it as 'provider:model', or as a pattern like 'openai:*'"
+        elif not isinstance(said, Mapping) or not said:
+            problem = f"is not a dict of limits: {said!r}"
+        elif wrong := [text for name, value in said.items() if (text := quotas.problem(name, value))]:
+            problem = f"is wrong: {wrong[0]}"
+        else:
+            continue
+        yield Error(
+            f"LONGHAUL['MODEL_LIMITS'][{model!r}] {problem}.",
+            hint='Say what all workers together may do: {"openai:gpt-5-mini": {"requests_per_minute": 500,'
+            ' "tokens_per_minute": 200_000, "max_concurrency": 50}}.',
+            id="longhaul.E012",
+        )
 
 
 def _is_price(value: object) -> bool:

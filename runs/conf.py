@@ -24,6 +24,7 @@ from tools.results import DEFAULTS as RESULTS
 from tools.results import LEAST
 
 Price = Mapping[str, float]  # {"input": ..., "output": ...}, currency units per million tokens
+ModelLimits = Mapping[str, int]  # {"requests_per_minute": ..., "tokens_per_minute": ..., "max_concurrency": ...}
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,6 +150,12 @@ GROUPS: Mapping[str, Mapping[str, Key]] = {
         "MODEL_SILENCE_SECONDS": _time(120, "the longest pause between two chunks of an answer", least=0.1),
         "MODEL_TRIES": _count(8, "tries of one model turn"),
         "MODEL_RETRY_TOTAL_SECONDS": _time(3600, "all tries of one model turn together"),
+        "MODEL_LIMITS": Key(
+            {},
+            dict,
+            'model, or a pattern like `openai:*`, to `{"requests_per_minute": ..., "tokens_per_minute": ...,'
+            ' "max_concurrency": ...}`, over all workers; see [Models](agents.md#limits-of-a-models-calls)',
+        ),
         "PRICES": Key({}, dict, 'model to `{"input": ..., "output": ...}` a million tokens; for `max_cost`'),
     },
     "Limits": {
@@ -292,6 +299,7 @@ class Settings:
     direct_database: str | None  # an alias of DATABASES; read by tools.presence
     session_locks: bool | None
     prices: Mapping[str, Price] = field(default_factory=dict)
+    model_limits: Mapping[str, ModelLimits] = field(default_factory=dict)  # read by runs.quotas
 
 
 @cache

@@ -20,7 +20,7 @@ from uuid import UUID
 
 from django.db import DatabaseError, InterfaceError, connection
 
-from runs import admission, agents, bells, lifecycle
+from runs import admission, agents, bells, lifecycle, quotas
 from runs.claims import Claim, Interrupted
 from runs.conf import settings
 from runs.context import Window
@@ -34,6 +34,7 @@ from runs.providers.port import (
     ModelRequest,
     Provider,
     ProviderError,
+    RatesReported,
     ReasoningDelta,
     TextDelta,
     ToolCallDelta,
@@ -58,6 +59,10 @@ MARGIN = timedelta(seconds=30)  # after model_timeout: what a commit may take
 LOOK_SECONDS = 1.0  # how often a lingering leg looks though no bell rang
 TURN = 8  # events of a model in a row, before the others of this process
 E = TypeVar("E")
+
+
+class LeaveLapsed(Exception):
+    """So long after a leg was given leave to ask its model it does not ask: others may count on it by now."""
 
 
 @dataclass
@@ -212,6 +217,7 @@ class Leg:
         self.tries = int(claimed["model_tries"])
         self.usage: dict[str, Any] | None = None
         self.committed = False  # a step, in this leg
+        self.asked = 0.0  # monotonic, before leave was asked for last
 
     # -- the course of a leg --
 
@@ -245,6 +251,7 @@ class Leg:
         definition = agents.define(agent, self.claimed["thread_overrides"] or {}, self.claimed["overrides"] or {})
         self.provider: Provider
         self.provider, self.model = get_provider(definition.model)
+        self.quota = quotas.quota(definition.model)
         self.instructions = self._instruct(definition)
         self.tools = self.provider.render_tools(definition.specs)
         self.window = Window(definition.last_messages, self.provider.render)
@@ -288,6 +295,10 @@ class Leg:
                 self._close(turn)
                 self._model_failed(error)
                 return
+            except LeaveLapsed:
+                self._close(turn)
+                self._requeue("limited")
+                return
             except BaseException:
                 self._close(turn)
                 raise
@@ -319,12 +330,24 @@ class Leg:
             return None
         opening = self._opening()
         return self._opened(
-            opening[0], lifecycle.open_turn(self.claim.run_id, self.claim.epoch, self.claim.worker, opening)
+            opening[0],
+            lifecycle.open_turn(self.claim.run_id, self.claim.epoch, self.claim.worker, opening, self._ask()),
         )
+
+    def _ask(self) -> str:
+        """What this leg asks of its model's limits where it opens a turn."""
+        self.asked = time.monotonic()
+        if self.quota.limits is None:
+            return self.quota.ask(0, self.options)
+        size = len(self.instructions) + len(self.tools) + sum(map(len, self.window.messages()))
+        return self.quota.ask(size, self.options)
 
     def _opened(self, message: UUID, answer: dict[str, Any]) -> Turn | None:
         if limit := answer.get("limit"):
-            self._finish_at(StopReason(limit))
+            if limit == "model":
+                self._requeue("limited", timedelta(seconds=float(answer["delay"])))
+            else:
+                self._finish_at(StopReason(limit))
             return None
         run = str(self.claim.run_id)
         if answer.get("pinned"):
@@ -371,6 +394,8 @@ class Leg:
             silence=settings().model_silence,
         )
         database.release()  # no connection is held while the model speaks
+        if self.quota.limits and time.monotonic() - self.asked > quotas.SEND_WITHIN.total_seconds():
+            raise LeaveLapsed
         answer = Answer()
         self.usage = None
         stream = self.provider.stream(request)
@@ -399,11 +424,20 @@ class Leg:
                 answer.usage = event
                 self.usage = self._usage_row(event)
                 return
+            case RatesReported():
+                self._hear_rates(event)
+                return
             case Finished(reason):
                 answer.finish = reason
                 return
         if self.process.flusher is not None:
             self.process.flusher.wake()
+
+    def _hear_rates(self, rates: RatesReported) -> None:
+        quotas.hear(self.definition.model, rates)
+        if rates.wait is not None:
+            quotas.pause(self.quota, rates.wait, "nothing is left")
+            database.release()
 
     def _model_failed(self, error: ProviderError) -> None:
         # A service may repeat the key it was sent, or what stands in its own settings.
@@ -413,7 +447,11 @@ class Leg:
         )
         tries = self.tries + 1
         again = error.retryable and tries < settings().model_tries
-        if again and (tries == 1 or waited < settings().model_retry_total):
+        again = again and (tries == 1 or waited < settings().model_retry_total)
+        if error.retry_after and error.code in ("rate_limited", "overloaded"):
+            # Before the run is queued again, so that it has its place before those that come meanwhile.
+            quotas.pause(self.quota, error.retry_after, error.code, self.claim.run_id if again else None)
+        if again:
             delay = retry_delay(tries, error.retry_after)
             logger.info(
                 "Run %s: the model failed (%s), again in %s",
@@ -712,7 +750,10 @@ class Leg:
         # Whatever epoch the answer brings is known from before it is asked for: until it is here, this worker's presence
         # would take the new claim for one that nobody holds, and give it back.
         self.registered(None)
-        answer = lifecycle.claim_lingering(self.claim.run_id, self.id, self.claim.worker, opens=not used, turn=opening)
+        ask = self._ask()
+        answer = lifecycle.claim_lingering(
+            self.claim.run_id, self.id, self.claim.worker, opens=not used, turn=opening, ask=ask
+        )
         status = answer["status"]
         if status in ("waiting", "requires_action"):
             self.registered(self.claim.epoch)
@@ -756,8 +797,10 @@ class Leg:
 
     # -- the exits of a leg, each one transaction --
 
-    def _requeue(self, reason: str) -> None:
-        answer = lifecycle.requeue(self.claim.run_id, self.claim.epoch, self.claim.worker, reason, usage=self.usage)
+    def _requeue(self, reason: str, delay: timedelta = timedelta(0)) -> None:
+        answer = lifecycle.requeue(
+            self.claim.run_id, self.claim.epoch, self.claim.worker, reason, delay=delay, usage=self.usage
+        )
         logger.info(
             "Run %s handed over (%s)",
             self.claim.run_id,

@@ -21,11 +21,11 @@ from celery import current_app
 from django.db.models import Q
 
 from runs.conf import settings
-from runs.models import OCCUPYING, Leg, Run, Status, StopReason
+from runs.models import OCCUPYING, Leave, Leg, Run, Status, StopReason
 from runs.sweep import SOMEBODY_SWEEPS, SWEEP_LOCK, SWEPT_WITHIN
 from threads import clock, database
 from threads.models import Message
-from tools.models import CallStatus, ToolCall, Worker
+from tools.models import CallStatus, Pause, ToolCall, Worker
 
 SHOWN = 5  # calls
 # A message that nobody took was sent again by now, where there is a control worker.
@@ -36,6 +36,7 @@ QUEUED_BY = {
     "start": "new",
     "tools": "its tool calls are settled",
     "budget": "its last leg used up its time",
+    "limited": "its model's limits leave no room",
     "retry": "the model call failed",
     "lost": "its worker died",
     "drained": "its worker shut down",
@@ -136,6 +137,20 @@ class Facts:
         return {run: _error_in_words(event.payload.get("error") or {}) for run, event in told.items()}
 
     @cached_property
+    def leaves(self) -> dict[UUID, Leave]:
+        """The place of each queued run that waits in the line of its model."""
+        timed = [run.pk for run in self._of(Status.QUEUED) if run.not_before is not None]
+        return (
+            {leave.run_id: leave for leave in Leave.objects.filter(run_id__in=timed, message_id=None)} if timed else {}
+        )
+
+    @cached_property
+    def pauses(self) -> dict[str, Pause]:
+        """The pauses of the models that some wait for."""
+        keys = {leave.key for leave in self.leaves.values()}
+        return {pause.key: pause for pause in Pause.objects.filter(key__in=keys, until__gt=self.now)} if keys else {}
+
+    @cached_property
     def legs(self) -> dict[UUID, Leg]:
         running = [run.pk for run in self._of(Status.RUNNING)]
         return {leg.run_id: leg for leg in Leg.objects.filter(run_id__in=running, ended_at=None)}
@@ -214,6 +229,9 @@ def _explain(run: Run, facts: Facts) -> Explanation:
 
 def _queued(run: Run, facts: Facts) -> Explanation:
     now = facts.now
+    leave = facts.leaves.get(run.pk)
+    if leave is not None and leave.released_at is None and now < (run.next_publish_at or now):
+        return _limited(run, leave, facts)
     reason = facts.reasons.get(run.pk, "")
     since = now - (run.queued_at or run.created_at)
     said = f"queued for {span(since)} ({QUEUED_BY.get(reason, reason) or 'new'})"
@@ -235,6 +253,22 @@ def _queued(run: Run, facts: Facts) -> Explanation:
         overdue = now - due > UNHEARD and not facts.swept
         return Explanation(said + _unswept(overdue), start("control") if overdue else None, overdue)
     return Explanation(f"{said}; no agents worker is present", start("agents"), True)
+
+
+def _limited(run: Run, leave: Leave, facts: Facts) -> Explanation:
+    """It waits in the line of its model. The time is about when: who is before it, and what others use, may change it."""
+    now = facts.now
+    said = f"waits for {leave.key.removeprefix('model:')}: "
+    pause = facts.pauses.get(leave.key)
+    if pause is not None:
+        said += f"its service is left alone for {span(pause.until - now)} more ({pause.reason})"
+        if run.model_tries:
+            said += f", try {run.model_tries + 1} of {settings().model_tries}"
+    else:
+        said += leave.reason
+        due = run.not_before
+        said += f", next in {span(due - now)}" if due is not None and due > now else ", its turn is near"
+    return Explanation(said + _unswept(not facts.swept), None if facts.swept else start("control"), not facts.swept)
 
 
 def _held(run: Run, facts: Facts) -> Explanation:

@@ -32,7 +32,7 @@ TRANSITIONS: dict[Status, set[Status]] = {
         FAILED,  # its deadline passed
     },
     RUNNING: {
-        QUEUED,  # budget, retry, drained, or lost
+        QUEUED,  # budget, limited, retry, drained, or lost
         WAITING,  # a step with tool calls
         COMPLETED,  # end of turn, or max_steps
         FAILED,  # a limit, the model, the configuration, poison
@@ -65,23 +65,25 @@ def _fenced(answer: Any) -> Any:
     return answer
 
 
-def open_turn(run_id: UUID, epoch: int, worker: UUID, turn: Sequence[Any]) -> Any:
-    """A step boundary. `turn` is `engine.Opening`'s row. Raises FenceLost."""
+def open_turn(run_id: UUID, epoch: int, worker: UUID, turn: Sequence[Any], ask: str | None = None) -> Any:
+    """A step boundary. `turn` is `engine.Opening`'s row, `ask` what `Quota.ask` gave. Raises FenceLost."""
     return _fenced(
         database.call(
             "SELECT longhaul_turn_open(%s::uuid, %s::int, %s::uuid, %s::uuid, %s::interval, %s::bigint, %s::int,"
-            " %s::int, %s::bigint, %s::numeric)",
-            (run_id, epoch, worker, *turn),
+            " %s::int, %s::bigint, %s::numeric, %s::jsonb)",
+            (run_id, epoch, worker, *turn, ask),
         )
     )
 
 
-def claim_lingering(run_id: UUID, leg: UUID, worker: UUID, *, opens: bool, turn: Sequence[Any]) -> Any:
+def claim_lingering(
+    run_id: UUID, leg: UUID, worker: UUID, *, opens: bool, turn: Sequence[Any], ask: str | None = None
+) -> Any:
     """The leg that lingered looks, and claims when the join has queued its run."""
     return database.call(
         "SELECT longhaul_linger_claim(%s::uuid, %s::uuid, %s::uuid, %s::interval, %s::bool, %s::uuid, %s::interval,"
-        " %s::bigint, %s::int, %s::int, %s::bigint, %s::numeric)",
-        (run_id, leg, worker, settings().prepare_timeout, opens, *turn),
+        " %s::bigint, %s::int, %s::int, %s::bigint, %s::numeric, %s::jsonb)",
+        (run_id, leg, worker, settings().prepare_timeout, opens, *turn, ask),
     )
 
 
@@ -141,7 +143,7 @@ def requeue(
     error: Mapping[str, Any] | None = None,
     usage: Mapping[str, Any] | None = None,
 ) -> Any:
-    """running -> queued by the leg itself: budget, retry, drained. Raises FenceLost."""
+    """running -> queued by the leg itself: budget, limited, retry, drained. Raises FenceLost."""
     return _fenced(
         database.call(
             "SELECT longhaul_run_requeue(%s::uuid, %s::int, %s::uuid, %s::text, %s::interval, %s::jsonb, %s::jsonb)",

@@ -308,6 +308,41 @@ class Run(models.Model):
         return await sync_to_async(self.fork)(after_step, **overrides)
 
 
+class Leave(models.Model):
+    """A run's leave to ask a model that has limits, or its place among the runs that wait for a model.
+
+    It waits while `message_id` is null; then it was let go, and has asked for as long as the run's pending message is that one.
+    A row that says neither of its run means nothing, and is removed when it is met. Only `runs/sql/0005_models.sql` writes it.
+    """
+
+    run_id = models.UUIDField(primary_key=True)
+    key = models.CharField(max_length=300)  # "model:openai:gpt-5-mini", as of a Pause and a RateUse
+    priority = models.SmallIntegerField()
+    turn_of = models.CharField(max_length=100)  # the owner who takes turns with others
+    turn = models.BigIntegerField()
+    since = models.DateTimeField()  # when it began to wait, or asked
+    released_at = models.DateTimeField(null=True)  # since when it may ask again
+    limits = models.JSONField(null=True)  # as its leg had them
+    tokens = models.BigIntegerField(default=0)  # what its call is thought to take
+    reason = models.CharField(max_length=200, blank=True, default="")  # why it waits, in words
+    message_id = models.UUIDField(null=True)
+    use_id = models.BigIntegerField(null=True)  # the RateUse of its tokens, which the reported usage corrects
+
+    class Meta:
+        indexes: ClassVar = [
+            models.Index(
+                fields=["key", "-priority", "turn", "run_id"],
+                name="longhaul_leave_in_line",
+                condition=models.Q(message_id__isnull=True),
+            ),
+            models.Index(fields=["key"], name="longhaul_leave_asked", condition=models.Q(message_id__isnull=False)),
+            models.Index(fields=["since"], name="longhaul_leave_old", condition=models.Q(message_id__isnull=False)),
+        ]
+
+    def __str__(self) -> str:
+        return f"leave of {self.run_id} to ask {self.key}"
+
+
 class Leg(models.Model):
     """One Celery task's stretch of a run. `epoch` is that of its last claim. At most one leg of a run is open."""
 
@@ -320,7 +355,7 @@ class Leg(models.Model):
     task_id = models.CharField(max_length=100, blank=True, default="")
     started_at = models.DateTimeField(db_default=Now())
     ended_at = models.DateTimeField(null=True)
-    # budget, tools, person, retry, drained, lost, cancelled, failed, finished
+    # budget, limited, tools, person, retry, drained, lost, cancelled, failed, finished
     reason = models.CharField(max_length=16, blank=True, default="")
 
     class Meta:

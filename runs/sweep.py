@@ -28,7 +28,7 @@ import psycopg.errors
 from celery import current_app
 from django.db import DatabaseError, InterfaceError, OperationalError, connection, transaction
 
-from runs import admission, lifecycle
+from runs import admission, lifecycle, quotas
 from runs.conf import settings
 from runs.models import Run, StopReason
 from tools import lifecycle as calls
@@ -382,6 +382,7 @@ class Sweep:
     # -- the overdue --
 
     def _publish(self, done: Done) -> None:
+        quotas.release()
         for run_id, dispatch_seq, agent in lifecycle.due(BATCH):
             done.published_runs += 1
             if self._publishes:

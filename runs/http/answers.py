@@ -308,7 +308,7 @@ class Leg(BaseModel):
     started_at: datetime
     ended_at: datetime | None
     reason: str | None = Field(
-        description="budget, tools, person, retry, drained, lost, cancelled, failed, finished; null while it runs"
+        description="budget, limited, tools, person, retry, drained, lost, cancelled, failed, finished; null while it runs"
     )
 
 

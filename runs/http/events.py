@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, RootModel
 
 SEQ = "the event's place in the run's log, from 1 without gaps"
 
-LegEnd = Literal["budget", "tools", "person", "retry", "drained", "lost", "cancelled", "failed", "finished"]
+LegEnd = Literal["budget", "tools", "person", "limited", "retry", "drained", "lost", "cancelled", "failed", "finished"]
 
 
 RESULT = "as the model reads it: a long one is cut, with a note, and a file is described"
@@ -60,8 +60,10 @@ class RunQueuedEvent(Logged):
     """A worker may take the run."""
 
     type: Literal["run.queued"]
-    reason: Literal["start", "tools", "budget", "retry", "lost", "drained", "released"]
-    not_before: Annotated[datetime | None, Field(description="of `retry`: from when it may be taken")] = None
+    reason: Literal["start", "tools", "budget", "limited", "retry", "lost", "drained", "released"]
+    not_before: Annotated[
+        datetime | None, Field(description="of `retry` and `limited`: from when it may be taken, or about that")
+    ] = None
     superseded: Annotated[UUID | None, Field(description="of a run that retries another: the message left out")] = None
     after: Annotated[UUID | None, Field(description="the run whose place it took, or whose steering it answers")] = None
 

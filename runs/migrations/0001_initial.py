@@ -22,6 +22,26 @@ class Migration(migrations.Migration):
 
     operations = [
         migrations.CreateModel(
+            name='Leave',
+            fields=[
+                ('run_id', models.UUIDField(primary_key=True, serialize=False)),
+                ('key', models.CharField(max_length=300)),
+                ('priority', models.SmallIntegerField()),
+                ('turn_of', models.CharField(max_length=100)),
+                ('turn', models.BigIntegerField()),
+                ('since', models.DateTimeField()),
+                ('released_at', models.DateTimeField(null=True)),
+                ('limits', models.JSONField(null=True)),
+                ('tokens', models.BigIntegerField(default=0)),
+                ('reason', models.CharField(blank=True, default='', max_length=200)),
+                ('message_id', models.UUIDField(null=True)),
+                ('use_id', models.BigIntegerField(null=True)),
+            ],
+            options={
+                'indexes': [models.Index(condition=models.Q(('message_id__isnull', True)), fields=['key', '-priority', 'turn', 'run_id'], name='longhaul_leave_in_line'), models.Index(condition=models.Q(('message_id__isnull', False)), fields=['key'], name='longhaul_leave_asked'), models.Index(condition=models.Q(('message_id__isnull', False)), fields=['since'], name='longhaul_leave_old')],
+            },
+        ),
+        migrations.CreateModel(
             name='Run',
             fields=[
                 ('id', models.UUIDField(default=threads.ids.new_id, editable=False, primary_key=True, serialize=False)),
@@ -240,4 +260,5 @@ class Migration(migrations.Migration):
         migrations.RunSQL((SQL / "0002_legs.sql").read_text(), migrations.RunSQL.noop),
         migrations.RunSQL((SQL / "0003_deltas.sql").read_text(), migrations.RunSQL.noop),
         migrations.RunSQL((SQL / "0004_compaction.sql").read_text(), migrations.RunSQL.noop),
+        migrations.RunSQL((SQL / "0005_models.sql").read_text(), migrations.RunSQL.noop),
     ]

@@ -11,6 +11,7 @@ import contextlib
 import json
 import math
 import os
+import re
 import ssl
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing
@@ -31,6 +32,8 @@ from runs.providers.port import (
     ModelEvent,
     ModelRequest,
     ProviderError,
+    Rate,
+    RatesReported,
     ReasoningDelta,
     TextDelta,
     ToolCallDelta,
@@ -262,6 +265,9 @@ class OpenAIProvider:
         try:
             with closing(line.ask(body, timeout, silence)) as read:
                 for data in read:
+                    if line.rates is not None:
+                        yield line.rates
+                        line.rates = None
                     yield from answer.take(data)
         except ProviderError as error:
             failure = error
@@ -307,6 +313,7 @@ class _Line:
         self._form = form
         self.deadline = math.inf  # by the monotonic clock: no read lasts longer
         self.sound = True  # the connection stands between two calls, or there is none
+        self.rates: RatesReported | None = None  # what the answer's headers say, until it was told
 
     def ask(self, body: bytes, timeout: float, silence: float) -> Generator[bytes, None, None]:
         """Send the request and yield the data of each event, until the stream ends.
@@ -314,6 +321,7 @@ class _Line:
         `timeout` and `silence` are seconds. Raises ProviderError, and what httpx2 raises.
         """
         self.sound = False
+        self.rates = None
         self.deadline = monotonic() + timeout
         quiet = min(silence, timeout)
         times = httpx2.Timeout(quiet, connect=min(quiet, CONNECT.total_seconds()))
@@ -377,6 +385,7 @@ class _Line:
         if response.status_code >= 400:
             body = self._read(response)
             raise _refused(response.status_code, response.headers, body)
+        self.rates = _rates(response.headers)
 
     def _read(self, response: httpx2.Response) -> bytes:
         """Return what an error says: its beginning, as far as it comes soon."""
@@ -611,7 +620,56 @@ def _refused(status: int, headers: Mapping[str, str], body: bytes | Mapping[str,
     if code == "invalid_request" and any(words in message.lower() for words in OVERFLOW_WORDS):
         code = "context_overflow"
     answered = f"The model service answered {status}" if status else "The model service answered with an error"
-    return ProviderError(code, f"{answered}: {message or 'no reason given'}", retry_after=_retry_after(headers))
+    wait = _retry_after(headers)
+    if wait is None and code == "rate_limited":
+        rates = _rates(headers)
+        wait = _time(headers.get("x-rate-limit-reset-tokens", "")) if rates is None else rates.wait
+    return ProviderError(code, f"{answered}: {message or 'no reason given'}", retry_after=wait)
+
+
+# A time as OpenAI writes it, and Go: "6m0s", "1h0m30s", "20ms", "2m59.56s". Azure writes whole seconds; others the moment itself.
+_TIME = re.compile(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m(?!s))?(?:(\d+(?:\.\d+)?)s)?(?:(\d+(?:\.\d+)?)ms)?")
+_UNITS = (86400.0, 3600.0, 60.0, 1.0, 0.001)
+_MOMENT = 1_000_000_000  # seconds since 1970: no wait is so long
+
+
+def _time(value: str) -> timedelta | None:
+    """Return how long a reset is away; None for what cannot be read, or is past."""
+    value = value.strip()
+    seconds = math.nan
+    try:
+        seconds = float(value)
+        if seconds >= _MOMENT:
+            seconds -= datetime.now(UTC).timestamp()
+    except ValueError:
+        found = _TIME.fullmatch(value) if value else None
+        if found is not None:
+            seconds = sum(float(part) * unit for part, unit in zip(found.groups(), _UNITS, strict=True) if part)
+        else:
+            with contextlib.suppress(ValueError, TypeError):
+                seconds = (datetime.fromisoformat(value) - datetime.now(UTC)).total_seconds()
+    if not 0 <= seconds < math.inf:
+        return None
+    return timedelta(seconds=min(seconds, LONGEST_RETRY_AFTER.total_seconds()))
+
+
+def _rates(headers: Mapping[str, str]) -> RatesReported | None:
+    """Return what the headers of an answer say of the service's rates; None when they say nothing."""
+    requests, tokens = _rate(headers, "requests"), _rate(headers, "tokens")
+    return None if requests is None and tokens is None else RatesReported(requests, tokens)
+
+
+def _rate(headers: Mapping[str, str], what: str) -> Rate | None:
+    left = headers.get(f"x-ratelimit-remaining-{what}")
+    if left is None:
+        return None
+    limit, reset = headers.get(f"x-ratelimit-limit-{what}", ""), headers.get(f"x-ratelimit-reset-{what}", "")
+    return Rate(_whole(limit), _whole(left), _time(reset))
+
+
+def _whole(value: str) -> int | None:
+    """Return a number of what is there; None for none. Some services say -1 for what they do not count."""
+    return int(value) if value.isascii() and value.isdigit() and len(value) < 19 else None
 
 
 def _retry_after(headers: Mapping[str, str]) -> timedelta | None:

@@ -97,13 +97,51 @@ class UsageReported:
 
 
 @dataclass(frozen=True, slots=True)
+class Rate:
+    """What a service says of one of its rates: how many it allows, how many are left, and when all are there again."""
+
+    limit: int | None
+    left: int | None
+    reset: timedelta | None
+
+    @property
+    def a_minute(self) -> int | None:
+        """The limit, where it is one a minute: by the time that what is used takes to come back. None: it cannot be told.
+
+        >>> Rate(60, 59, timedelta(seconds=1)).a_minute
+        60
+        >>> Rate(200, 199, timedelta(minutes=7, seconds=12)).a_minute  # a day
+        """
+        if not self.limit or self.left is None or self.reset is None or not 0 <= self.left < self.limit:
+            return None
+        window = self.reset * self.limit / (self.limit - self.left)
+        return self.limit if timedelta(seconds=30) <= window <= timedelta(seconds=120) else None
+
+
+@dataclass(frozen=True, slots=True)
+class RatesReported:
+    """What the service says of its rates with this answer; it comes before the answer's first piece. None: nothing."""
+
+    requests: Rate | None = None
+    tokens: Rate | None = None
+
+    @property
+    def wait(self) -> timedelta | None:
+        """How long nothing is left, of either; None when there is something."""
+        waits = [
+            rate.reset for rate in (self.requests, self.tokens) if rate is not None and rate.left == 0 and rate.reset
+        ]
+        return max(waits, default=None)
+
+
+@dataclass(frozen=True, slots=True)
 class Finished:
     """The answer is complete. Always the last event; a stream without it has raised ProviderError."""
 
     reason: FinishReason
 
 
-ModelEvent: TypeAlias = TextDelta | ReasoningDelta | ToolCallDelta | UsageReported | Finished
+ModelEvent: TypeAlias = TextDelta | ReasoningDelta | ToolCallDelta | UsageReported | RatesReported | Finished
 
 
 class ProviderError(Exception):

@@ -248,16 +248,18 @@ END $$;
 
 -- What a turn begins with, for a caller that holds the run and is about to write it: limits, messages saved by hand meanwhile, the
 -- context after p_after, the pending message and its event. The caller then raises last_seq by one and writes
--- pending_message_id and leg_deadline. {"limit": name}: a limit is reached, nothing was changed.
+-- pending_message_id and leg_deadline. {"limit": name}: a limit is reached, nothing was changed. p_ask: what longhaul_model_ask is
+-- asked; {"limit": "model", "reason", "delay"}: the run waits in its model's line (and what was saved by hand has its place).
 CREATE OR REPLACE FUNCTION longhaul_turn_begin(
     p_run longhaul_runs_run, p_epoch integer, p_now timestamptz, p_message uuid, p_after bigint, p_limit integer,
-    p_max_steps integer, p_max_tokens bigint, p_max_cost numeric)
+    p_max_steps integer, p_max_tokens bigint, p_max_cost numeric, p_ask jsonb)
 RETURNS jsonb LANGUAGE plpgsql AS $$
 DECLARE
     v_seq bigint := p_run.last_seq;
     v_place bigint;
     v_context jsonb;
     v_pinned jsonb;
+    v_refused jsonb;
 BEGIN
     IF p_run.deadline <= p_now THEN RETURN '{"limit": "deadline"}'; END IF;
     IF p_run.steps >= p_max_steps THEN RETURN '{"limit": "max_steps"}'; END IF;
@@ -282,6 +284,8 @@ BEGIN
           -- the + 0 keeps the planner from walking (thread, position) for it, which Postgres 18 does where threads are few
           AND position + 0 < coalesce((v_context->0->>1)::bigint, 0);
     END IF;
+    v_refused := longhaul_model_ask(p_run, p_ask, p_message, v_context);
+    IF v_refused IS NOT NULL THEN RETURN v_refused; END IF;
     SELECT coalesce(max(position), 0) + 1 INTO v_place FROM longhaul_threads_message WHERE thread_id = p_run.thread_id;
     INSERT INTO longhaul_threads_message (
         id, thread_id, run_id, step, role, status, position, content, metadata, client_id, shown, created_at)
@@ -299,7 +303,7 @@ END $$;
 -- that was opened twice would leave the first one pending for ever). {"limit": name}: a limit is reached, nothing was changed.
 CREATE OR REPLACE FUNCTION longhaul_turn_open(
     p_run uuid, p_epoch integer, p_worker uuid, p_message uuid, p_model_time interval, p_after bigint, p_limit integer,
-    p_max_steps integer, p_max_tokens bigint, p_max_cost numeric)
+    p_max_steps integer, p_max_tokens bigint, p_max_cost numeric, p_ask jsonb DEFAULT NULL)
 RETURNS jsonb LANGUAGE plpgsql AS $$
 DECLARE
     v_run longhaul_runs_run;
@@ -311,7 +315,8 @@ BEGIN
     FOR NO KEY UPDATE;
     IF NOT FOUND THEN RETURN NULL; END IF;  -- the fence
     v_now := longhaul_now();
-    v_turn := longhaul_turn_begin(v_run, p_epoch, v_now, p_message, p_after, p_limit, p_max_steps, p_max_tokens, p_max_cost);
+    v_turn := longhaul_turn_begin(
+        v_run, p_epoch, v_now, p_message, p_after, p_limit, p_max_steps, p_max_tokens, p_max_cost, p_ask);
     IF NOT v_turn ? 'limit' THEN
         UPDATE longhaul_runs_run
         SET pending_message_id = p_message, pending_ordinal = 0, leg_deadline = v_now + p_model_time, last_seq = last_seq + 1
@@ -325,7 +330,7 @@ END $$;
 -- (yet); "lost" when the run is somebody else's now, or has ended; "absent" when this worker must beat first.
 CREATE OR REPLACE FUNCTION longhaul_linger_claim(
     p_run uuid, p_leg uuid, p_worker uuid, p_prepare interval, p_open boolean, p_message uuid, p_model_time interval,
-    p_after bigint, p_limit integer, p_max_steps integer, p_max_tokens bigint, p_max_cost numeric)
+    p_after bigint, p_limit integer, p_max_steps integer, p_max_tokens bigint, p_max_cost numeric, p_ask jsonb DEFAULT NULL)
 RETURNS jsonb LANGUAGE plpgsql AS $$
 DECLARE
     v_run longhaul_runs_run;
@@ -341,7 +346,8 @@ BEGIN
     v_now := longhaul_now();
     IF NOT longhaul_worker_present(p_worker, v_now) THEN RETURN '{"status": "absent"}'; END IF;
     IF p_open THEN
-        v_turn := longhaul_turn_begin(v_run, v_run.epoch + 1, v_now, p_message, p_after, p_limit, p_max_steps, p_max_tokens, p_max_cost);
+        v_turn := longhaul_turn_begin(
+            v_run, v_run.epoch + 1, v_now, p_message, p_after, p_limit, p_max_steps, p_max_tokens, p_max_cost, p_ask);
     END IF;
     v_opened := p_open AND NOT v_turn ? 'limit';
     UPDATE longhaul_runs_run
@@ -476,6 +482,8 @@ BEGIN
     VALUES (longhaul_uuid7(), p_run, p_step, p_epoch, p_message, p_usage->>'model', coalesce((p_usage->>'input_tokens')::bigint, 0),
             coalesce((p_usage->>'output_tokens')::bigint, 0), coalesce((p_usage->>'cached_tokens')::bigint, 0),
             coalesce((p_usage->>'reasoning_tokens')::bigint, 0), (p_usage->>'cost')::numeric, p_discarded, p_now);
+    PERFORM longhaul_model_used(p_run, p_message, coalesce((p_usage->>'input_tokens')::bigint, 0)
+                                + coalesce((p_usage->>'output_tokens')::bigint, 0));
 END $$;
 
 -- Usage of a message that is about to be discarded: it was paid, so the log tells it too. The caller holds the run.
@@ -487,8 +495,8 @@ BEGIN
                                 || '{"discarded": true}', p_run.epoch);
 END $$;
 
--- A leg hands over, fenced: its time budget is used, its worker drains, or the model's error grants another try after
--- p_delay. One transaction: nothing pending, the leg ended, the run queued. Returns NULL when the fence was lost, else what to publish.
+-- A leg hands over, fenced: its time budget is used, its worker drains, its model's limits leave no room (`limited`), or the model's
+-- error grants another try after p_delay. One transaction: nothing pending, the leg ended, the run queued. Returns NULL when the fence was lost, else what to publish.
 -- Only `retry` counts a try of the model; nothing here counts toward poison.
 CREATE OR REPLACE FUNCTION longhaul_run_requeue(
     p_run uuid, p_epoch integer, p_worker uuid, p_reason text, p_delay interval, p_error jsonb, p_usage jsonb)
@@ -510,7 +518,10 @@ BEGIN
     v_due := CASE WHEN p_delay > interval '0' THEN v_now + p_delay END;
     UPDATE longhaul_runs_run
     SET status = 'queued', dispatch_seq = dispatch_seq + 1, queued_at = v_now, holder = NULL, leg_deadline = NULL, linger_until = NULL,
-        not_before = v_due, next_publish_at = coalesce(v_due, v_now + interval '1 second'),
+        not_before = v_due, next_publish_at = coalesce(v_due, v_now + interval '1 second') + CASE
+            -- Who waits in the line of its model is let go there, at about that time; this is for who was forgotten.
+            WHEN v_due IS NOT NULL AND EXISTS (SELECT 1 FROM longhaul_runs_leave WHERE run_id = p_run AND message_id IS NULL)
+            THEN interval '60 seconds' ELSE interval '0' END,
         publishes = CASE WHEN v_due IS NULL THEN 1 ELSE 0 END,
         model_tries = model_tries + CASE p_reason WHEN 'retry' THEN 1 ELSE 0 END,
         retry_since = CASE p_reason WHEN 'retry' THEN coalesce(retry_since, v_now) ELSE retry_since END,

@@ -12,6 +12,7 @@ ENDS = {
     "budget": "its time is up, the next leg goes on",
     "tools": "nothing to do until its tool calls are settled",
     "person": "a person or an outside system is asked",
+    "limited": "its model's limits leave no room now",
     "retry": "the model call failed and is tried again",
     "drained": "its worker shuts down",
     "lost": "its worker died",

@@ -28,6 +28,7 @@ TABLES = (
     "longhaul_runs_usage",
     "longhaul_runs_step",
     "longhaul_runs_leg",
+    "longhaul_runs_leave",
     "longhaul_tools_toolattempt",
     "longhaul_tools_toolcall",
     "longhaul_tools_worker",

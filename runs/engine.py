@@ -746,11 +746,10 @@ class Leg:
     def _look(self) -> Turn | Literal[False] | None:
         """Claim if the join has queued the run. False: not yet."""
         used = self._used
-        opening = self._opening()
+        opening, ask = self._opening(), self._ask()
         # Whatever epoch the answer brings is known from before it is asked for: until it is here, this worker's presence
         # would take the new claim for one that nobody holds, and give it back.
         self.registered(None)
-        ask = self._ask()
         answer = lifecycle.claim_lingering(
             self.claim.run_id, self.id, self.claim.worker, opens=not used, turn=opening, ask=ask
         )
@@ -880,9 +879,9 @@ def _append(parts: list[dict[str, Any]], kind: str, text: str) -> None:
 def retry_delay(tries: int, retry_after: timedelta | None = None) -> timedelta:
     """Return how long to wait before the next try of the model, after `tries` failed ones: full jitter, or what was asked.
 
-    The ceiling of the draw is 0.5, 1, 2, 4 ... 60 s; Retry-After is capped at 5 min.
+    The ceiling of the draw is 0.5, 1, 2, 4 ... 60 s; Retry-After is capped at an hour.
     """
     if retry_after is not None:
-        return min(max(retry_after, timedelta(0)), timedelta(minutes=5)) + timedelta(milliseconds=50)
+        return min(max(retry_after, timedelta(0)), quotas.LONGEST_PAUSE) + timedelta(milliseconds=50)
     ceiling = min(60.0, 0.5 * 2 ** (tries - 1))
     return timedelta(seconds=max(0.05, random.uniform(0, ceiling)))  # noqa: S311

@@ -229,10 +229,12 @@ def _explain(run: Run, facts: Facts) -> Explanation:
 
 def _queued(run: Run, facts: Facts) -> Explanation:
     now = facts.now
-    leave = facts.leaves.get(run.pk)
-    if leave is not None and leave.released_at is None and now < (run.next_publish_at or now):
-        return _limited(run, leave, facts)
     reason = facts.reasons.get(run.pk, "")
+    leave = facts.leaves.get(run.pk)
+    # Of a model that failed there is more to say, until it may be asked again.
+    its_turn = reason == "limited" or (run.not_before is not None and run.not_before <= now)
+    if leave is not None and its_turn and now < (run.next_publish_at or now):
+        return _limited(run, leave, facts)
     since = now - (run.queued_at or run.created_at)
     said = f"queued for {span(since)} ({QUEUED_BY.get(reason, reason) or 'new'})"
     if run.not_before is not None and run.not_before > now:

@@ -40,7 +40,8 @@ DECLARE
     v_leave longhaul_runs_leave;
 BEGIN
     UPDATE longhaul_runs_leave
-    SET released_at = NULL, limits = p_limits, tokens = p_tokens, reason = p_reason
+    SET released_at = NULL, since = CASE WHEN released_at IS NULL THEN since ELSE p_now END,
+        limits = p_limits, tokens = p_tokens, reason = p_reason
     WHERE run_id = p_run.id AND key = p_key AND message_id IS NULL RETURNING * INTO v_leave;
     IF FOUND THEN RETURN v_leave; END IF;
     SELECT greatest(coalesce(min(turn), 0), coalesce(max(turn) FILTER (WHERE turn_of = v_owner), 0)) + 1 INTO v_turn
@@ -169,7 +170,7 @@ BEGIN
     INSERT INTO longhaul_tools_pause AS p (key, until, reason) VALUES (p_key, longhaul_now() + p_pause, p_reason)
     ON CONFLICT (key) DO UPDATE SET until = excluded.until, reason = excluded.reason WHERE p.until < excluded.until;
     IF v_run.id IS NOT NULL THEN
-        PERFORM longhaul_model_wait(v_run, p_key, p_limits, 0, 'its service asked for a pause', longhaul_now());
+        PERFORM longhaul_model_wait(v_run, p_key, p_limits, 0, 'its service asked for a pause', longhaul_now() + p_pause);
     END IF;
     SELECT until INTO v_until FROM longhaul_tools_pause WHERE key = p_key;
     RETURN v_until;
@@ -255,7 +256,10 @@ BEGIN
                 CONTINUE;
             END IF;
             EXIT WHEN v_tokens < v_next.tokens;
-            UPDATE longhaul_runs_run SET not_before = NULL, next_publish_at = v_now WHERE id = v_run.id;
+            -- What it waited for others is no part of the time in which its model may be tried.
+            UPDATE longhaul_runs_run
+            SET not_before = NULL, next_publish_at = v_now, retry_since = retry_since + greatest(v_now - v_next.since, interval '0')
+            WHERE id = v_run.id;
             UPDATE longhaul_runs_leave SET released_at = v_now WHERE run_id = v_run.id;
             v_count := v_count + 1;
             v_tokens := v_tokens - v_next.tokens;

@@ -182,5 +182,5 @@ def test_the_wait_that_the_model_service_asks_for_is_capped(scripted_model: Scri
     run = clerk().start("hello")
     began = clock.now()
     run_to_end(run)
-    assert timedelta(minutes=5) <= clock.now() - began < timedelta(minutes=6)
+    assert timedelta(hours=1) <= clock.now() - began < timedelta(minutes=61)
     assert run.output == "done"

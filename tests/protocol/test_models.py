@@ -12,7 +12,7 @@ from uuid import UUID
 import pytest
 
 from tests.protocol.rows import SECOND, Claim, Database, World, linger_arguments, wait_until
-from tests.protocol.test_lock_order import waits_for_a_lock
+from tests.protocol.test_claim import waits_for_a_lock
 from threads.ids import new_id
 
 pytestmark = pytest.mark.django_db
@@ -354,7 +354,7 @@ def test_given_a_pause_ends_then_those_that_wait_are_spread_and_all_get_there(wo
     assert len(set(due)) == len(due), "each has a time of its own"
     assert model.release() == []
     model.move(5 * SECOND)
-    looks = []
+    looks: list[int] = []
     while sum(looks) < 35:
         looks.append(len(released := model.release()))
         assert 0 < looks[-1] <= 10, "no herd"

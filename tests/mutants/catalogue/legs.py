@@ -224,8 +224,8 @@ EXIT = Group(
             "retry_waits_in_the_worker",
             "A retry of the model is `queued` with `not_before`.",
             LEGS,
-            "        not_before = v_due, next_publish_at = coalesce(v_due, v_now + interval '1 second'),",
-            "        next_publish_at = coalesce(v_due, v_now + interval '1 second'),",
+            "        not_before = v_due, next_publish_at = coalesce(v_due, v_now + interval '1 second') + CASE",
+            "        next_publish_at = coalesce(v_due, v_now + interval '1 second') + CASE",
             f"{CLAIM}a_run_put_off_when_its_message_comes_early_then_no_row_matches",
         ),
         one(

@@ -168,7 +168,7 @@ class Definition:
 
     @cached_property
     def specs(self) -> list[ToolSpec]:
-        return [ToolSpec(tool.name, tool.description, tool.parameters) for tool in self.tools.values()]
+        return [ToolSpec(tool.name, tool.description, tool.parameters, tool.strict) for tool in self.tools.values()]
 
     @cached_property
     def schema_digest(self) -> str:

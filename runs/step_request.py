@@ -113,7 +113,7 @@ def _tools(run: Run, step: Step, doubts: list[str]) -> tuple[list[ToolSpec], lis
             "the schemas of its tools have changed in code since: those below are today's"
             f" (digest then {step.schema_digest[:12]}, now {digest[:12]})"
         )
-    return [ToolSpec(tool.name, tool.description, tool.parameters) for tool in there], gone, digest
+    return [ToolSpec(tool.name, tool.description, tool.parameters, tool.strict) for tool in there], gone, digest
 
 
 def _messages(step: Step) -> list[dict[str, Any]]:

@@ -91,7 +91,9 @@ class Tool(Generic[P, R]):
     @cached_property
     def digest(self) -> str:
         """SHA-256 (hex) of what a model is told: name, description, schema. The same in every process."""
-        told = [self.name, self.description, self.parameters]
+        told: list[Any] = [self.name, self.description, self.parameters]
+        if self.strict:
+            told.append("strict")
         return hashlib.sha256(json.dumps(told, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
     def validate(self, arguments: Mapping[str, Any] | str | bytes) -> dict[str, Any]:
@@ -184,7 +186,7 @@ def tool(
     max_concurrency: so many of its calls run at once, over all workers and runs; the others wait for their turn.
     rate_limit: so many of its calls start in any stretch of a second, minute, hour or day: "10/s", "100/min", "1000/h",
         "5000/d". Each attempt is a start.
-    strict: ask the service to hold the model to the schema; the schema must be closed then, without defaults.
+    strict: ask the service to hold the model to the schema, which is in OpenAI's strict subset then: see `tools.strict`.
 
     Raises ToolSchemaError and ToolOptionError, at import.
     """

@@ -18,6 +18,7 @@ from pydantic.json_schema import GenerateJsonSchema, JsonSchemaWarningKind
 from pydantic_core import PydanticSerializationError, from_json, to_json
 
 from tools.exceptions import InvalidArguments, Problem, ToolSchemaError
+from tools.strict import Strict
 
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
@@ -41,6 +42,7 @@ class Arguments:
     injected: str | None
     names: tuple[str, ...]
     model: type[BaseModel]
+    strict: Strict | None = None
 
     def validate(self, tool: str, arguments: Mapping[str, Any] | str | bytes) -> dict[str, Any]:
         """Return the keyword arguments for the function, defaults filled in. Raises InvalidArguments.
@@ -55,11 +57,20 @@ class Arguments:
                 text = to_json(arguments, inf_nan_mode="constants")
             except ValueError as error:
                 raise InvalidArguments(tool, [{"path": "", "message": f"not JSON: {error}"}]) from None
+        if self.strict is not None:
+            text = self._without_nulls(self.strict, text)
         try:
             values = self.model.__pydantic_validator__.validate_json(text)
         except ValidationError as error:
             raise InvalidArguments(tool, self._problems(error)) from None
         return dict(zip(self.names, values.__dict__.values(), strict=True))
+
+    @staticmethod
+    def _without_nulls(strict: Strict, text: str | bytes) -> str | bytes:
+        try:
+            return to_json(strict.read(from_json(text)), inf_nan_mode="constants")
+        except ValueError:
+            return text  # no JSON: the validator says so
 
     def _problems(self, error: ValidationError) -> list[Problem]:
         found = error.errors(include_url=False, include_context=False)
@@ -93,7 +104,7 @@ def compile_arguments(
 
     A parameter annotated with the type `injected` is left out of the schema. `scope` holds the local names around
     the function, for annotations that are strings. With `strict` the schema keeps to the subset that a service
-    can hold a model to: every parameter required, every object closed.
+    can hold a model to (`tools.strict`): every parameter required, every object closed, null for a default.
     """
     if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
         raise ToolSchemaError(tool, "it yields. Return the whole result; report what comes before by ctx.emit().")
@@ -127,7 +138,8 @@ def compile_arguments(
             schema["properties"][name].setdefault("description", text)
     schema = _plain(schema)
     if strict:
-        _close(tool, schema)
+        closed = Strict(tool, schema)
+        return Arguments(closed.schema, description, injected_name, tuple(hints), model, closed)
     return Arguments(schema, description, injected_name, tuple(hints), model)
 
 
@@ -324,36 +336,6 @@ def _plain(schema: Any, *, names: bool = False) -> Any:
         elif key != "title":
             result[key] = _plain(value)
     return result
-
-
-def _close(tool: str, schema: dict[str, Any], where: str = "") -> None:
-    """Close every object of the schema in place, as OpenAI's `strict` asks. Raises ToolSchemaError where it cannot."""
-    schema.pop("default", None)
-    if schema.get("type") == "object":
-        properties = schema.get("properties", {})
-        if not properties and schema.get("additionalProperties", True) is not False:
-            raise ToolSchemaError(tool, "strict=True knows no open dict. Take a pydantic model.", where or None)
-        optional = [name for name in properties if name not in schema.get("required", ())]
-        if optional:
-            raise ToolSchemaError(
-                tool,
-                "strict=True wants every value given. Drop the default; where a value may be absent, `X | None`.",
-                ".".join(filter(None, (where, optional[0]))),
-            )
-        schema["additionalProperties"] = False
-        schema.setdefault("properties", {})
-        schema.setdefault("required", [])
-        for name, each in properties.items():
-            _close(tool, each, ".".join(filter(None, (where, name))))
-    for name, each in schema.get("$defs", {}).items():
-        _close(tool, each, name)
-    for key in ("anyOf", "oneOf", "allOf", "prefixItems"):
-        for each in schema.get(key, ()):
-            _close(tool, each, where)
-    if isinstance(schema.get("items"), dict):
-        _close(tool, schema["items"], where)
-    if "type" not in schema and not schema.keys() & {"$ref", "anyOf", "oneOf", "allOf", "enum", "const"}:
-        raise ToolSchemaError(tool, "strict=True wants a type, and this may be anything.", where or None)
 
 
 def _first_line(error: Exception) -> str:

@@ -212,7 +212,12 @@ class OpenAIProvider:
             [
                 {
                     "type": "function",
-                    "function": {"name": tool.name, "description": tool.description, "parameters": tool.parameters},
+                    "function": {
+                        "name": tool.name,
+                        "description": tool.description,
+                        "parameters": tool.parameters,
+                        **({"strict": True} if tool.strict else {}),
+                    },
                 }
                 for tool in tools
             ]

@@ -33,6 +33,7 @@ class ToolSpec:
     name: str
     description: str
     parameters: Mapping[str, Any]
+    strict: bool = False  # whether the service shall hold the model to the schema
 
 
 @dataclass(frozen=True, slots=True)

@@ -357,44 +357,6 @@ def test_two_parameters_for_the_context_are_refused() -> None:
     assert refused(order, injected=ToolContext).parameter == "b"
 
 
-# --- strict ---
-
-
-def test_strict_closes_every_object() -> None:
-    class Inner(BaseModel):
-        x: int
-
-    def order(inner: Inner | None, many: list[Inner], size: Size) -> None: ...
-
-    found = schema(order, strict=True, scope={"Inner": Inner})
-    assert found["required"] == ["inner", "many", "size"]
-    assert found["$defs"]["Inner"]["additionalProperties"] is False
-
-
-@pytest.mark.parametrize(
-    ("hint", "where"),
-    [
-        (dict[str, int], "value"),
-        (dict, "value"),
-        (Any, "value"),
-        (list[dict[str, int]], "value"),
-        (Line, "Line.amount"),
-    ],
-)
-def test_strict_refuses_what_is_open(hint: Any, where: str) -> None:
-    def order(value) -> None: ...
-
-    order.__annotations__["value"] = hint
-    assert refused(order, strict=True).parameter == where
-
-
-def test_strict_refuses_a_default() -> None:
-    def order(value: int = 3) -> None: ...
-
-    assert refused(order, strict=True).parameter == "value"
-    assert "X | None" in str(refused(order, strict=True))
-
-
 # --- validation ---
 
 

@@ -746,6 +746,17 @@ def test_a_request_holds_instructions_messages_tools_and_options(service: Servic
     assert service.server.calls[0].headers["content-type"] == "application/json"
 
 
+def test_a_strict_tool_is_asked_for_as_one(service: Service) -> None:
+    schema = {"type": "object", "properties": {}, "required": [], "additionalProperties": False}
+    tools = service.provider.render_tools([ToolSpec("look_up", "", schema, strict=True), ToolSpec("add", "", schema)])
+
+    service.answer(tools=tools)
+
+    first, second = (each["function"] for each in service.server.calls[0].body["tools"])
+    assert first["strict"] is True
+    assert "strict" not in second
+
+
 @pytest.mark.parametrize(
     ("choice", "field"),
     [

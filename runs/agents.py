@@ -27,6 +27,7 @@ from runs.output_schema import OutputSchema
 from runs.providers.port import ToolSpec, UnknownProvider, check_model
 from threads.content import clean, plain
 from threads.exceptions import within
+from tools.hooks import Hooks, check_hooks
 from tools.registry import Tool, tools_by_name
 
 if TYPE_CHECKING:
@@ -74,6 +75,7 @@ class Agent:
     tool_choice: `auto`, `none`, `required`, or the name of a tool. The last two count for the first step of a run only.
     parallel_tool_calls: whether the model may ask for several calls at once. None: as its service does by itself. False: of
         several only the first is run, and the model is told so.
+    hooks: what runs around every call of its tools, and around the hooks of those.
     """
 
     name: str
@@ -91,6 +93,7 @@ class Agent:
     tool_choice: str = "auto"
     parallel_tool_calls: bool | None = None
     output_schema: Mapping[str, Any] | None = None
+    hooks: Sequence[Hooks] = ()
 
     def __post_init__(self) -> None:
         if not self.name or len(self.name) > 200:
@@ -100,6 +103,8 @@ class Agent:
         object.__setattr__(self, "limits", check_limits({**self.limits, **own}))
         check_context(self.context)
         check_parallel(self.parallel_tool_calls)
+        check_hooks(f"Agent {self.name!r}", self.hooks, atomic=any(tool.atomic for tool in self.tools))
+        object.__setattr__(self, "hooks", tuple(self.hooks))
         if self.output_schema is not None:
             output_schema.check(self.output_schema)
 

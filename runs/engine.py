@@ -23,7 +23,7 @@ from django.db import DatabaseError, InterfaceError, connection
 from runs import admission, agents, bells, lifecycle, quotas
 from runs.claims import Claim, Interrupted
 from runs.conf import settings
-from runs.context import Window
+from runs.context import Hidden, Window, mark, work_of
 from runs.exceptions import AgentsError, FenceLost, LonghaulError
 from runs.flusher import Buffer, Chunk, Flusher
 from runs.models import Run, Status, StopReason
@@ -254,7 +254,8 @@ class Leg:
         self.quota = quotas.quota(definition.model)
         self.instructions = self._instruct(definition)
         self.tools = self.provider.render_tools(definition.specs)
-        self.window = Window(definition.last_messages, self.provider.render)
+        hidden = Hidden(lambda: work_of(self.claim.run_id))
+        self.window = Window(definition.last_messages, self.provider.render, hidden)
         self.options = dict(definition.options)
         if definition.output_schema is not None and isinstance(self.provider, AsksForSchema):
             asked = self.provider.schema_options(definition.output_schema.schema)
@@ -485,6 +486,7 @@ class Leg:
         content = [part for part in answer.parts if part["text"]]
         content += [
             {"type": "tool_call", "tool_call": call["id"], "name": call["name"], "arguments": call["arguments"]}
+            | self._mark(call["name"])
             for call in calls
         ]
         end = self._end(turn, answer, calls, bad)
@@ -619,6 +621,11 @@ class Leg:
                 settled.append(["tool_call.settled", None, payload])
             rows.append(row)
         return rows, settled
+
+    def _mark(self, name: str) -> dict[str, Any]:
+        """Return what the transcript says of how long a call of this tool is shown."""
+        tool = self.definition.tools.get(name)
+        return {} if tool is None else mark(tool.in_context, self.claim.run_id)
 
     def _bad(self, name: str, text: str) -> dict[str, str] | None:
         """Return what is wrong with a call, as the model is told it."""

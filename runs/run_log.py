@@ -13,6 +13,7 @@ from runs.exceptions import UnknownAgent
 from runs.models import LIVE, Run
 from threads.models import Thread
 from tools.exceptions import ToolNotAvailable, UnknownTool
+from tools.hooks import Hooks
 from tools.registry import Tool
 
 
@@ -48,3 +49,6 @@ class DatabaseRunLog:
         if claimed["name"] not in tools:
             raise UnknownTool(claimed["name"], tools)
         return tools[claimed["name"]]
+
+    def hooks(self, claimed: Mapping[str, Any]) -> tuple[Hooks, ...]:
+        return tuple(agents.get(claimed["agent"]).hooks)

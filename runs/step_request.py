@@ -18,6 +18,7 @@ from typing import Any
 import orjson
 
 from runs import agents
+from runs.context import Hidden, work_of
 from runs.exceptions import LonghaulError
 from runs.models import Run, Step
 from runs.providers.port import ModelRequest, ShowsBody, ToolSpec, get_provider
@@ -62,6 +63,7 @@ def step_request(run: Run, number: int) -> StepRequest:
     missing = _shown(step.context) - len(messages)
     if missing:
         doubts.append(f"{missing} of the messages that it was shown {'was' if missing == 1 else 'were'} deleted since")
+    messages = _without_hidden(run, messages)
     options = step.asked()
     tool_choice = str(options.pop("tool_choice", "auto"))
     parallel = options.pop("parallel_tool_calls", None)
@@ -127,6 +129,21 @@ def _messages(step: Step) -> list[dict[str, Any]]:
         {"id": str(id), "position": position, "role": role, "content": orjson.loads(content)}
         for id, position, role, content in rows
     ]
+
+
+def _without_hidden(run: Run, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Leave out the calls that the step was not shown, with their results."""
+    hidden = Hidden(lambda: work_of(run.pk))
+    shown: list[dict[str, Any]] = []
+    for each in messages:
+        if each["role"] == "assistant":
+            hidden.spoken()
+        hidden.shown(each["content"])
+    for each in messages:
+        content = hidden.shown(each["content"])
+        if content or not each["content"]:
+            shown.append({**each, "content": content})
+    return shown
 
 
 def _shown(context: Mapping[str, Any]) -> int:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from tools.context import ToolContext
     from tools.exceptions import AlreadySettled, ApprovalRequired, ModelRetry, ToolFailed
+    from tools.hooks import Hooks, Instead
     from tools.models import ToolCall
     from tools.registry import Tool, tool
     from tools.results import File
@@ -18,6 +19,8 @@ __all__ = [
     "AlreadySettled",
     "ApprovalRequired",
     "File",
+    "Hooks",
+    "Instead",
     "ModelRetry",
     "RetryPolicy",
     "Tool",
@@ -32,6 +35,8 @@ _HOME = {
     "AlreadySettled": "tools.exceptions",
     "ApprovalRequired": "tools.exceptions",
     "File": "tools.results",
+    "Hooks": "tools.hooks",
+    "Instead": "tools.hooks",
     "ModelRetry": "tools.exceptions",
     "RetryPolicy": "tools.retry",
     "Tool": "tools.registry",

@@ -4,7 +4,8 @@
     ├── said by tool authors, while the tool runs
     │   ├── ModelRetry            failed; the model reads why and may try otherwise
     │   ├── ToolFailed            failed for good
-    │   │   └── InvalidResult     it ran, but its result cannot be JSON (said by us)
+    │   │   ├── InvalidResult     it ran, but its result cannot be JSON (said by us)
+    │   │   └── HookFailed        what runs around it failed (said by us)
     │   ├── ApprovalRequired      a person must decide first
     │   └── WorkerLeaving         its worker shuts down: begin again elsewhere
     ├── said to the model, about a call it asked for
@@ -71,6 +72,12 @@ class InvalidResult(ToolFailed):
     """The tool ran, but what it returned cannot be written as JSON."""
 
     code = "invalid_result"
+
+
+class HookFailed(ToolFailed):
+    """A hook around the tool failed, so that the call has no result."""
+
+    code = "hook_failed"
 
 
 class ApprovalRequired(ToolError):

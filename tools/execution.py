@@ -26,6 +26,7 @@ from threads.redaction import redact
 from tools import interrupts, lifecycle, run_log
 from tools.context import ToolContext
 from tools.exceptions import InvalidArguments, InvalidResult, Problem, ToolError, WorkerLeaving
+from tools.layers import call_within
 from tools.lifecycle import NOTHING
 from tools.models import Outcome, ToolCall
 from tools.presence import Presence
@@ -205,12 +206,15 @@ def _settled_within(claimed: Claimed, tool: Tool, result: Kept) -> Any:
 def _call(
     claimed: Claimed, tool: Tool, arguments: dict[str, Any], told: list[tuple[str, dict[str, Any]]] | None = None
 ) -> Any:
-    if tool.context_parameter is not None:
+    around = (*run_log.current().hooks(claimed.answer), *tool.hooks)
+    if not around and tool.context_parameter is not None:
         arguments[tool.context_parameter] = context_of(claimed, told)
     seconds = claimed.answer.get("seconds")
     gives_back = tool.on_deploy == "give_back"
     with interrupts.body(claimed.call_id, claimed.attempt, seconds, gives_back=gives_back) as body:
         try:
+            if around:
+                return call_within(around, tool, arguments, context_of(claimed, told), body)
             if tool.is_async:
                 return asyncio.run(body.bounded(tool.function(**arguments)))
             return tool.function(**arguments)

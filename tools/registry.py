@@ -9,7 +9,7 @@ import json
 import math
 import re
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import cached_property
@@ -21,6 +21,7 @@ from typing_extensions import ParamSpec, TypeVar
 from tools.context import ToolContext
 from tools.exceptions import DuplicateTool, InvalidResult, ToolOptionError, ToolSchemaError
 from tools.gates import Rate
+from tools.hooks import Hooks, check_hooks
 from tools.results import Kept, keep
 from tools.retry import RetryPolicy
 from tools.schema import Arguments, compile_arguments
@@ -32,6 +33,8 @@ NeedsApproval: TypeAlias = bool | Callable[[dict[str, Any], ToolContext], bool]
 
 OnUnknown: TypeAlias = Literal["ask", "tell_model", "fail"]
 OnDeploy: TypeAlias = Literal["finish", "give_back"]
+
+InContext: TypeAlias = Literal["thread", "run", "step"]
 
 NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")  # what OpenAI's API, and those made after it, take as a function's name
 
@@ -60,6 +63,8 @@ class Tool(Generic[P, R]):
     on_deploy: OnDeploy = "finish"
     max_concurrency: int | None = None
     rate: Rate | None = None
+    hooks: tuple[Hooks, ...] = ()
+    in_context: InContext = "thread"
 
     def __post_init__(self) -> None:
         # By hand what functools.update_wrapper does, for a frozen object: help(), doctest and inspect see the function.
@@ -142,6 +147,8 @@ def tool(
     max_concurrency: int | None = None,
     rate_limit: str | None = None,
     strict: bool = False,
+    hooks: Sequence[Hooks] = (),
+    in_context: InContext = "thread",
 ) -> Callable[[Callable[P, R]], Tool[P, R]]: ...
 
 
@@ -163,6 +170,8 @@ def tool(
     max_concurrency: int | None = None,
     rate_limit: str | None = None,
     strict: bool = False,
+    hooks: Sequence[Hooks] = (),
+    in_context: InContext = "thread",
 ) -> Tool | Callable[[Callable[..., Any]], Tool]:
     """Make a tool of a function: bare, or with options.
 
@@ -187,6 +196,9 @@ def tool(
     rate_limit: so many of its calls start in any stretch of a second, minute, hour or day: "10/s", "100/min", "1000/h",
         "5000/d". Each attempt is a start.
     strict: ask the service to hold the model to the schema, which is in OpenAI's strict subset then: see `tools.strict`.
+    hooks: what runs before and after each attempt, and when it fails, within the hooks of the agent.
+    in_context: how long the model is shown a call with its result: in all later runs of the "thread", in this "run" only,
+        or until its next "step" is done.
 
     Raises ToolSchemaError and ToolOptionError, at import.
     """
@@ -214,7 +226,9 @@ def tool(
             queue=queue,
             max_concurrency=max_concurrency,
             rate_limit=rate_limit,
+            in_context=in_context,
         )
+        check_hooks(f"Tool {called!r}", hooks, atomic=atomic)
         return Tool(
             name=called,
             description=arguments.description if description is None else description,
@@ -232,6 +246,8 @@ def tool(
             on_deploy=on_deploy,
             max_concurrency=max_concurrency,
             rate=None if rate_limit is None else Rate.parse(rate_limit),
+            hooks=tuple(hooks),
+            in_context=in_context,
         )
 
     return decorate if function is None else decorate(function)
@@ -273,6 +289,7 @@ def _check_options(
     queue: object,
     max_concurrency: object,
     rate_limit: object,
+    in_context: object,
 ) -> None:
     def refuse(problem: str) -> ToolOptionError:
         return ToolOptionError(f"Tool {called!r}: {problem}")
@@ -320,6 +337,8 @@ def _check_options(
             Rate.parse(rate_limit)
         except ValueError as error:
             raise refuse(f"rate_limit: {error}.") from None
+    if in_context not in get_args(InContext):
+        raise refuse(f"in_context is one of {', '.join(get_args(InContext))}; got {in_context!r}.")
 
 
 def _check_predicate(refuse: Callable[[str], ToolOptionError], predicate: Callable[..., Any]) -> None:

@@ -6,10 +6,11 @@ longhaul_run_record, longhaul_calls_changed. No call changes status without the 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 from uuid import UUID
 
+from tools.hooks import Hooks
 from tools.registry import Tool
 
 if TYPE_CHECKING:
@@ -33,6 +34,9 @@ class RunLog(Protocol):
 
     def tool(self, claimed: Mapping[str, Any]) -> Tool:
         """Return the definition that the run of a claimed call means by its name. Raises UnknownTool."""
+
+    def hooks(self, claimed: Mapping[str, Any]) -> Sequence[Hooks]:
+        """Return what the agent of a claimed call has around all its calls."""
 
 
 _installed: RunLog | None = None

@@ -63,6 +63,8 @@ def _tool(tool: Tool) -> dict[str, Any]:
     does += [] if tool.idempotent is None else ["idempotent" if tool.idempotent else "starts at most once"]
     does += ["needs approval"] if tool.needs_approval else []
     does += ["deferred"] if tool.deferred else []
+    does += [f"shown in its {tool.in_context} only"] if tool.in_context != "thread" else []
+    does += [f"{len(tool.hooks)} hook{'' if len(tool.hooks) == 1 else 's'}"] if tool.hooks else []
     does += [f"queue {tool.queue}"] if tool.queue else []
     return {
         "name": tool.name,

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
+
+from runs.context.hidden import Hidden
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,8 +35,10 @@ class Window:
     It never begins with a tool's result whose call lies further back. `render` is the provider's.
     """
 
-    def __init__(self, size: int, render: Callable[[Mapping[str, Any]], bytes]) -> None:
+    def __init__(self, size: int, render: Callable[[Mapping[str, Any]], bytes], hidden: Hidden | None = None) -> None:
         self.size = size
+        self._hidden = hidden or Hidden(lambda: ())
+        self._passing: dict[str, Row] = {}  # by id: what is shown until the model speaks again
         self.last = 0  # the highest place that was read
         self._render = render
         self._run: str | None = None
@@ -49,6 +53,8 @@ class Window:
     def extend(self, rows: Iterable[Row], *, run: str) -> None:
         """Take in the messages after `last`, in their order. Those of `run` that nobody spoke in a step are its input."""
         for row in rows:
+            if row[2] == "assistant" and self._passing:
+                self._pass()
             message = self._read(row)
             self._shown.append(message)
             if row[4] == run and message.role in ("user", "system"):
@@ -58,7 +64,22 @@ class Window:
         self._trim()
 
     def _read(self, row: Row) -> Shown:
-        return Shown(row[0], row[1], row[2], self._render({"role": row[2], "content": row[3]}))
+        content = self._hidden.shown(row[3])
+        if self._hidden.passes(content):
+            self._passing[row[0]] = row
+        return Shown(row[0], row[1], row[2], self._rendered(row, content))
+
+    def _rendered(self, row: Row, content: Any) -> bytes:
+        # A message of which all was left out is not shown; one that has no parts is as the provider says.
+        return self._render({"role": row[2], "content": content}) if content or not row[3] else b""
+
+    def _pass(self) -> None:
+        """Leave out what was shown until the model spoke again."""
+        passing, self._passing = self._passing, {}
+        self._hidden.spoken()
+        for place, each in enumerate(self._shown):
+            if (row := passing.get(each.id)) is not None:
+                self._shown[place] = replace(each, rendered=self._rendered(row, self._hidden.shown(row[3])))
 
     def _trim(self) -> None:
         last_turn = next((n for n, each in enumerate(reversed(self._shown), 1) if each.role != "tool"), 0)

@@ -432,6 +432,7 @@ class Tool(BaseModel):
     atomic: bool
     needs_approval: bool
     deferred: bool
+    in_context: str = Field(description="how long a model is shown its calls: thread, run, step")
     agents: list[str]
 
 
@@ -445,6 +446,7 @@ def tool(definition: ToolDefinition, of: list[str]) -> dict[str, Any]:
         "atomic": definition.atomic,
         "needs_approval": bool(definition.needs_approval),
         "deferred": definition.deferred,
+        "in_context": definition.in_context,
         "agents": of,
     }
 

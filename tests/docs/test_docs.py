@@ -199,6 +199,7 @@ def test_the_options_of_a_tool_are_all_there_with_their_defaults() -> None:
     parameters = inspect.signature(tool).parameters
     assert list(rows) == [
         "name", "description", "timeout_seconds", "retry", "idempotent", "on_unknown", "atomic", "queue", "strict",
+        "hooks", "in_context",
         "needs_approval", "deferred",
     ]  # fmt: skip
     assert set(rows) == set(parameters) - {"function"}

@@ -138,6 +138,35 @@ def test_given_calls_settled_in_any_order_then_the_last_joins_them_in_call_order
     assert [event["payload"]["content"][0]["tool_call"] for event in told] == [str(one.id) for one in held]
 
 
+def test_given_calls_of_which_some_fail_then_their_siblings_go_on_and_all_are_answered_in_call_order(
+    world: World,
+) -> None:
+    ends = ["failed", "success", "retried", "cancelled", "success", "lost"]
+    claim = world.waiting(*(a_call(index, max_attempts=3) for index in range(len(ends))))
+    calls = world.calls(claim.run)
+    held = {call: world.call_claim(call) for call in calls}
+    for place in (3, 0, 5, 2, 4, 1):
+        call, end = calls[place], ends[place]
+        siblings = {each: world.tool_call(each) for each in calls if each != call}
+        if end == "cancelled":
+            world.answer(call, "cancelled", among=["running"])
+        else:
+            if end == "retried":
+                world.retry(held[call])
+            elif end == "lost":
+                world.call_reclaim(held[call])
+            if end in ("retried", "lost"):
+                assert world.run(claim.run)["status"] == "waiting"
+                held[call] = world.call_claim(call)
+            world.settle(held[call], "failed" if end == "failed" else "success", None if end == "failed" else place)
+        assert {each: world.tool_call(each) for each in siblings} == siblings
+    assert tool_messages(world, claim.run) == [
+        (str(call), end if end in ("failed", "cancelled") else "success", None if end in ("failed", "cancelled") else n)
+        for n, (call, end) in enumerate(zip(calls, ends, strict=True))
+    ]
+    assert world.run(claim.run)["status"] == "queued"
+
+
 def test_given_two_last_settlements_at_once_then_exactly_one_of_them_joins(world: World, db_b: Database) -> None:
     """Under READ COMMITTED the second must not look at its siblings with a snapshot from before the lock."""
     claim = world.waiting(a_call(0), a_call(1))

@@ -50,7 +50,7 @@ def eventually(what: Callable[[], Any], *, within: float = PATIENCE, why: str = 
 
 
 def script(call: ModelCall) -> Reply:
-    """Say what the user asks for: `tell ...`, `silence`, `call TOOL SECONDS`, `fail KIND ...` (by the tries so far)."""
+    """Say what the user asks for: `tell ...`, `silence`, `call TOOL SECONDS`, `count TOOL CALLS`, `fail KIND ...` (by the tries so far)."""
     last = next(place for place in range(len(call.messages) - 1, -1, -1) if call.messages[place]["role"] == "user")
     word, *rest = str(call.messages[last]["content"]).split()
     if any(message["role"] == "tool" for message in call.messages[last:]):
@@ -58,6 +58,8 @@ def script(call: ModelCall) -> Reply:
     match word:
         case "call":
             return [ToolCall(rest[0], {"seconds": float(rest[1])})]
+        case "count":
+            return [ToolCall(rest[0], {"number": number}) for number in range(1, int(rest[1]) + 1)]
         case "silence":
             return [Text("So far so "), Silence()]
         case "fail":

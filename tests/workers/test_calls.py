@@ -5,6 +5,7 @@ The rows of every cell are compared in tests/tools/test_table.py; a killed worke
 
 from __future__ import annotations
 
+import json
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from runs import Run
 from tests.workers.app.agents import worker_test
 from tests.workers.conftest import Kit, eventually
 from tests.workers.test_deaths import ended, starts, workers_name, working
+from threads.models import Message
 from tools import tasks as tool_tasks
 from tools.models import ToolAttempt, ToolCall
 
@@ -124,3 +126,26 @@ def test_a_message_that_comes_many_times_is_one_attempt(workers: Kit, kind: str)
         tool_tasks.publish(call.pk, 1, call.timeout)
     assert ended(worker_test.start("call idempotent 0")).output == "It is done."  # it came behind them
     assert (starts(call), attempts(call)) == (1, ["success"])
+
+
+@pytest.mark.timeout(240)  # 10 s on an idle machine
+def test_a_step_of_a_thousand_calls_is_answered_in_their_order_and_its_failures_stay_theirs(workers: Kit) -> None:
+    run = worker_test.start("count tenth_fails 1000")
+    assert ended(run, 200).output == "It is done."
+    calls = ToolCall.objects.filter(run_id=run.pk).order_by("index")
+    assert [(call.arguments["number"], call.outcome, call.result) for call in calls] == [
+        (number, "success", number) if number % 10 else (number, "failed", None) for number in range(1, 1001)
+    ]
+    assert {call.error["message"] for call in calls if call.error} == {
+        f"{number} ends in 0." for number in range(10, 1001, 10)
+    }
+    told = Message.objects.filter(run_id=run.pk, role="tool").order_by("position")
+    assert [message.content[0]["tool_call"] for message in told] == [str(call.pk) for call in calls]
+    # The messages were sent once or several times, for they waited: each call was run once.
+    assert ToolAttempt.objects.filter(call__in=calls).count() == 1000
+    assert {call.attempt for call in calls} == {1}
+    # The model was shown all of them: its window holds twenty messages, and the last step whole.
+    shown = [message["content"] for message in workers.model.calls[-1].messages if message["role"] == "tool"]
+    assert [json.loads(content) for content in shown[:9]] == list(range(1, 10))
+    assert "10 ends in 0." in shown[9]
+    assert len(shown) == 1000

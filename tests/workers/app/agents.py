@@ -9,7 +9,7 @@ from django.conf import settings
 from agents_project.demo.models import Ledger
 from runs import Agent
 from tests.workers.app.slow import slow_test
-from tools import ToolContext, tool
+from tools import ToolContext, ToolFailed, tool
 
 
 def _begin(ctx: ToolContext, seconds: float) -> None:
@@ -61,7 +61,19 @@ def once_fails(seconds: float, ctx: ToolContext) -> str:
     return "done"
 
 
-TOOLS: list[Any] = [atomic, idempotent, plain, once, once_told, once_fails]
+@tool(idempotent=True)
+def tenth_fails(number: int) -> int:
+    """Give the number back, unless it ends in 0.
+
+    Args:
+        number: the number
+    """
+    if number % 10 == 0:
+        raise ToolFailed(f"{number} ends in 0.")
+    return number
+
+
+TOOLS: list[Any] = [tenth_fails, atomic, idempotent, plain, once, once_told, once_fails]
 worker_test = Agent(name="worker_test", model="openai:test", instructions="Do as told.", tools=TOOLS)
 
 __all__ = ["slow_test", "worker_test"]

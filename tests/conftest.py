@@ -13,6 +13,7 @@ from celery import Celery
 from celery._state import get_current_app
 
 from agents_project import embedded
+from tests.programs import NEEDS
 
 if TYPE_CHECKING:
     from tests.protocol.rows import World
@@ -30,10 +31,26 @@ def servers() -> embedded.Servers:
     )
 
 
-def pytest_configure() -> None:
-    """Let the processes of the tests hear Ctrl-C where a shell has started pytest in the background, and so deaf to it."""
+def pytest_configure(config: pytest.Config) -> None:
+    """Say which marks there are for what a test needs; and let its processes hear Ctrl-C.
+
+    A shell that has started pytest in the background has made it deaf to it.
+    """
+    for mark, need in NEEDS.items():
+        config.addinivalue_line("markers", f"{mark}: {need.what}; skipped where it is not there")
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what needs something that is not here."""
+    missing = {
+        mark: pytest.mark.skip(reason=f"needs {need.what}") for mark, need in NEEDS.items() if not need.is_there()
+    }
+    for item in items:
+        for mark, skip in missing.items():
+            if item.get_closest_marker(mark):
+                item.add_marker(skip)
 
 
 def _refuse_skip(report: pytest.TestReport | pytest.CollectReport) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import socket
 import ssl
 import subprocess
@@ -119,7 +118,7 @@ def test_web_is_well_while_it_answers(site: dict[str, int], capsys: pytest.Captu
     assert told(capsys, "web") == (1, "web answers 500")
 
 
-@pytest.mark.skipif(shutil.which("openssl") is None, reason="needs openssl")
+@pytest.mark.needs_openssl
 def test_web_that_speaks_tls_itself_is_asked_so(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -64,7 +64,7 @@ def test_a_name_is_free_again_when_its_child_has_ended(children: Children, tmp_p
     assert start(children, "worker", SLEEP, tmp_path).poll() is None
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="only Linux kills children with their parent")
+@pytest.mark.needs_linux
 def test_children_of_a_killed_supervisor_die_with_it(tmp_path: Path) -> None:
     script = f"""if True:
         import time

@@ -11,14 +11,13 @@ from collections.abc import Iterator
 
 import pytest
 
-from agents_project import embedded, rabbitmq
+from agents_project import embedded
 from agents_project.processes import Identity
 from agents_project.rabbitmq import RabbitMQ
 from tests.protocol.rows import wait_until
 
 pytestmark = [
     pytest.mark.needs_rabbitmq,
-    pytest.mark.skipif(not rabbitmq.installed(), reason="rabbitmq-server is not installed"),
 ]
 
 

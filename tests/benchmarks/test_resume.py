@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 
-from agents_project import rabbitmq
 from benchmarks.resume import Kill, figures
 from benchmarks.workers import percentile
 from tests.benchmarks.conftest import Quick
@@ -77,7 +76,6 @@ def test_the_median_of_an_odd_count_is_the_one_in_the_middle() -> None:
 
 
 @pytest.mark.needs_rabbitmq
-@pytest.mark.skipif(not rabbitmq.installed(), reason="rabbitmq-server is not installed")
 @pytest.mark.timeout(240)  # 55 s are promised on an idle machine, and the node's start
 def test_over_rabbitmq_a_redelivered_message_goes_on_before_the_watcher_could(quick: Quick) -> None:
     found = quick("resume", "--broker", "rabbitmq")

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from agents_project import embedded, rabbitmq
+from agents_project import embedded
 from benchmarks.forms import FORMS
 from tests.benchmarks.conftest import Quick, started_by
 
@@ -79,7 +79,6 @@ def test_ctrl_c_in_the_middle_ends_everything_that_was_started(environment: dict
 
 
 @pytest.mark.needs_rabbitmq
-@pytest.mark.skipif(not rabbitmq.installed(), reason="rabbitmq-server is not installed")
 @pytest.mark.timeout(360)  # 2 minutes are promised on an idle machine
 def test_over_rabbitmq_the_chain_is_beside_longhaul_too(quick: Quick) -> None:
     found = quick("step_cost", "--broker", "rabbitmq", "--only", "longhaul,celery")

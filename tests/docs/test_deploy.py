@@ -7,7 +7,6 @@ import configparser
 import os
 import re
 import shlex
-import shutil
 import ssl
 import subprocess
 import threading
@@ -106,7 +105,7 @@ def test_the_environment_is_what_the_settings_read() -> None:
     assert set(names) <= known
 
 
-@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="needs Debian's systemd")
+@pytest.mark.needs_systemd
 def test_systemd_reads_the_units(tmp_path: Path) -> None:
     (tmp_path / "here").symlink_to(ROOT)
     for name, body in files().items():
@@ -295,7 +294,7 @@ def formula() -> Callable[..., int]:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(shutil.which("openssl") is None, reason="needs openssl")
+@pytest.mark.needs_openssl
 @pytest.mark.timeout(400)  # servers, five kinds of processes and their second workers start on a busy machine
 def test_the_units_run_the_project_as_one_machine_would(own_servers: embedded.Servers, tmp_path: Path) -> None:
     # Given a role without rights that owns a database, and Redis behind TLS

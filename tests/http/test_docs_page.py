@@ -6,7 +6,6 @@ import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
@@ -16,12 +15,12 @@ from django.test import Client
 
 from runs.http.schema import document
 from tests.http.web import Web
+from tests.programs import CHROMIUM
 from threads.authentication import create_key
 
 if TYPE_CHECKING:
     from playwright.sync_api import Page
 
-CHROMIUM = Path("/usr/bin/chromium")
 SHOTS = os.environ.get("LONGHAUL_SHOTS")  # a folder in which a screenshot is left
 
 
@@ -88,7 +87,6 @@ def browser(web: Web, key: str) -> Iterator[Browser]:
 
 @pytest.mark.slow
 @pytest.mark.needs_chromium
-@pytest.mark.skipif(not CHROMIUM.exists(), reason="needs Debian's chromium")
 class TestInTheBrowser:
     def test_it_shows_each_operation_and_asks_nobody_else(self, browser: Browser) -> None:
         page = browser.page

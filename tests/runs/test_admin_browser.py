@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +15,7 @@ from pytest_django.live_server_helper import LiveServer
 from runs import Agent
 from runs.models import Event, Leg, Run, Step, Usage
 from runs.pytest_longhaul import ScriptedModel, call, run_to_end
+from tests.programs import CHROMIUM
 from tests.runs.invariant_cases import State
 from tests.runs.scenes import Cast
 from tests.runs.test_admin import HOSTILE, list_of, look_up, page_of
@@ -25,7 +25,6 @@ from threads.models import ApiKey, Message, Thread
 from tools import task_ids
 from tools.models import ToolAttempt, ToolCall, Worker
 
-CHROMIUM = Path("/usr/bin/chromium")
 POLICY = (
     "default-src 'self'; script-src 'self'; style-src 'self'; object-src 'none'; base-uri 'none'; form-action 'self'"
 )
@@ -33,7 +32,6 @@ POLICY = (
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.needs_chromium,
-    pytest.mark.skipif(not CHROMIUM.exists(), reason="needs Debian's chromium"),
     pytest.mark.timeout(300),  # a browser starts, and opens some 40 pages
 ]
 

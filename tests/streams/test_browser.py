@@ -14,15 +14,14 @@ from django.test import Client
 from runs.models import Run
 from runs.run_log import DatabaseRunLog
 from tests.http.conftest import Api
+from tests.programs import CHROMIUM
 from tests.streams.cutting import CuttingProxy
 from tests.streams.outside import Process, processes
 
-CHROMIUM = Path("/usr/bin/chromium")
 pytestmark = [
     pytest.mark.django_db(transaction=True),
     pytest.mark.slow,
     pytest.mark.needs_chromium,
-    pytest.mark.skipif(not CHROMIUM.exists(), reason="needs Debian's chromium"),
     pytest.mark.timeout(240),
 ]
 

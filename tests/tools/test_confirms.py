@@ -15,7 +15,6 @@ from celery._state import get_current_app
 from kombu import Connection, pools
 from kombu.exceptions import OperationalError
 
-from agents_project import rabbitmq
 from agents_project.rabbitmq import RabbitMQ
 from runs.tasks import advance_run, keep_house
 from tests.protocol.rows import wait_until
@@ -24,7 +23,6 @@ from tools import confirms, messages, task_ids
 
 pytestmark = [
     pytest.mark.needs_rabbitmq,
-    pytest.mark.skipif(not rabbitmq.installed(), reason="rabbitmq-server is not installed"),
 ]
 QUEUE = "longhaul.agents"
 

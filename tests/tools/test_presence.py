@@ -21,7 +21,7 @@ from runs import admission, sweep
 from runs.sweep import Watcher
 from runs.worker import RUNS
 from tests.protocol.rows import SECOND, Claim, Database, World, a_call, wait_until
-from tests.workers.pgbouncer import PORT, PROGRAM, PgBouncer
+from tests.workers.pgbouncer import PORT, PgBouncer
 from threads.ids import new_id
 from tools import execution, lifecycle, presence
 from tools.models import Worker
@@ -612,7 +612,6 @@ def no_sessions(settings: Any) -> Callable[[bool], None]:
 
 
 @pytest.mark.needs_pgbouncer
-@pytest.mark.skipif(PROGRAM is None, reason="pgbouncer is not installed")
 def test_a_pooler_shows_itself_and_there_is_a_way_past_it(
     world: World, arrive: Callable[..., Presence], monkeypatch: pytest.MonkeyPatch, settings: Any
 ) -> None:

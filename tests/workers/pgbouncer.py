@@ -18,8 +18,8 @@ from urllib.parse import quote
 import psycopg
 
 from agents_project.processes import die_with_parent
+from tests.programs import PGBOUNCER
 
-PROGRAM = shutil.which("pgbouncer", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/usr/local/sbin")
 PORT = 6432  # the socket's name ends so; nothing listens there but in this folder
 
 CONFIGURATION = """
@@ -44,7 +44,7 @@ class PgBouncer:
     """One that the test may kill, stop and start again. `server` is how psycopg reaches Postgres."""
 
     def __init__(self, server: Mapping[str, Any], *, size: int = 8) -> None:
-        assert PROGRAM is not None
+        assert PGBOUNCER is not None
         self.folder = Path(tempfile.mkdtemp(prefix="longhaul-pgbouncer-", dir="/tmp"))  # a socket's path must be short
         self._user = _not_root(str(server.get("host") or ""))
         names = {"host": "host", "port": "port", "user": "user", "password": "password"}
@@ -67,7 +67,7 @@ class PgBouncer:
         user = self._user
         with (self.folder / "log").open("ab") as log:
             self._process = subprocess.Popen(
-                [str(PROGRAM), str(self.folder / "pgbouncer.ini")],
+                [str(PGBOUNCER), str(self.folder / "pgbouncer.ini")],
                 stdout=log,
                 stderr=log,
                 start_new_session=True,

@@ -28,7 +28,7 @@ from tests.http import frames
 from tests.http.web import serving
 from tests.workers.app.agents import worker_test
 from tests.workers.conftest import Kit, eventually
-from tests.workers.pgbouncer import PROGRAM, PgBouncer
+from tests.workers.pgbouncer import PgBouncer
 from tests.workers.test_deaths import SENTENCE, ended, starts, streaming, working
 from threads import database
 from threads.authentication import create_key
@@ -38,7 +38,6 @@ from tools.models import ToolAttempt, Worker
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.needs_pgbouncer,
-    pytest.mark.skipif(PROGRAM is None, reason="pgbouncer is not installed"),
 ]
 
 TTL = 6.0  # seconds, in the settings of these workers

@@ -13,7 +13,6 @@ from celery import Celery
 from celery._state import get_current_app
 from kombu import Connection
 
-from agents_project import rabbitmq
 from agents_project.demo.models import Ledger
 from agents_project.rabbitmq import RabbitMQ
 from runs import Run
@@ -25,7 +24,6 @@ from tests.workers.test_deaths import SENTENCE, ended, starts, streaming, workin
 
 pytestmark = [
     pytest.mark.needs_rabbitmq,
-    pytest.mark.skipif(not rabbitmq.installed(), reason="rabbitmq-server is not installed"),
 ]
 QUEUES = ("longhaul.agents", "longhaul.tools", "longhaul.control")
 

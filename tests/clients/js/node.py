@@ -14,10 +14,6 @@ ROOT = Path(__file__).resolve().parents[3]
 MODULE = ROOT / "clients" / "js"
 HERE = Path(__file__).parent
 
-needs_node = pytest.mark.skipif(
-    shutil.which("node") is None or shutil.which("npm") is None, reason="needs Debian's nodejs and npm"
-)
-
 
 def node(*arguments: str, timeout: float = 100, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run Node to its end."""

@@ -17,17 +17,16 @@ from agents_project.demo.model_server import Pause, Text
 from runs.models import Run
 from tests.clients.js.node import HERE, MODULE
 from tests.http.conftest import Api
+from tests.programs import CHROMIUM
 from tests.streams.cutting import CuttingProxy
 from tests.streams.outside import processes
 from tests.workers.conftest import Kit
 from threads.models import Message
 
-CHROMIUM = Path("/usr/bin/chromium")
 pytestmark = [
     pytest.mark.django_db(transaction=True),
     pytest.mark.slow,
     pytest.mark.needs_chromium,
-    pytest.mark.skipif(not CHROMIUM.exists(), reason="needs Debian's chromium"),
     pytest.mark.timeout(400),
 ]
 PATIENCE = {"baseMs": 50, "maxMs": 500, "stallMs": 5000, "answerMs": 5000, "tries": 50}

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from runs.models import Run
-from tests.clients.js.node import HERE, needs_node, node
+from tests.clients.js.node import HERE, node
 from tests.http.conftest import Api
 from tests.streams.cutting import CuttingProxy
 from tests.streams.outside import processes
@@ -21,7 +21,6 @@ pytestmark = [
     pytest.mark.django_db(transaction=True),
     pytest.mark.slow,
     pytest.mark.needs_node,
-    needs_node,
     pytest.mark.timeout(240),
 ]
 SAY = ["tell me", "call idempotent 0.2", "tell me more"]

@@ -11,10 +11,11 @@ import pytest
 from asgiref.sync import sync_to_async
 from django.test import Client
 
-from tests.clients.js.node import MODULE, needs_node, node
-from tests.clients.js.test_browser import CHROMIUM, TOLD
+from tests.clients.js.node import MODULE, node
+from tests.clients.js.test_browser import TOLD
 from tests.docs.page import Block, blocks
 from tests.http.conftest import Api
+from tests.programs import CHROMIUM
 from tests.streams.outside import Process, processes
 from tests.workers.conftest import Kit
 
@@ -51,7 +52,6 @@ def test_each_block_is_tried() -> None:
 
 
 @pytest.mark.needs_node
-@needs_node
 def test_the_programs_of_the_pages_run(web: Process, api: Api, tmp_path: Path) -> None:
     said = {}
     for block in PROGRAMS:
@@ -71,7 +71,6 @@ def test_the_programs_of_the_pages_run(web: Process, api: Api, tmp_path: Path) -
 
 
 @pytest.mark.needs_node
-@needs_node
 def test_the_hook_of_the_page_works(tmp_path: Path) -> None:
     (block,) = (block for block in PROGRAMS if block.told.endswith(test_the_hook_of_the_page_works.__name__))
     path = written(block, tmp_path)
@@ -108,7 +107,6 @@ def test_the_hook_of_the_page_works(tmp_path: Path) -> None:
 
 
 @pytest.mark.needs_chromium
-@pytest.mark.skipif(not CHROMIUM.exists(), reason="needs Debian's chromium")
 async def test_the_pages_of_the_page_work(web: Process, api: Api) -> None:
     from playwright.async_api import async_playwright
 

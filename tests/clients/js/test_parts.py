@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.clients.js.node import HERE, MODULE, compiler, needs_node, node
+from tests.clients.js.node import HERE, MODULE, compiler, node
 
-pytestmark = [pytest.mark.slow, pytest.mark.needs_node, needs_node]
+pytestmark = [pytest.mark.slow, pytest.mark.needs_node]
 
 
 @pytest.mark.parametrize("name", sorted(path.name for path in HERE.glob("*.test.mjs")))

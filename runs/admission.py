@@ -207,6 +207,7 @@ def _insert(run: Run, thread: Thread, given: _Given) -> Run:
         run.input_message_id = drafts[-1].pk
     elif message is not None:
         run.input_message_id = message.pk
+    run.entered_at = None if occupied else moment
     if occupied:
         run.status = Status.HELD
         for draft in drafts:

@@ -125,6 +125,8 @@ class Run(models.Model):
     error = models.JSONField(null=True)
     deadline = models.DateTimeField(null=True)
     created_at = models.DateTimeField(db_default=Now(), editable=False)
+    # Since when it stands in its thread: not while it is held. The order of a thread's runs: a held one may be overtaken.
+    entered_at = models.DateTimeField(null=True, db_default=Now())
     queued_at = models.DateTimeField(null=True)
     started_at = models.DateTimeField(null=True)
     finished_at = models.DateTimeField(null=True)
@@ -165,6 +167,7 @@ class Run(models.Model):
         indexes: ClassVar = [
             models.Index(fields=["owner", "id"], name="longhaul_run_of_owner"),
             models.Index(fields=["thread", "id"], name="longhaul_run_of_thread"),
+            models.Index(fields=["thread", "entered_at", "id"], name="longhaul_run_in_thread"),
             # The runs that follow one, and what its deletion sets free.
             models.Index(fields=["parent"], name="longhaul_run_of_parent", condition=models.Q(parent__isnull=False)),
             models.Index(

@@ -180,7 +180,7 @@ def _calls(message: Message) -> bool:
 
 def _later_message(run: Run) -> Message | None:
     """Return a message of a run that came to this one's thread after it, and stands in the thread."""
-    later = Run.objects.filter(Q(created_at__gt=run.created_at) | Q(created_at=run.created_at, pk__gt=run.pk))
+    later = Run.objects.filter(Q(entered_at__gt=run.entered_at) | Q(entered_at=run.entered_at, pk__gt=run.pk))
     return Message.objects.filter(
         thread=run.thread_id,
         status__in=SAID,

@@ -186,7 +186,7 @@ def with_run(rows: QuerySet[ThreadRow]) -> QuerySet[ThreadRow]:
     """Name each thread's live run, or its last one (`run_id`), and its status: by index, in the same query."""
     of_thread = models.Run.objects.filter(thread=OuterRef("pk"))
     live = of_thread.filter(status__in=OCCUPYING)
-    last = of_thread.order_by("-id")
+    last = of_thread.order_by("-entered_at", "-id")
     found: QuerySet[ThreadRow] = rows.annotate(
         run_id=Coalesce(Subquery(live.values("pk")[:1]), Subquery(last.values("pk")[:1])),
         run_status=Coalesce(Subquery(live.values("status")[:1]), Subquery(last.values("status")[:1])),

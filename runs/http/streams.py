@@ -302,14 +302,14 @@ async def _frames_of_thread(
 
 
 def _next_run(request: Request, thread_id: UUID, before: UUID | None) -> UUID | Literal["none yet"] | None:
-    """Return the thread's run after this one, as they were made; None when the thread is not theirs to see any more."""
+    """Return the thread's run after this one, as they came to stand in it; None when the thread is not theirs to see any more."""
     visitor = Visitor.of(request)
     if not visitor.sees({Thread: [thread_id]}):
         return None
-    runs = Run.objects.filter(thread=thread_id).order_by("created_at", "pk")
+    runs = Run.objects.filter(thread=thread_id, entered_at__isnull=False).order_by("entered_at", "pk")
     if before is not None:
-        made = Run.objects.filter(pk=before).values_list("created_at", flat=True).first()
-        later = Q(created_at__gt=made) | Q(created_at=made, pk__gt=before) if made is not None else Q(pk__gt=before)
+        since = Run.objects.filter(pk=before).values_list("entered_at", flat=True).first()
+        later = Q(entered_at__gt=since) | Q(entered_at=since, pk__gt=before) if since is not None else Q(pk__gt=before)
         runs = runs.filter(later)
     ids = list(runs.values_list("pk", flat=True))
     seen = visitor.sees({Run: ids})

@@ -30,7 +30,6 @@ from threads.exceptions import BadInput, within
 from threads.models import Message, MessageStatus, Role, Thread
 
 OVERRIDES = ("model", "instructions", "tools", "tool_choice", "parallel_tool_calls", "limits", "context")
-NEARLY = 10  # of the last runs by their ids, one is the last
 
 
 class ThreadList(Paged):
@@ -191,12 +190,12 @@ def _place(request: Request, thread: Thread) -> dict[str, Any]:
 
     With it how the calls of a live run stand there, of which the messages say no more than that they were made.
     """
-    runs = visible(Run, request.user).filter(thread=thread).only("pk", "last_seq", "created_at", "steps")
+    runs = visible(Run, request.user).filter(thread=thread).only("pk", "last_seq", "steps")
     run = runs.filter(status__in=OCCUPYING).first()
     calls = [] if run is None or not run.steps else answers.standing(run)
     if run is None:
-        # By the database's clock; ids are of the clocks of many machines, and only nearly in order.
-        run = max(runs.order_by("-pk")[:NEARLY], key=lambda each: (each.created_at, each.pk), default=None)
+        # By the database's clock; ids are of the clocks of many machines, and a held run may have been overtaken.
+        run = runs.filter(entered_at__isnull=False).order_by("-entered_at", "-pk").first()
     cursor = {"run": None, "seq": 0} if run is None else {"run": str(run.pk), "seq": run.last_seq}
     return {"cursor": cursor, "tool_calls": calls}
 

@@ -88,6 +88,7 @@ class Migration(migrations.Migration):
                 ('error', models.JSONField(null=True)),
                 ('deadline', models.DateTimeField(null=True)),
                 ('created_at', models.DateTimeField(db_default=threads.clock.Now(), editable=False)),
+                ('entered_at', models.DateTimeField(db_default=threads.clock.Now(), null=True)),
                 ('queued_at', models.DateTimeField(null=True)),
                 ('started_at', models.DateTimeField(null=True)),
                 ('finished_at', models.DateTimeField(null=True)),
@@ -174,6 +175,10 @@ class Migration(migrations.Migration):
         migrations.AddIndex(
             model_name='run',
             index=models.Index(fields=['thread', 'id'], name='longhaul_run_of_thread'),
+        ),
+        migrations.AddIndex(
+            model_name='run',
+            index=models.Index(fields=['thread', 'entered_at', 'id'], name='longhaul_run_in_thread'),
         ),
         migrations.AddIndex(
             model_name='run',

@@ -109,11 +109,12 @@ BEGIN
     INSERT INTO longhaul_runs_run (
         id, thread_id, owner_id, agent, status, stop_reason, origin, parent_id, depth, busy, priority, overrides, save_mode,
         metadata, input_message_id, fingerprint, epoch, dispatch_seq, publishes, next_publish_at, last_seq, steps, legs, lost,
-        bad_calls, model_tries, input_tokens, output_tokens, cost, deadline, created_at, queued_at)
+        bad_calls, model_tries, input_tokens, output_tokens, cost, deadline, created_at, entered_at, queued_at)
     SELECT p_next, p_run.thread_id, p_run.owner_id, p_run.agent, 'queued', '', 'steer', p_run.id, p_run.depth, 'steer', p_run.priority,
            p_run.overrides, p_run.save_mode, p_run.metadata, (
                SELECT id FROM longhaul_threads_message WHERE run_id = p_next ORDER BY created_at, id LIMIT 1),
-           '', 0, 1, 1, v_now + interval '1 second', 0, 0, 0, 0, 0, 0, 0, 0, 0, v_now + (p_run.deadline - p_run.created_at), v_now, v_now;
+           '', 0, 1, 1, v_now + interval '1 second', 0, 0, 0, 0, 0, 0, 0, 0, 0, v_now + (p_run.deadline - p_run.created_at),
+           v_now, v_now, v_now;
     PERFORM longhaul_messages_admit(p_run.thread_id, p_next, false, true);
     PERFORM longhaul_run_record(p_next, 'run.queued', jsonb_build_object('reason', 'start', 'after', p_run.id));
 END $$;
@@ -152,6 +153,7 @@ BEGIN
     END IF;
     UPDATE longhaul_runs_run
     SET status = p_status, stop_reason = p_stop_reason, error = p_error, output = p_output, finished_at = longhaul_now(),
+        entered_at = coalesce(entered_at, longhaul_now()),
         holder = NULL, leg_deadline = NULL, linger_until = NULL, not_before = NULL, next_publish_at = NULL,
         epoch = epoch + CASE WHEN p_status = 'cancelled' THEN 1 ELSE 0 END
     WHERE id = p_run;
@@ -171,7 +173,7 @@ BEGIN
     END IF;
     IF v_held IS NULL THEN RETURN jsonb_build_object('run', p_run, 'status', p_status); END IF;
     UPDATE longhaul_runs_run
-    SET status = 'queued', dispatch_seq = dispatch_seq + 1, queued_at = longhaul_now(), publishes = 1,
+    SET status = 'queued', dispatch_seq = dispatch_seq + 1, entered_at = longhaul_now(), queued_at = longhaul_now(), publishes = 1,
         next_publish_at = longhaul_now() + interval '1 second'
     WHERE id = v_held RETURNING * INTO v_next;
     PERFORM longhaul_messages_admit(v_run.thread_id, v_held, false, true);

@@ -66,21 +66,21 @@ LEFT JOIN LATERAL (
 ) AS p ON true
 ORDER BY w.n
 """  # noqa: S608
-# The run of the thread that comes after this one: as they were made, by the database's clock. Ids begin with the time of the
-# machine that made the run, so those that are much older need no look.
+# The run of the thread that comes after this one: as they came to stand in it, by the database's clock. A held one does not yet,
+# and may be overtaken. When the run is gone its id says when it was made, nearly.
 _NEXT = """
 SELECT w.n::int - 1, t.id IS NOT NULL, r.id
-FROM unnest(%s::uuid[], %s::uuid[], %s::uuid[]) WITH ORDINALITY AS w(thread, run, early, n)
+FROM unnest(%s::uuid[], %s::uuid[]) WITH ORDINALITY AS w(thread, run, n)
 LEFT JOIN longhaul_threads_thread t ON t.id = w.thread
+LEFT JOIN longhaul_runs_run b ON b.id = w.run
 LEFT JOIN LATERAL (
     SELECT n.id FROM longhaul_runs_run AS n
-    WHERE n.thread_id = w.thread AND n.id > w.early AND (w.run IS NULL OR coalesce((n.created_at, n.id) > (
-        SELECT b.created_at, b.id FROM longhaul_runs_run b WHERE b.id = w.run), n.id > w.run))
-    ORDER BY n.created_at, n.id LIMIT 1
+    WHERE n.thread_id = w.thread AND n.entered_at >= coalesce(b.entered_at, '-infinity'::timestamptz)
+      AND (w.run IS NULL OR CASE WHEN b.entered_at IS NULL THEN n.id > w.run ELSE (n.entered_at, n.id) > (b.entered_at, b.id) END)
+    ORDER BY n.entered_at, n.id LIMIT 1
 ) AS r ON true
 ORDER BY w.n
 """
-_SKEW = 600_000 << 80  # ten minutes, in the milliseconds that a UUIDv7 begins with
 _THERE = "SELECT id FROM longhaul_runs_run WHERE id = ANY(%s::uuid[])"
 
 
@@ -143,8 +143,7 @@ class Log:
         """Return for each (thread, run before) whether the thread is there, and its next run."""
         if not of:
             return []
-        early = [UUID(int=max(run.int - _SKEW, 0) if run is not None else 0) for _, run in of]
-        rows = await self._ask(_NEXT, [thread for thread, _ in of], [run for _, run in of], early)
+        rows = await self._ask(_NEXT, [thread for thread, _ in of], [run for _, run in of])
         return [(there, run) for _, there, run in rows]
 
     async def there(self, runs: Sequence[UUID]) -> set[UUID]:

@@ -107,6 +107,31 @@ async def test_its_runs_come_one_after_another_from_any_cursor(either: Applicati
         assert await told(await ask(either, "GET", address, api.key, **headers), ends) == whole[place + 1 :]
 
 
+async def test_a_held_run_that_is_overtaken_comes_when_it_is_released(
+    either: Application, api: Api, helper: Agent, scripted_model: ScriptedModel
+) -> None:
+    """An interrupt goes before it, though it was made earlier: from the beginning, and from a cursor in the later one."""
+
+    @sync_to_async
+    def talked() -> tuple[Thread, list[Run]]:
+        scripted_model.say("Three.", "Two.")
+        thread = Thread.objects.create(owner=api.user)
+        one, two = (helper.start(word, thread=thread) for word in ("one", "two"))
+        three = helper.start("three", thread=thread, busy="interrupt")
+        run_to_end(three)
+        run_to_end(two)
+        return thread, [one, three, two]
+
+    thread, runs = await talked()
+    wanted = [(f"{run.pk}:{event.seq}", event.type) for run in runs async for event in run.aevents(follow=False)]
+    assert await told(await ask(either, "GET", stream(thread), api.key), 3) == wanted
+    place = next(number for number, (id, _) in enumerate(wanted) if id == f"{runs[1].pk}:1")
+    answer = await ask(either, "GET", f"{stream(thread)}?after={runs[1].pk}:1", api.key)
+    assert await told(answer, 2) == wanted[place + 1 :]
+    listed = await sync_to_async(api.get)(f"/api/threads/{thread.pk}/messages")
+    assert listed["cursor"]["run"] == str(runs[-1].pk)
+
+
 async def test_it_follows_the_runs_to_come(
     application: Application, api: Api, helper: Agent, talk: Thread, monkeypatch: pytest.MonkeyPatch
 ) -> None:

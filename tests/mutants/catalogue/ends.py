@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
-from tests.mutants.catalogue.places import BAD_INPUT, BUSY_START, CANCEL, HELD, LEGS, LOG, LOST, PUBLISHED, START
+from tests.mutants.catalogue.places import (
+    BAD_INPUT,
+    BUSY_START,
+    BUSY_TABLE,
+    BUSY_TURNS,
+    CANCEL,
+    HELD,
+    LEGS,
+    LOG,
+    LOST,
+    PUBLISHED,
+    START,
+)
 from tests.mutants.mutant import Change, Exempt, Group, Mutant, one
 
 _OLDEST = f"{HELD}held_runs_when_the_occupant_ends_then_the_oldest_is_queued_and_its_input_has_a_place"
 _CLOSED = f"{CANCEL}open_calls_when_a_run_is_cancelled_then_they_are_settled_and_answered_in_order"
 
 _RELEASE = (
-    "    SET status = 'queued', dispatch_seq = dispatch_seq + 1, queued_at = longhaul_now(), publishes = 1,\n"
+    "    SET status = 'queued', dispatch_seq = dispatch_seq + 1, entered_at = longhaul_now(), queued_at = longhaul_now(), publishes = 1,\n"
     "        next_publish_at = longhaul_now() + interval '1 second'\n    WHERE id = v_held"
 )
 
@@ -280,6 +292,86 @@ BUSY = Group(
             '    if run.busy == "reject":\n',
             "    if False:\n",
             f"{BUSY_START}a_start_that_would_not_wait_is_refused_with_the_live_run",
+        ),
+        one(
+            "steering_is_stranded",
+            "What steered a run that ended first becomes the input of a run that goes on.",
+            LEGS,
+            "        v_on := longhaul_steered(v_run, p_stop_reason, p_next);\n",
+            "        v_on := p_next;\n",
+            f"{BUSY_TABLE}what_steered_a_run_that_ends_first_is_answered_by_a_run_of_its_own[cancelled]",
+        ),
+        one(
+            "commit_overlooks_steering",
+            "The commit of the last step looks again for what steers the run.",
+            LEGS,
+            "        v_end := NULL;\n",
+            "        NULL;\n",
+            f"{BUSY_TURNS}what_steers_a_run_while_it_says_its_last_word_is_answered_by_it",
+        ),
+        one(
+            "steered_past_its_limit",
+            "A run that has no step left ends, though somebody steers it.",
+            LEGS,
+            "       AND v_step < (p_end->'room'->>0)::integer\n",
+            "",
+            f"{BUSY_TURNS}a_run_that_has_no_room_for_another_step_ends_and_its_steering_becomes_a_run",
+        ),
+        one(
+            "boundary_overlooks_steering",
+            "A step boundary takes in what steers the run.",
+            LEGS,
+            "                 AND (run_id IS NULL OR run_id = p_run.id)) THEN\n",
+            "                 AND run_id IS NULL) THEN\n",
+            f"{BUSY_TURNS}a_run_is_steered_while_its_tools_run_behind_their_results",
+        ),
+        one(
+            "interrupt_releases_the_held",
+            "The run that interrupts goes before those that are held.",
+            LEGS,
+            "    IF p_next IS NOT NULL THEN RETURN",
+            "    IF false THEN RETURN",
+            f"{BUSY_TABLE}a_start_on_a_busy_thread[queued, interrupt]",
+        ),
+        one(
+            "rollback_keeps_the_messages",
+            "A rollback takes the messages of the run out of later context.",
+            LEGS,
+            "        IF p_stop_reason = 'rolled_back' THEN PERFORM longhaul_messages_roll_back(p_run); END IF;\n",
+            "",
+            f"{BUSY_TABLE}a_start_on_a_busy_thread[speaking, rollback]",
+        ),
+        one(
+            "rollback_is_answered",
+            "What steered a run that is rolled back is taken back with it.",
+            LEGS,
+            "    IF p_stop_reason IN ('rolled_back', 'thread_deleted', 'parent_ended') THEN",
+            "    IF p_stop_reason IN ('thread_deleted', 'parent_ended') THEN",
+            f"{BUSY_TABLE}what_steered_a_run_that_is_rolled_back_is_taken_back_with_it",
+        ),
+        one(
+            "steered_twice_by_one_key",
+            "The same key steers once.",
+            "runs/occupant.py",
+            "    if name:\n        IdempotencyKey",
+            "    if False:\n        IdempotencyKey",
+            f"{BUSY_TABLE}the_same_key_gives_the_same_run_and_changes_nothing[steer]",
+        ),
+        one(
+            "conflict_is_not_begun_again",
+            "A start whose thread was taken between its look and its insert begins again.",
+            "runs/admission.py",
+            "            if begins == BEGINS or not _taken_meanwhile(error):\n",
+            "            if True:\n",
+            f"{BUSY_START}a_thread_that_is_taken_between_the_look_and_the_insert_is_looked_at_again[steer]",
+        ),
+        one(
+            "overtaken_run_is_not_streamed",
+            "A held run stands in its thread from its release on, and so it is streamed behind the run that overtook it.",
+            LEGS,
+            "dispatch_seq = dispatch_seq + 1, entered_at = longhaul_now(), queued_at",
+            "dispatch_seq = dispatch_seq + 1, entered_at = created_at, queued_at",
+            "tests/streams/test_thread.py::test_a_held_run_that_is_overtaken_comes_when_it_is_released[with_streams]",
         ),
         one(
             "held_without_limit",

@@ -6,9 +6,11 @@ What an agent says is overridden by its thread, that by the run. The nearest win
 from __future__ import annotations
 
 import hashlib
+import inspect
 import logging
 import threading
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from decimal import Decimal
@@ -18,6 +20,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from django.apps import apps
+from django.db import DatabaseError, InterfaceError
 from django.utils.module_loading import module_has_submodule
 
 from runs import output_schema
@@ -27,7 +30,7 @@ from runs.output_schema import OutputSchema
 from runs.providers.port import ToolSpec, UnknownProvider, check_model
 from threads.content import clean, plain
 from threads.exceptions import within
-from tools.hooks import Hooks, check_hooks
+from tools.hooks import Hooks, check_hooks, name_of
 from tools.registry import Tool, tools_by_name
 
 if TYPE_CHECKING:
@@ -35,6 +38,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("longhaul.agents")
 
+ToolsOf: TypeAlias = "Callable[[Run], Iterable[Tool]]"
 Instructions: TypeAlias = "str | Callable[[Run], str]"
 
 # limit -> what it must be, and the most that it may be: what its column, or a date, can hold
@@ -68,7 +72,7 @@ class Agent:
     """A named definition. `model` is `provider:name`; without one LONGHAUL["DEFAULT_MODEL"] counts.
 
     instructions: what the model is told first: a text, or a sync function of the run that returns one.
-    tools: what `@tool` made; names must differ.
+    tools: what `@tool` made, sync functions of the run that return such tools, or a mix; names must differ.
     max_steps, max_total_tokens, max_cost, deadline_seconds, leg_budget_seconds: its limits, also as one dict `limits`.
     context: `{"last_messages": n}`. options: fields of the model request (temperature, ...).
     output_schema: a JSON schema of the final answer; the run's output is then the value, and no text.
@@ -81,7 +85,7 @@ class Agent:
     name: str
     model: str | None = None
     instructions: Instructions = ""
-    tools: Sequence[Tool] = ()
+    tools: Sequence[Tool | ToolsOf] | ToolsOf = ()
     max_steps: int | None = None
     max_total_tokens: int | None = None
     max_cost: Decimal | float | None = None
@@ -98,19 +102,47 @@ class Agent:
     def __post_init__(self) -> None:
         if not self.name or len(self.name) > 200:
             raise AgentsError("An agent needs a name of 1 to 200 characters.")
-        tools_by_name(self.tools)
+        for each in self._sources:
+            if not isinstance(each, Tool):
+                _check_function(self.name, each)
+        _ = self.tools_by_name
         own = {name: getattr(self, name) for name in LIMITS if getattr(self, name) is not None}
         object.__setattr__(self, "limits", check_limits({**self.limits, **own}))
         check_context(self.context)
         check_parallel(self.parallel_tool_calls)
-        check_hooks(f"Agent {self.name!r}", self.hooks, atomic=any(tool.atomic for tool in self.tools))
+        check_hooks(f"Agent {self.name!r}", self.hooks, atomic=any(tool.atomic for tool in self.tools_by_name.values()))
         object.__setattr__(self, "hooks", tuple(self.hooks))
         if self.output_schema is not None:
             output_schema.check(self.output_schema)
 
     @cached_property
+    def _sources(self) -> tuple[Tool | ToolsOf, ...]:
+        given: Any = self.tools
+        return (given,) if callable(given) else tuple(given)
+
+    @cached_property
     def tools_by_name(self) -> dict[str, Tool]:
-        return tools_by_name(self.tools)
+        """The tools that every run of this agent may have: all but those of its functions."""
+        return tools_by_name(each for each in self._sources if isinstance(each, Tool))
+
+    @cached_property
+    def tool_functions(self) -> tuple[ToolsOf, ...]:
+        """Those that are asked for the tools of a run, in their order."""
+        return tuple(each for each in self._sources if not isinstance(each, Tool))
+
+    def tools_of(self, run: Run) -> dict[str, Tool]:
+        """Return the tools that a run may have now, by name; its functions are asked.
+
+        Raises AgentsError, DuplicateTool and ToolOptionError for what a function made, and the database's errors.
+        """
+        if not self.tool_functions:
+            return self.tools_by_name
+        found: list[Tool] = []
+        for each in self._sources:
+            found += [each] if isinstance(each, Tool) else _ask_for_tools(self.name, each, run)
+        tools = tools_by_name(dict.fromkeys(found))
+        check_hooks(f"Agent {self.name!r}", self.hooks, atomic=any(tool.atomic for tool in tools.values()))
+        return tools
 
     @cached_property
     def schema_text(self) -> str | None:
@@ -186,8 +218,58 @@ def is_forced(tool_choice: str) -> bool:
     return tool_choice not in ("auto", "none")
 
 
-def define(agent: Agent, *overrides: Mapping[str, Any]) -> Definition:
-    """Lay the overrides over the agent, the later ones nearer. Raises BadInput when they do not fit it."""
+def _check_function(agent: str, function: object) -> None:
+    """Raises TypeError for what can be asked for no tools."""
+    if not callable(function):
+        raise TypeError(f"{function!r} is no tool of agent {agent!r}. Decorate the function with @tool.")
+    try:
+        inspect.signature(function).bind(None)
+    except TypeError:
+        raise TypeError(
+            f"{name_of(function)} is no tool of agent {agent!r}: decorate it with @tool. A function that returns tools takes"
+            " one argument, the run."
+        ) from None
+    except ValueError:  # a builtin without a signature: it will show when it is called
+        pass
+    if inspect.iscoroutinefunction(function):
+        raise TypeError(
+            f"{name_of(function)}, which returns tools for agent {agent!r}, must be a plain def, not async."
+        )
+
+
+def _ask_for_tools(agent: str, function: ToolsOf, run: Run) -> list[Tool]:
+    """Return the tools that the function of an agent has for the run. Raises AgentsError."""
+    began = time.monotonic()
+    try:
+        given = function(run)
+        found = None if given is None or isinstance(given, str | Mapping) else list(given)
+    except (DatabaseError, InterfaceError):
+        raise  # no fault of the function's: it is asked again
+    except Exception as error:  # it is the user's code
+        logger.exception("Run %s: %s, which returns its tools, failed", run.pk, name_of(function))
+        # The class only, for the run keeps it: the text of a foreign exception may carry what no reader may see.
+        raise AgentsError(
+            f"{name_of(function)}, which returns tools for agent {agent!r}, failed ({type(error).__name__})."
+            " The worker's log says more."
+        ) from error
+    if time.monotonic() - began > 1:
+        logger.warning("%s took over 1 s to return the tools of agent %s; others waited", name_of(function), agent)
+    if found is None or not all(isinstance(each, Tool) for each in found):
+        what = (
+            type(given).__name__ if found is None else repr(next(each for each in found if not isinstance(each, Tool)))
+        )
+        raise AgentsError(f"{name_of(function)} must return a list of tools for agent {agent!r}; it returned {what}.")
+    return found
+
+
+def define(
+    agent: Agent, *overrides: Mapping[str, Any], offered: Mapping[str, Tool] | None = None, begun: bool = False
+) -> Definition:
+    """Lay the overrides over the agent, the later ones nearer. Raises BadInput when they do not fit it.
+
+    offered: what `agent.tools_of(run)` gave. None, where no function is asked: names that it may know are believed.
+    begun: whether the run has taken a step.
+    """
     said: dict[str, Any] = {
         "model": agent.model or settings().default_model,
         "instructions": agent.instructions,
@@ -208,16 +290,23 @@ def define(agent: Agent, *overrides: Mapping[str, Any]) -> Definition:
         raise BadInput(
             f"Agent {agent.name!r} has no model. Give it one, or set LONGHAUL['DEFAULT_MODEL'].", attr="model"
         )
-    tools = agent.tools_by_name
+    tools = dict(agent.tools_by_name if offered is None else offered)
     if said["tools"] is not None:
         unknown = [name for name in said["tools"] if name not in tools]
-        if unknown:
+        if unknown and offered is not None and agent.tool_functions:
+            logger.warning(
+                "Agent %s has no tool %s for this run now; it is not offered", agent.name, ", ".join(unknown)
+            )
+        elif unknown and not agent.tool_functions:
             raise BadInput(
                 f"Agent {agent.name!r} has no tool {unknown[0]!r}; it has: {', '.join(tools) or 'none'}.", attr="tools"
             )
-        tools = {name: tools[name] for name in said["tools"]}
+        tools = {name: tools[name] for name in said["tools"] if name in tools}
     choice = said["tool_choice"]
-    if choice not in TOOL_CHOICES and choice not in tools:
+    if begun and is_forced(choice) and agent.tool_functions:
+        choice = "auto"  # what was forced in the first step may be offered no more
+    believed = agent.tool_functions and offered is None and (said["tools"] is None or choice in said["tools"])
+    if not believed and choice not in TOOL_CHOICES and choice not in tools:
         raise BadInput(
             f"tool_choice must be {', '.join(TOOL_CHOICES)} or one of the run's tools; it is {choice!r}.",
             attr="tool_choice",

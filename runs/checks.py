@@ -319,7 +319,7 @@ def _longest_call() -> tuple[timedelta, str]:
     from runs.agents import registry
     from tools.tasks import GRACE_SECONDS
 
-    tools = [tool for agent in registry.all().values() for tool in agent.tools if not tool.deferred]
+    tools = [tool for agent in registry.all().values() for tool in agent.tools_by_name.values() if not tool.deferred]
     longest = max(((tool.timeout, tool.name) for tool in tools), default=(timedelta(), ""))
     return longest[0] + timedelta(seconds=GRACE_SECONDS), longest[1]
 

@@ -51,6 +51,7 @@ from tools import gates
 from tools.exceptions import NotParallel, ToolError, UnknownTool
 from tools.execution import described_error
 from tools.presence import Presence
+from tools.registry import Tool
 
 logger = logging.getLogger("longhaul.engine")
 
@@ -248,7 +249,13 @@ class Leg:
 
     def _define(self) -> agents.Definition:
         agent = agents.get(self.claimed["agent"])
-        definition = agents.define(agent, self.claimed["thread_overrides"] or {}, self.claimed["overrides"] or {})
+        definition = agents.define(
+            agent,
+            self.claimed["thread_overrides"] or {},
+            self.claimed["overrides"] or {},
+            offered=self._tools_of(agent),
+            begun=self.claimed["steps"] > 0,
+        )
         self.provider: Provider
         self.provider, self.model = get_provider(definition.model)
         self.quota = quotas.quota(definition.model)
@@ -263,6 +270,9 @@ class Leg:
             unknown = {name for name in asked if self.options.get(name, asked) is None}
             self.options = {name: value for name, value in (asked | self.options).items() if name not in unknown}
         return definition
+
+    def _tools_of(self, agent: agents.Agent) -> Mapping[str, Tool]:
+        return agent.tools_of(Run.objects.get(pk=self.claim.run_id)) if agent.tool_functions else agent.tools_by_name
 
     def _instruct(self, definition: agents.Definition) -> str:
         if isinstance(definition.instructions, str):

@@ -69,5 +69,7 @@ def of_the_host(consumed: Iterable[str]) -> set[str]:
 
     others = set(consumed) - {settings().agents_queue, settings().tools_queue, settings().control_queue}
     if others:
-        others -= {tool.queue for agent in registry.all().values() for tool in agent.tools if tool.queue}
+        others -= {
+            tool.queue for agent in registry.all().values() for tool in agent.tools_by_name.values() if tool.queue
+        }
     return others

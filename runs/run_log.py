@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 from uuid import UUID
@@ -9,12 +10,27 @@ from uuid import UUID
 from django.db import transaction
 
 from runs import admission, agents, bells, lifecycle
-from runs.exceptions import UnknownAgent
+from runs.exceptions import AgentsError, UnknownAgent
 from runs.models import LIVE, Run
 from threads.models import Thread
-from tools.exceptions import ToolNotAvailable, UnknownTool
+from tools.exceptions import ToolError, ToolNotAvailable, UnknownTool
 from tools.hooks import Hooks
 from tools.registry import Tool
+
+logger = logging.getLogger("longhaul.tools")
+
+
+def _asked_for(agent: agents.Agent, claimed: Mapping[str, Any]) -> Tool:
+    """Return a tool of the agent's functions, which are asked again: they may be closed over what no other process has."""
+    name = claimed["name"]
+    try:
+        tools = agent.tools_of(Run.objects.get(pk=claimed["run"]))
+    except (AgentsError, ToolError) as error:
+        logger.warning("The tools of agent %s could not be asked for: %s", agent.name, error)
+        raise ToolNotAvailable(f"{name} is not available: what offers it to this run failed.") from error
+    if name not in tools:
+        raise ToolNotAvailable(f"{name} is not offered to this run any more.")
+    return tools[name]
 
 
 class DatabaseRunLog:
@@ -43,9 +59,12 @@ class DatabaseRunLog:
     def tool(self, claimed: Mapping[str, Any]) -> Tool:
         # The agent's own tools: what a run overrides only narrows them, and was narrowed when the call was made.
         try:
-            tools = agents.get(claimed["agent"]).tools_by_name
+            agent = agents.get(claimed["agent"])
         except UnknownAgent as error:  # it is not in this worker's code, or its module cannot be imported here
             raise ToolNotAvailable(f"{claimed['name']} is not available on its worker.") from error
+        tools = agent.tools_by_name
+        if claimed["name"] not in tools and agent.tool_functions:
+            return _asked_for(agent, claimed)
         if claimed["name"] not in tools:
             raise UnknownTool(claimed["name"], tools)
         return tools[claimed["name"]]

@@ -19,10 +19,11 @@ import orjson
 
 from runs import agents
 from runs.context import Hidden, work_of
-from runs.exceptions import LonghaulError
+from runs.exceptions import AgentsError, LonghaulError
 from runs.models import Run, Step
 from runs.providers.port import ModelRequest, ShowsBody, ToolSpec, get_provider
 from threads import database
+from tools.exceptions import ToolError
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +101,10 @@ def step_request(run: Run, number: int) -> StepRequest:
 def _tools(run: Run, step: Step, doubts: list[str]) -> tuple[list[ToolSpec], list[str], str]:
     """Return the tools as code has them now, the names that it has no longer, and the digest of those that are there."""
     try:
+        known = agents.get(run.agent).tools_of(run)
+    except (AgentsError, ToolError) as error:  # what a function of the agent made
         known = agents.get(run.agent).tools_by_name
+        doubts.append(f"its agent could not be asked for its tools: {error}")
     except LonghaulError:
         known = {}
         if step.tool_names:

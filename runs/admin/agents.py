@@ -13,6 +13,7 @@ from runs.agents import Agent
 from runs.conf import settings
 from runs.models import Run
 from threads.admin import marks
+from tools.hooks import name_of
 from tools.registry import Tool
 
 if TYPE_CHECKING:
@@ -42,7 +43,8 @@ def _shown(model_admin: ModelAdmin[Run], agent: Agent) -> dict[str, Any]:
         "context": marks.pretty(dict(agent.context)),
         "options": marks.pretty(dict(agent.options)),
         "tool_choice": agent.tool_choice,
-        "tools": [_tool(each) for each in agent.tools],
+        "tools": [_tool(each) for each in agent.tools_by_name.values()],
+        "tool_functions": [f"{name_of(each)}()" for each in agent.tool_functions],
     }
 
 

@@ -20,6 +20,7 @@ from runs.http.json import time
 from runs.models import OCCUPYING
 from threads.models import Message as MessageRow
 from threads.models import Thread as ThreadRow
+from tools.hooks import name_of
 from tools.models import ToolCall as CallRow
 from tools.registry import Tool as ToolDefinition
 
@@ -457,6 +458,7 @@ class Agent(BaseModel):
     name: str
     model: str | None
     tools: list[str]
+    tool_functions: list[str] = Field(description="functions that return more tools, asked for each run")
     limits: dict[str, Any]
     context: dict[str, Any]
     tool_choice: str
@@ -468,6 +470,7 @@ def agent(definition: agent_registry.Agent) -> dict[str, Any]:
         "name": definition.name,
         "model": definition.model or settings().default_model,
         "tools": list(definition.tools_by_name),
+        "tool_functions": [name_of(each) for each in definition.tool_functions],
         "limits": dict(definition.limits),
         "context": dict(definition.context),
         "tool_choice": definition.tool_choice,

@@ -36,7 +36,7 @@ class Tools(View):
         """List the tools of these agents, with the schema of their arguments."""
         found: dict[int, tuple[Tool[..., Any], list[str]]] = {}
         for agent in agents.registry.all().values():
-            for tool in agent.tools:
+            for tool in agent.tools_by_name.values():
                 found.setdefault(id(tool), (tool, []))[1].append(agent.name)
         shown = [answers.tool(tool, of) for tool, of in found.values()]
         return Response({"results": sorted(shown, key=lambda tool: (tool["name"], tool["agents"]))})

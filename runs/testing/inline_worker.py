@@ -174,6 +174,7 @@ def working() -> Iterator[Any]:
             mock.patch.object(bells, "ring"),
             mock.patch.object(execution, "_call", partial(_call_tool, execution._call)),
             mock.patch.object(engine.Leg, "_instruct", _whole()(engine.Leg._instruct)),
+            mock.patch.object(engine.Leg, "_tools_of", _whole()(engine.Leg._tools_of)),
         ):
             yield present
     finally:

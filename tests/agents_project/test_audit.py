@@ -230,7 +230,7 @@ def test_what_the_tools_answer_stays_small_however_large_the_package_is() -> Non
 
 
 def test_the_tools_may_run_again_and_are_described_for_a_model() -> None:
-    for tool in auditor.tools:
+    for tool in auditor.tools_by_name.values():
         assert tool.idempotent is True
         assert tool.description
         for about in tool.parameters["properties"].values():

@@ -263,7 +263,8 @@ def described_error(error: ToolError) -> dict[str, str]:
     if isinstance(error, InvalidArguments):
         problems = [Problem(path=each["path"], message=redact(each["message"])) for each in error.problems]
         return {"code": error.code, "message": _bounded(str(InvalidArguments(error.tool, problems)))}
-    return {"code": error.code, "message": redact(_bounded(_without_trace(str(error))))}
+    # Cut when it is masked: half of a secret would not be known.
+    return {"code": error.code, "message": _bounded(redact(storable_text(_without_trace(str(error)))))}
 
 
 def _without_trace(text: str) -> str:

@@ -36,6 +36,8 @@ DEEPEST = 190  # levels: pydantic reads 200 and orjson writes 254, and an answer
 LONGEST_NAME = 200  # characters of a file's name
 JSON, TEXT, ANYTHING = "application/json", "text/plain; charset=utf-8", "application/octet-stream"
 
+UNSHOWN = "Not shown here. It is kept apart, for people and programs."
+
 _TYPE = re.compile(r"[\w.+-]{1,60}/[\w.+-]{1,90}(?:; ?charset=[\w-]{1,30})?", re.ASCII)
 _SUSPECT = re.compile(rb"NaN|Infinity|\\u0000|[0-9]{19}")
 _OF_TEXT = re.compile(r"text/|application/(?:json|xml|yaml|x-yaml|toml|javascript|sql)\b|.*\+(?:json|xml)\b")
@@ -173,12 +175,13 @@ def _apart(value: Any, result: Any, text: bytes, files: list[File], most: Limits
         return Kept(result)
     left = most.chars - len(shown)
     for each, told in zip(files, described, strict=True):
-        said = each.text
+        said, reference = each.text, _reference(each, told["number"])
         if said is not None and left > 0:
-            where = _where(call_id, told["number"])
-            excerpt = cut(said, left, where)
-            _add_text(result, _reference(each, told["number"]), excerpt)
+            excerpt = cut(said, left, _where(call_id, told["number"]))
+            _add(result, reference, "text", excerpt)
             left -= len(excerpt)
+        else:
+            _add(result, reference, "note", UNSHOWN)
     return Kept(result, described, contents)
 
 
@@ -204,13 +207,13 @@ def _reference(file: File, number: int) -> dict[str, Any]:
     return {"type": "file", **_described(file, number)}
 
 
-def _add_text(result: Any, reference: dict[str, Any], text: str) -> None:
-    """Put a text file's words beside its reference, for the model to read."""
+def _add(result: Any, reference: dict[str, Any], word: str, text: str) -> None:
+    """Put beside the reference of a file what the model reads of it."""
     left = [result]
     while left:
         each = left.pop()
         if each == reference:
-            each["text"] = text
+            each[word] = text
             return
         if isinstance(each, dict):
             left.extend(each.values())

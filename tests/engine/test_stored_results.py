@@ -14,14 +14,17 @@ from django.contrib.auth.models import User
 from django.test import Client
 from pydantic import BaseModel
 
+from runs import agents
 from runs.models import Event, Run
-from runs.pytest_longhaul import ScriptedModel, assert_invariants
+from runs.pytest_longhaul import ScriptedModel, WorkerKilled, assert_invariants, call, run_to_end
 from runs.verification import verify
-from tests.engine.tool_runs import only_call, told, took
+from tests.engine.tool_runs import SECRET, only_call, secret_got_out, told, took
 from tests.http.conftest import Api
 from threads.authentication import create_key
+from threads.exceptions import BadInput
 from tools import File, ToolCall, ToolFailed, tool
 from tools.models import StoredContent
+from tools.results import UNSHOWN
 
 pytestmark = pytest.mark.django_db
 
@@ -121,7 +124,7 @@ def test_files_within_a_result_stand_apart_and_are_described_in_their_place(
     table = {"number": 2, "name": "über uns.csv", "content_type": "text/csv", "size": 8}
     assert made.stored == [chart, table]
     assert made.result == {
-        "points": [{"at": "2026-11-22", "price": "4.90", "picture": {"type": "file", **chart}}],
+        "points": [{"at": "2026-11-22", "price": "4.90", "picture": {"type": "file", **chart, "note": UNSHOWN}}],
         "text": {"type": "file", **table, "text": "a;b\n1;2\n"},  # the model reads a text
     }
     for number, content, kind in ((1, PNG, "image/png"), (2, b"a;b\n1;2\n", "text/csv")):
@@ -138,7 +141,7 @@ def test_a_file_alone_is_the_whole_result(scripted_model: ScriptedModel) -> None
     run = took(scripted_model, returning(File("chart.png", data=PNG)))
     made = call_of(run)
     assert made.stored == [{"number": 0, "name": "chart.png", "content_type": "image/png", "size": len(PNG)}]
-    assert made.result == {"type": "file", **made.stored[0]}
+    assert made.result == {"type": "file", **made.stored[0], "note": UNSHOWN}
     assert (made.content().data, made.content().content_type) == (PNG, "image/png")
 
 
@@ -228,3 +231,39 @@ def test_the_words_of_a_failure_are_cut_too(scripted_model: ScriptedModel) -> No
     assert made.error is not None
     assert len(made.error["message"]) < 20_300
     assert "140,000 are missing" in made.error["message"]
+
+
+def test_a_secret_in_the_words_of_a_failure_is_masked_before_they_are_cut(scripted_model: ScriptedModel) -> None:
+    @tool
+    def broken() -> None:
+        """Fail with what must not be told."""
+        raise ToolFailed(f"{'x' * 19_975} {SECRET} and more {SECRET} {LONG}")
+
+    run = took(scripted_model, broken)
+    assert not secret_got_out(scripted_model, run)
+    message = call_of(run).error["message"]
+    assert "hunter" not in message
+    assert "[Cut: this is the first 20,000 of" in message
+
+
+def test_a_person_may_answer_with_a_file_and_not_with_too_much(scripted_model: ScriptedModel) -> None:
+    @tool(idempotent=False)
+    def send() -> str:
+        """Send."""
+        raise WorkerKilled
+
+    agent = agents.registry.add(agents.Agent(name="clerk", model="scripted:x", tools=[send]))
+    scripted_model.say(call("send"), "done")
+    run = agent.start("hello")
+    with pytest.raises(WorkerKilled):
+        run_to_end(run)
+    run_to_end(run)
+    made = call_of(run)
+    assert made.status == "unknown"
+    with pytest.raises(BadInput, match="too large"):
+        made.succeed("x" * 10_000_001)
+    made.succeed({"scan": File("scan.txt", data=LONG), "rest": LONG})
+    assert [each["number"] for each in made.stored] == [0, 1]
+    assert made.content(1).text == LONG
+    assert run_to_end(run).output == "done"
+    assert_invariants(run)

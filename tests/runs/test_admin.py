@@ -134,7 +134,8 @@ def test_every_model_that_holds_something_of_a_run_has_a_page() -> None:
         "Clock",
         "IdempotencyKey",
         "Approval",
-    }  # the test clock, answers of the API, and what a later issue writes
+        "StoredContent",
+    }  # the test clock, answers of the API, what a later issue writes, and what its call's page has links to
     named = {
         model
         for app in ("longhaul_threads", "longhaul_tools", "longhaul_runs")

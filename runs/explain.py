@@ -180,6 +180,16 @@ class Facts:
         return found
 
     @cached_property
+    def waits(self) -> dict[UUID, Wait]:
+        """What the calls that are told, and wait for their turn, wait for."""
+        told = [call for calls in self.calls.values() for call in _open(calls)[:SHOWN] if call.turn is not None]
+        rows = database.rows_of(
+            "SELECT call_id, kind, key, used, bound, seconds, until, ahead FROM longhaul_calls_waits(%s::uuid[], %s::int)",
+            ([call.pk for call in told], settings().max_dispatched_calls),
+        ) if told else []  # fmt: skip
+        return {row[0]: Wait(*row[1:]) for row in rows}
+
+    @cached_property
     def successors(self) -> dict[UUID, UUID]:
         """The last run that goes on after each failed or cancelled one."""
         ended = [run.pk for run in self._of(Status.FAILED, Status.CANCELLED)]
@@ -192,6 +202,34 @@ class Facts:
         ids = {run.holder for run in self._of(Status.RUNNING)}
         ids |= {call.holder for calls in self.calls.values() for call in calls}
         return _workers([id for id in ids if id is not None], self.now)
+
+
+class Wait(NamedTuple):
+    """What a parked call waits for, as longhaul_calls_waits tells it."""
+
+    kind: str
+    key: str | None
+    used: int
+    bound: int
+    seconds: float | None
+    until: datetime | None
+    ahead: int
+
+    def in_words(self, queue: str) -> str:
+        of, _, name = (self.key or "").partition(":")
+        whose = f"of {name}" if of == "tool" else "of its owner"
+        before = f", {'1,000 or more' if self.ahead >= 1000 else self.ahead} before it" if self.ahead else ""
+        match self.kind:
+            case "most":
+                return f"waits for its turn: {self.used} of {self.bound} calls {whose} run{before}"
+            case "rate":
+                unit = {1: "s", 60: "min", 3600: "h"}.get(int(self.seconds or 0), "d")
+                return f"waits for the rate {whose}, {self.bound}/{unit}{before}"
+            case "pause":
+                return f"waits until {self.until:%H:%M:%S} UTC, for calls {whose} are paused{before}"
+            case _ if self.used >= self.bound:
+                return f"waits for room: {self.used} calls of {queue} are out{before}"
+        return f"waits for its turn, which has come{before}"
 
 
 class LastEvent(NamedTuple):
@@ -312,24 +350,25 @@ def _running(run: Run, facts: Facts) -> Explanation:
 def _waiting(run: Run, facts: Facts) -> Explanation:
     now = facts.now
     calls = facts.calls.get(run.pk, [])
-    still = [call for call in calls if call.status != CallStatus.SETTLED]
+    still = _open(calls)
     if not still:
         fresh = _fresh(run)
         if fresh.status != run.status:
             return explain(fresh)  # it was joined meanwhile
         return Explanation(f"{run.status}, though every call is settled", _violated(run), True)
     workers = facts.workers
-    told = [_call(call, workers, now) for call in still[:SHOWN]]
+    told = [_call(call, facts, now) for call in still[:SHOWN]]
     more = f", and {len(still) - SHOWN} more" if len(still) > SHOWN else ""
     verb = "waiting for" if run.status == Status.WAITING else "waiting for people at"
     said = f"{verb} {len(still)} of {len(calls)} tool call{'' if len(calls) == 1 else 's'}: {', '.join(told)}{more}"
     ready = [call for call in still if call.status in (CallStatus.REQUESTED, CallStatus.RETRYING)]
     unheard = [call for call in ready if _due_since(call, now) > UNHEARD or call.publishes > 2]
-    if unheard and "tools" not in facts.present:
-        own = sorted({call.queue for call in unheard if call.queue})
+    parked = [call for call in ready if call.turn is not None and now - call.created_at > UNHEARD]
+    if (unheard or parked) and "tools" not in facts.present:
+        own = sorted({call.queue for call in [*unheard, *parked] if call.queue})
         return Explanation(f"{said}; no tools worker is present", start("tools", *own), True)
     lost = any(call.status == CallStatus.RUNNING and not workers.get(call.holder, ("", False))[1] for call in still)
-    if (unheard or lost) and not facts.swept:
+    if (unheard or lost or parked) and not facts.swept:
         return Explanation(said + _unswept(True), start("control"), True)
     # Last, for a person's answer helps nothing while the calls beside it stand still.
     if unknown := [call for call in still if call.status == CallStatus.UNKNOWN]:
@@ -343,11 +382,16 @@ def _waiting(run: Run, facts: Facts) -> Explanation:
     return Explanation(said)
 
 
+def _open(calls: list[ToolCall]) -> list[ToolCall]:
+    return [call for call in calls if call.status != CallStatus.SETTLED]
+
+
 def _due_since(call: ToolCall, now: datetime) -> timedelta:
     return now - call.next_publish_at if call.next_publish_at else timedelta(0)
 
 
-def _call(call: ToolCall, workers: dict[UUID | None, tuple[str, bool]], now: datetime) -> str:
+def _call(call: ToolCall, facts: Facts, now: datetime) -> str:
+    workers = facts.workers
     tried = f"attempt {call.attempt} of {call.max_attempts}"
     match call.status:
         case CallStatus.RUNNING:
@@ -359,6 +403,8 @@ def _call(call: ToolCall, workers: dict[UUID | None, tuple[str, bool]], now: dat
             if call.not_before is not None and call.not_before > now:
                 code = (call.error or {}).get("code", "it failed")
                 return f"{call.name} (again in {span(call.not_before - now)} after {code}, {tried})"
+            if call.turn is not None and (wait := facts.waits.get(call.pk)) is not None:
+                return f"{call.name} ({wait.in_words(call.queue or settings().tools_queue)}, {tried})"
             return f"{call.name} ({call.status}, published {times(call.publishes)}, {tried})"
         case CallStatus.UNKNOWN:
             return f"{call.name} (unknown: its worker died, and it must not run twice)"

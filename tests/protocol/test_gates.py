@@ -296,9 +296,10 @@ def test_given_lanes_of_one_queue_then_their_owners_take_turns_too(world: World)
     assert order == [many[2], many[3], few[0], many[4], few[1], many[5]]
 
 
-def test_given_a_higher_priority_then_it_goes_first(world: World) -> None:
+@pytest.mark.parametrize("lane", ["the same", "another"])
+def test_given_a_higher_priority_then_it_goes_first(world: World, lane: str) -> None:
     low = ask(world, [a_call()], window=0)
-    high = ask(world, [a_call()], priority=5, window=0)
+    high = ask(world, [a_call() if lane == "the same" else gated(most=3)], priority=5, window=0)
     assert let_out(world.db, window=1) == high
     assert world.tool_call(high[0])["priority"] == 5
     _claimed(world, high)
@@ -317,7 +318,9 @@ def _claimed(world: World, calls: list[UUID]) -> list[UUID]:
 def test_given_a_release_that_is_not_committed_when_another_comes_then_it_lets_out_nothing(
     world: World, db_b: Database
 ) -> None:
-    calls = ask(world, [gated(i, most=2) for i in range(6)])
+    calls = ask(world, [gated(i, most=2) for i in range(3)])
+    both = {"tool:refund": {"most": 2}, "calls_of:7": {"most": 5}}
+    ask(world, [a_call(i, gates=both) for i in range(3)])  # another lane, whose calls nobody holds
     db_b.execute("SET lock_timeout = '2s'")
     with world.db.transaction():
         assert let_out(world.db) == calls[:2]

@@ -319,6 +319,20 @@ def test_a_call_with_a_queue_of_its_own_needs_a_worker_of_that_queue(
     says(run, "no tools worker is present", mend="worker -Q longhaul.tools,slow -P prefork", stuck=True)
 
 
+def test_a_call_that_waits_for_its_turn_is_not_stuck_while_somebody_lets_it_out(
+    agent: Agent, scripted_model: ScriptedModel
+) -> None:
+    run = waiting(agent, scripted_model, call("look_up", number=1))
+    ToolCall.objects.filter(run_id=run.pk).update(turn=1, lane="\n", publishes=0, next_publish_at=None)
+    says(run, "look_up (waits for its turn, which has come, attempt 1 of", mend=None, stuck=False)
+    move_clock(timedelta(seconds=20))
+    says(run, "no tools worker is present", mend="longhaul.tools", stuck=True)
+    worker("tools")
+    says(run, "no control worker is present", mend="longhaul.control", stuck=True)
+    worker("control")
+    says(run, "waits for its turn", mend=None, stuck=False)
+
+
 def test_an_unknown_call_does_not_hide_that_nobody_runs_the_other(scripted_model: ScriptedModel) -> None:
     run = State(scripted_model).unknown()
     ToolCall.objects.filter(run_id=run.pk, index=0).update(status="requested", outcome="", settled_at=None)

@@ -31,6 +31,7 @@ from tools.exceptions import (
     ToolSchemaError,
     UnknownTool,
 )
+from tools.gates import Rate, gates_of
 from tools.registry import Tool, tool, tool_names, tools_by_name
 from tools.retry import RetryPolicy
 
@@ -202,6 +203,12 @@ async def ask(arguments: dict[str, Any], context: ToolContext) -> bool:
         ({"needs_approval": lambda arguments: True}, plain, "two arguments"),
         ({"queue": " "}, plain, "queue is the name"),
         ({"queue": 3}, plain, "queue is the name"),
+        ({"max_concurrency": 0}, plain, "max_concurrency is a whole number from 1; got 0"),
+        ({"max_concurrency": 2.5}, plain, "max_concurrency is a whole number"),
+        ({"max_concurrency": True}, plain, "max_concurrency is a whole number"),
+        ({"rate_limit": "0/s"}, plain, "rate_limit: a rate is a whole number above 0, a slash and s, min, h or d"),
+        ({"rate_limit": "10/minute"}, plain, "like '100/min'; got '10/minute'"),
+        ({"rate_limit": 10}, plain, "rate_limit: a rate is"),
     ],
 )
 def test_a_wrong_option_fails_at_import(options: dict[str, Any], function: Any, says: str) -> None:
@@ -216,6 +223,24 @@ def test_options_that_go_together() -> None:
     assert callable(asks.needs_approval)
     assert tool(atomic=True, retry=RetryPolicy(attempts=9))(plain).retry.attempts == 9
     assert tool(deferred=True, needs_approval=True)(coroutine).deferred
+
+
+@pytest.mark.parametrize(
+    ("text", "count", "seconds"), [("10/s", 10, 1), ("100/min", 100, 60), ("1000/h", 1000, 3600), ("5/d", 5, 86400)]
+)
+def test_a_rate_is_so_many_in_a_time(text: str, count: int, seconds: int) -> None:
+    assert tool(rate_limit=text)(plain).rate == Rate(count, timedelta(seconds=seconds))
+
+
+def test_a_tool_without_limits_has_no_gates() -> None:
+    assert gates_of(tool(plain), "7") is None
+    assert gates_of(tool(max_concurrency=5, rate_limit="10/min")(plain), "7") == {
+        "tool:plain": {"most": 5, "count": 10, "seconds": 60.0}
+    }
+    assert gates_of(tool(plain), "7", per_owner=3, rate_per_owner="2/s") == {
+        "calls_of:7": {"most": 3, "count": 2, "seconds": 1.0}
+    }
+    assert gates_of(tool(plain), None, per_owner=3) is None
 
 
 def test_a_tool_that_starts_at_most_once_has_one_attempt() -> None:

@@ -50,7 +50,7 @@ def eventually(what: Callable[[], Any], *, within: float = PATIENCE, why: str = 
 
 
 def script(call: ModelCall) -> Reply:
-    """Say what the user asks for: `tell ...`, `silence`, `call TOOL SECONDS`, `count TOOL CALLS`, `fail KIND ...` (by the tries so far)."""
+    """Say what the user asks for: `tell ...`, `silence`, `call TOOL SECONDS`, `fan TOOL SECONDS CALLS`, `count TOOL CALLS`, `fail KIND ...` (by the tries so far)."""
     last = next(place for place in range(len(call.messages) - 1, -1, -1) if call.messages[place]["role"] == "user")
     word, *rest = str(call.messages[last]["content"]).split()
     if any(message["role"] == "tool" for message in call.messages[last:]):
@@ -60,6 +60,8 @@ def script(call: ModelCall) -> Reply:
             return [ToolCall(rest[0], {"seconds": float(rest[1])})]
         case "count":
             return [ToolCall(rest[0], {"number": number}) for number in range(1, int(rest[1]) + 1)]
+        case "fan":
+            return [ToolCall(rest[0], {"seconds": float(rest[1])}) for _ in range(int(rest[2]))]
         case "silence":
             return [Text("So far so "), Silence()]
         case "fail":

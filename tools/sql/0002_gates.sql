@@ -62,6 +62,15 @@ BEGIN
           AND publishes > 0 AND queue = p_queue LIMIT greatest(p_most, 0)) AS those);
 END $$;
 
+-- How many calls hold a place at a gate: those that are out or run, and of them those that have not begun. Who waits out the time to
+-- another attempt was not sent yet, and holds none.
+CREATE OR REPLACE FUNCTION longhaul_calls_at_gate(p_key text, OUT busy bigint, OUT unclaimed bigint) LANGUAGE plpgsql AS $$
+BEGIN
+    SELECT count(*), count(*) FILTER (WHERE status <> 'running') INTO busy, unclaimed FROM longhaul_tools_toolcall
+    WHERE gates ? p_key AND turn IS NULL AND status IN ('requested', 'retrying', 'running')
+      AND (status = 'running' OR publishes > 0);
+END $$;
+
 -- How many calls without gates may be sent to a queue at once: none while others without gates are parked for it, for they
 -- were there before. p_window NULL: it has no bound.
 CREATE OR REPLACE FUNCTION longhaul_calls_room(p_queue text, p_window integer, p_now timestamptz) RETURNS integer LANGUAGE plpgsql AS $$
@@ -143,11 +152,7 @@ BEGIN
         FOR v_gate IN SELECT g.key, g.value FROM jsonb_each(v_head.gates) AS g LOOP
             EXIT WHEN v_room <= 0;
             IF NOT v_keys ? v_gate.key THEN
-                -- Who waits out the time to another attempt was not sent yet, and holds no place.
-                SELECT count(*), count(*) FILTER (WHERE c.status <> 'running') INTO v_busy, v_unclaimed
-                FROM longhaul_tools_toolcall c
-                WHERE c.gates ? v_gate.key AND c.turn IS NULL AND c.status IN ('requested', 'retrying', 'running')
-                  AND (c.status = 'running' OR c.publishes > 0);
+                SELECT h.busy, h.unclaimed INTO v_busy, v_unclaimed FROM longhaul_calls_at_gate(v_gate.key) AS h;
                 v_keys := v_keys || jsonb_build_object(
                     v_gate.key, longhaul_gate_room(v_gate.key, v_gate.value, v_busy, v_unclaimed, v_now));
             END IF;
@@ -181,6 +186,42 @@ BEGIN
         call_id := v_call.id; attempt := v_call.attempt; timeout := v_call.timeout; queue := v_call.queue;
         name := v_call.name; run_id := v_call.run_id;
         SELECT r.agent INTO agent FROM longhaul_runs_run r WHERE r.id = v_call.run_id;
+        RETURN NEXT;
+    END LOOP;
+END $$;
+
+-- What each of these parked calls waits for, for people: the first of its gates that is shut ("most": `used` of `bound` are out or
+-- run; "rate": `bound` starts in `seconds`; "pause": until `until`), else "room": `used` of its queue are out (less than p_window:
+-- it goes out at the next release). `ahead`: how many of its lane go before it, counted up to 1,000.
+CREATE OR REPLACE FUNCTION longhaul_calls_waits(p_calls uuid[], p_window integer) RETURNS TABLE (
+    call_id uuid, kind text, key text, used bigint, bound bigint, seconds double precision, until timestamptz, ahead bigint)
+LANGUAGE plpgsql AS $$
+DECLARE
+    v_now timestamptz := longhaul_now();
+    v_call longhaul_tools_toolcall;
+    v_gate record;
+    v_busy bigint;
+    v_unclaimed bigint;
+BEGIN
+    FOR v_call IN SELECT c.* FROM longhaul_tools_toolcall c WHERE c.id = ANY (p_calls) AND c.turn IS NOT NULL ORDER BY c.id LOOP
+        call_id := v_call.id; kind := 'room'; key := NULL; bound := p_window; seconds := NULL; until := NULL;
+        used := longhaul_calls_out(v_call.queue, p_window, v_now);
+        SELECT count(*) INTO ahead FROM (
+            SELECT 1 FROM longhaul_tools_toolcall c WHERE c.turn IS NOT NULL AND c.lane = v_call.lane
+              AND (-c.priority, c.turn, c.id) < (-v_call.priority, v_call.turn, v_call.id) LIMIT 1000) AS those;
+        FOR v_gate IN SELECT g.key, g.value FROM jsonb_each(v_call.gates) AS g ORDER BY g.key LOOP
+            SELECT h.busy, h.unclaimed INTO v_busy, v_unclaimed FROM longhaul_calls_at_gate(v_gate.key) AS h;
+            CONTINUE WHEN longhaul_gate_room(v_gate.key, v_gate.value, v_busy, v_unclaimed, v_now) > 0;
+            key := v_gate.key;
+            SELECT p.until INTO until FROM longhaul_tools_pause p WHERE p.key = v_gate.key AND p.until > v_now;
+            IF FOUND THEN kind := 'pause'; EXIT; END IF;
+            IF v_busy >= (v_gate.value->>'most')::bigint THEN
+                kind := 'most'; used := v_busy; bound := (v_gate.value->>'most')::bigint;
+            ELSE
+                kind := 'rate'; bound := (v_gate.value->>'count')::bigint; seconds := (v_gate.value->>'seconds')::double precision;
+            END IF;
+            EXIT;
+        END LOOP;
         RETURN NEXT;
     END LOOP;
 END $$;

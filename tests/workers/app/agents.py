@@ -73,7 +73,14 @@ def tenth_fails(number: int) -> int:
     return number
 
 
-TOOLS: list[Any] = [tenth_fails, atomic, idempotent, plain, once, once_told, once_fails]
+@tool(idempotent=True, max_concurrency=2, rate_limit="8/s")
+def narrow(seconds: float, ctx: ToolContext) -> str:
+    """Work that the other side takes two at a time, and eight a second."""
+    _begin(ctx, seconds)
+    return "done"
+
+
+TOOLS: list[Any] = [atomic, idempotent, plain, once, once_told, once_fails, narrow, tenth_fails]
 worker_test = Agent(name="worker_test", model="openai:test", instructions="Do as told.", tools=TOOLS)
 
 __all__ = ["slow_test", "worker_test"]

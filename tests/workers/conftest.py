@@ -50,7 +50,10 @@ def eventually(what: Callable[[], Any], *, within: float = PATIENCE, why: str = 
 
 
 def script(call: ModelCall) -> Reply:
-    """Say what the user asks for: `tell ...`, `silence`, `call TOOL SECONDS`, `fan TOOL SECONDS CALLS`, `count TOOL CALLS`, `fail KIND ...` (by the tries so far)."""
+    """Say what the user asks for.
+
+    `tell ...`, `silence`, `call TOOL SECONDS`, `fan TOOL SECONDS CALLS`, `count TOOL CALLS`, `fail KIND ...` (by the tries so far).
+    """
     last = next(place for place in range(len(call.messages) - 1, -1, -1) if call.messages[place]["role"] == "user")
     word, *rest = str(call.messages[last]["content"]).split()
     if any(message["role"] == "tool" for message in call.messages[last:]):

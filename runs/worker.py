@@ -70,8 +70,16 @@ def recognise(sender: str, instance: Any, **_: Any) -> None:
     # worker would end for that, and take the slow call that it runs along, again and again.
     instance.app.conf.broker_channel_error_retry = True
     logs.everywhere(worker=str(sender))
+    pool = instance.pool_cls.__module__.rpartition(".")[2]
+    if settings().tools_queue in _queues and not _prefork:
+        logger.warning(
+            "The pool %r cannot end a tool that does not end by itself: its call is settled at its time, and the tool goes on."
+            " Start the tools worker with -P prefork",
+            pool,
+            extra={"action": "worker.pool"},
+        )
     # Calls of the solo pool run in the main thread, as in a prefork child; but nobody would start a worker that was killed.
-    minder = Minder(settings().cancel_grace, kills=False) if "solo" in instance.pool_cls.__module__ else None
+    minder = Minder(settings().cancel_grace, kills=False) if pool == "solo" else None
     presence.current = Presence(name=str(sender), kind=_kind(), holdings=_holdings(), minder=minder)
     if _prefork:
         # The children name it as their parent, so its row comes before them.

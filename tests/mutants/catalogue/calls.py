@@ -8,15 +8,18 @@ from tests.mutants.catalogue.places import (
     CALLS,
     CANCEL,
     CONTEXT_OF_TOOLS,
+    CUT,
     LOCKS,
     LOG,
     LOST,
     SETTLE,
+    TIME,
     TOOLS,
 )
 from tests.mutants.mutant import Change, Exempt, Group, Mutant, one
 
 EXECUTION = "tools/execution.py"
+INTERRUPTS = "tools/interrupts.py"
 _STALE = f"{SETTLE}a_claim_that_does_not_match_when_it_settles_then_nothing_changes"
 _LIVE = "('held', 'queued', 'running', 'waiting', 'requires_action')"
 _SETTLE_GUARD = (
@@ -298,6 +301,70 @@ ATTEMPTS = Group(
             "    if isinstance(error, SoftTimeLimitExceeded):\n",
             "    if False:\n",
             f"{TOOLS}a_tool_that_was_cut_at_its_time_is_not_tried_again",
+        ),
+        one(
+            "settlement_is_interrupted",
+            "A signal interrupts the user's code, and nothing that follows it.",
+            INTERRUPTS,
+            "    if body is None:\n        return  #",
+            "    if body is None:\n        raise SoftTimeLimitExceeded  #",
+            f"{CUT}code_that_ends_in_time_is_not_interrupted_after_it",
+        ),
+        one(
+            "cleaning_up_is_interrupted",
+            "It interrupts it once: what the tool does then is cleaning up.",
+            INTERRUPTS,
+            "        if self.reason is None:\n            self.reason = reason\n            if self._loop",
+            "        if True:\n            self.reason = reason\n            if self._loop",
+            f"{CUT}what_cleans_up_is_not_interrupted_again",
+        ),
+        one(
+            "another_attempt_is_interrupted",
+            "An interruption names the attempt that it means.",
+            INTERRUPTS,
+            "    elif meant[:2] == (body.call_id, body.attempt):\n",
+            "    else:\n",
+            f"{CUT}another_thread_interrupts_no_other_attempt",
+        ),
+        one(
+            "wanted_call_is_cut",
+            "A call whose late result would settle it is not cut.",
+            INTERRUPTS,
+            "if each in self._since or not _wanted(to, *each)}",
+            "if each in self._since or _wanted(to, *each) is not None}",
+            f"{CUT}a_call_is_let_be[nobody knows what became of it]",
+        ),
+        one(
+            "cancelled_call_has_no_grace",
+            "A tool has its grace to see by itself that it was cancelled.",
+            INTERRUPTS,
+            "late = now - since - self.grace.total_seconds()",
+            "late = now - since + 1",
+            f"{CUT}a_call_is_let_be[it has a grace]",
+        ),
+        one(
+            "kills_its_worker",
+            "A process is killed for its call only where it runs nothing else.",
+            INTERRUPTS,
+            "            if self.kills and late",
+            "            if late",
+            f"{CUT}what_heeds_nothing_is_killed_where_that_kills_nothing_else[False]",
+        ),
+        one(
+            "once_begins_again_by_itself",
+            "A call that must not start twice is not given back by its own tool.",
+            EXECUTION,
+            "    if isinstance(error, WorkerLeaving) and tool.idempotent is not False:\n",
+            "    if isinstance(error, WorkerLeaving):\n",
+            f"{TIME}a_tool_that_must_not_start_twice_does_not_begin_again_on_its_own_word",
+        ),
+        one(
+            "cleaning_up_is_tried_again",
+            "What a tool raises while it cleans up does not have it tried again.",
+            EXECUTION,
+            "            if body.reason is None or isinstance(error, (ToolError, SoftTimeLimitExceeded)):\n",
+            "            if True:\n",
+            f"{TIME}an_async_tool_is_cancelled_at_its_time_and_is_not_tried_again[it raises]",
         ),
         one(
             "key_of_the_attempt",

@@ -1,0 +1,130 @@
+"""What a tool says of its time: how far it is, that its worker leaves; and what is kept of each try."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+from celery.exceptions import SoftTimeLimitExceeded
+
+from runs.pytest_longhaul import ScriptedModel, assert_invariants
+from runs.verification import verify
+from tests.engine.tool_runs import attempts, only_call, told, took
+from tests.runs.scenes import payloads
+from tools import RetryPolicy, ToolContext, ToolFailed, WorkerLeaving, tool
+
+pytestmark = pytest.mark.django_db
+
+
+@pytest.mark.parametrize("atomic", [False, True])
+def test_how_far_a_call_is_stands_in_its_row_and_in_the_log(scripted_model: ScriptedModel, atomic: bool) -> None:
+    @tool(atomic=atomic)
+    def work(ctx: ToolContext) -> None:
+        """Work."""
+        ctx.progress(0.25, "a quarter")
+        ctx.progress(1.0, "all of it")
+
+    run = took(scripted_model, work)
+    kept = only_call(run).progress
+    assert kept is not None
+    assert (kept["fraction"], kept["note"], kept["attempt"], kept["at"][-1]) == (1.0, "all of it", 1, "Z")
+    assert [each["note"] for each in payloads(run, "tool_call.progress")] == ["a quarter", "all of it"]
+    assert verify(run).differences == []
+    assert_invariants(run)
+
+
+@pytest.mark.parametrize("options", [{}, {"idempotent": True}, {"atomic": True}])
+def test_a_tool_whose_worker_leaves_begins_again_and_loses_no_attempt(
+    scripted_model: ScriptedModel, options: dict[str, Any]
+) -> None:
+    begun = []
+
+    @tool(retry=RetryPolicy(attempts=1), **options)
+    def work() -> str:
+        """Work."""
+        begun.append(1)
+        if len(begun) < 4:
+            raise WorkerLeaving
+        return "done"
+
+    run = took(scripted_model, work)
+    assert attempts(only_call(run)) == [*["given_back"] * 3, "success"]
+    assert verify(run).differences == []
+    assert_invariants(run)
+
+
+def test_a_tool_that_must_not_start_twice_does_not_begin_again_on_its_own_word(scripted_model: ScriptedModel) -> None:
+    @tool(idempotent=False)
+    def once() -> None:
+        """Work."""
+        raise WorkerLeaving
+
+    made = only_call(took(scripted_model, once))
+    assert made.error is not None
+    assert (attempts(made), made.error["code"]) == (["failed"], "worker_leaving")
+
+
+def test_a_tool_that_must_not_start_twice_and_was_cut_says_that_nobody_knows(scripted_model: ScriptedModel) -> None:
+    @tool(idempotent=False)
+    def once() -> None:
+        """Work."""
+        raise SoftTimeLimitExceeded
+
+    made = only_call(took(scripted_model, once))
+    assert made.error is not None
+    assert made.error["code"] == "timed_out"
+    assert "Whether it has taken effect is not known." in made.error["message"]
+
+
+@pytest.mark.parametrize("how", ["it ends", "it raises", "it returns"])
+def test_an_async_tool_is_cancelled_at_its_time_and_is_not_tried_again(scripted_model: ScriptedModel, how: str) -> None:
+    @tool(timeout_seconds=0.05)
+    async def work() -> str:
+        """Wait."""
+        try:
+            await asyncio.sleep(60)
+        except asyncio.CancelledError:
+            if how == "it raises":
+                raise OSError("closing failed") from None
+            if how == "it ends":
+                raise
+        return "as far as I came"
+
+    made = only_call(took(scripted_model, work))
+    if how == "it returns":
+        assert (made.outcome, made.result) == ("success", "as far as I came")
+    else:
+        assert made.error == {"code": "timed_out", "message": "The tool did not finish in time."}
+        assert attempts(made) == ["failed"]
+
+
+def test_a_traceback_in_a_text_for_the_model_is_cut_to_its_last_line(scripted_model: ScriptedModel) -> None:
+    trace = 'Traceback (most recent call last):\n  File "/srv/app/private.py", line 7, in pay\n    key = 1\nKeyError: 7'
+
+    @tool
+    def work() -> None:
+        """Work."""
+        raise ToolFailed(f"The bank said no.\n{trace}\n")
+
+    run = took(scripted_model, work)
+    [part] = told(run)
+    assert part["error"]["message"] == "The bank said no.\nKeyError: 7"
+
+
+def test_each_try_tells_when_where_why_and_when_the_next_may_begin(scripted_model: ScriptedModel) -> None:
+    @tool(retry=RetryPolicy(attempts=2, initial_seconds=3, jitter=False))
+    def work(ctx: ToolContext) -> None:
+        """Work."""
+        if ctx.attempt == 1:
+            raise ConnectionError("postgres://root:hunter2@db")
+
+    made = only_call(took(scripted_model, work))
+    first, second = made.attempts.order_by("number")
+    assert first.retry_at is not None
+    assert first.ended_at is not None
+    assert (first.retry_at - first.ended_at).total_seconds() == 3
+    assert second.started_at >= first.retry_at
+    assert second.retry_at is None
+    assert first.worker == second.worker != ""
+    assert first.error == {"code": "error", "message": "The tool failed with ConnectionError."}

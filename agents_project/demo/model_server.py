@@ -125,6 +125,13 @@ class Pause:
     seconds: float
 
 
+@dataclass(frozen=True, slots=True)
+class Headers:
+    """Headers of the streamed answer, as that of a rate that is left. The first action, if at all."""
+
+    headers: Mapping[str, str]
+
+
 # Actions that go wrong. After Status, Cut and Silence nothing more is played.
 
 
@@ -164,7 +171,7 @@ class Status:
 
 
 Action: TypeAlias = (
-    Text | Reasoning | ToolCall | Usage | Finish | Empty | Pause | Raw | Garbage | Cut | Silence | Status
+    Text | Reasoning | ToolCall | Usage | Finish | Empty | Pause | Headers | Raw | Garbage | Cut | Silence | Status
 )
 Reply: TypeAlias = Sequence[Action]
 Script: TypeAlias = Callable[[ModelCall], Reply]
@@ -223,6 +230,10 @@ def _usage(call: ModelCall, size: int, reply: Reply) -> dict[str, Any]:
     }
 
 
+def _headers(said: Headers) -> bytes:
+    return "".join(f"{name}: {value}\r\n" for name, value in said.headers.items()).encode()
+
+
 def _streamed(call: ModelCall, size: int, reply: Reply) -> Iterator[_Play]:
     """Yield what the reply is on the wire: bytes, waits between them, perhaps a bad end."""
     if reply and isinstance(reply[0], Silence | Cut):
@@ -237,7 +248,7 @@ def _streamed(call: ModelCall, size: int, reply: Reply) -> Iterator[_Play]:
     def chunk(delta: bytes, reason: bytes = b"null") -> bytes:
         return _event(b'%b"choices":[{"index":0,"delta":%b,"finish_reason":%b}]}' % (head, delta, reason))
 
-    yield _STREAM_HEAD
+    yield _STREAM_HEAD[:-2] + _headers(reply[0]) + b"\r\n" if reply and isinstance(reply[0], Headers) else _STREAM_HEAD
     if not reply or not isinstance(reply[0], Raw):
         yield chunk(b'{"role":"assistant","content":""}')
     calls: list[ToolCall] = []
@@ -289,7 +300,7 @@ def _streamed(call: ModelCall, size: int, reply: Reply) -> Iterator[_Play]:
                 return
             case Status():
                 raise ScriptError("Status must be the only action of its reply.")
-            case Usage() | Finish() | Empty():
+            case Usage() | Finish() | Empty() | Headers():
                 pass  # said at the end
     yield from call_chunks()
     ending = _ending(reply)

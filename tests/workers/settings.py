@@ -14,6 +14,7 @@ LONGHAUL = {
     "MODEL_SILENCE_SECONDS": 60,
     "PRESENCE_TTL_SECONDS": float(os.environ.get("TESTS_PRESENCE_TTL_SECONDS", "6")),
     "POISON_LIMIT": 3,
+    "MODEL_LIMITS": json.loads(os.environ.get("TESTS_MODEL_LIMITS", "{}")),
     "CANCEL_GRACE_SECONDS": 2,
     **json.loads(os.environ.get("TESTS_LONGHAUL", "{}")),
 }

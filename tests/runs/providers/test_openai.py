@@ -23,6 +23,7 @@ from agents_project.demo.model_server import (
     Empty,
     Finish,
     Garbage,
+    Headers,
     ModelServer,
     Pause,
     Raw,
@@ -40,6 +41,8 @@ from runs.providers import (
     ModelEvent,
     ModelRequest,
     ProviderError,
+    Rate,
+    RatesReported,
     ReasoningDelta,
     TextDelta,
     ToolCallDelta,
@@ -391,6 +394,107 @@ def test_a_wait_until_a_date_counts_from_now_where_the_service_tells_no_time(ser
 
     assert error.retry_after is not None
     assert timedelta(seconds=20) < error.retry_after <= timedelta(seconds=30)
+
+
+@pytest.mark.parametrize(
+    ("said", "seconds"),
+    [
+        ("1s", 1),
+        ("6m0s", 360),
+        ("20ms", 0.02),
+        ("2m59.56s", 179.56),
+        ("1h0m30s", 3630),
+        ("8m38.4s", 518.4),
+        ("24h0m0s", 86_400),
+        ("1d2h", 86_400),  # a day at most
+        ("55", 55),
+        ("0", 0),
+        ("-1", None),
+        ("", None),
+        ("soon", None),
+        ("nan", None),
+        ("inf", None),
+        ("1970-01-01T00:00:00Z", None),
+    ],
+)
+def test_the_times_of_services_are_read(service: Service, said: str, seconds: float | None) -> None:
+    headers = {"x-ratelimit-remaining-requests": "0", "x-ratelimit-reset-requests": said}
+
+    [rates, *_] = service.says(Headers(headers), Text("Well.")).answer()
+
+    assert isinstance(rates, RatesReported)
+    assert rates.requests is not None
+    assert rates.requests.reset == (None if seconds is None else timedelta(seconds=seconds))
+    assert rates.wait == (timedelta(seconds=seconds) if seconds else None)
+
+
+def test_a_moment_is_a_time_as_well(service: Service) -> None:
+    until = datetime.now(UTC) + timedelta(seconds=30)
+    for said in (until.isoformat(), str(int(until.timestamp()))):
+        headers = {"x-ratelimit-remaining-tokens": "0", "x-ratelimit-reset-tokens": said}
+        [rates, *_] = service.says(Headers(headers), Text("Well.")).answer()
+        assert isinstance(rates, RatesReported)
+        assert rates.wait is not None
+        assert timedelta(seconds=20) < rates.wait <= timedelta(seconds=30)
+
+
+@pytest.mark.parametrize(
+    ("headers", "rates"),
+    [
+        (
+            {
+                "x-ratelimit-limit-requests": "60",
+                "x-ratelimit-remaining-requests": "59",
+                "x-ratelimit-reset-requests": "1s",
+                "x-ratelimit-limit-tokens": "150000",
+                "x-ratelimit-remaining-tokens": "149984",
+                "x-ratelimit-reset-tokens": "6m0s",
+            },
+            RatesReported(Rate(60, 59, timedelta(seconds=1)), Rate(150_000, 149_984, timedelta(minutes=6))),
+        ),
+        (  # Azure
+            {"x-ratelimit-remaining-requests": "79", "x-ratelimit-remaining-tokens": "61353"},
+            RatesReported(Rate(None, 79, None), Rate(None, 61_353, None)),
+        ),
+        (
+            {"x-ratelimit-remaining-tokens": "-1", "x-ratelimit-reset-tokens": "0"},
+            RatesReported(None, Rate(None, None, timedelta())),
+        ),
+        ({}, None),
+    ],
+)
+def test_what_a_service_says_of_its_rates_comes_first(
+    service: Service, headers: dict[str, str], rates: RatesReported | None
+) -> None:
+    events = service.says(Headers(headers), Text("Well.")).answer()
+
+    assert [event for event in events if isinstance(event, RatesReported)] == ([] if rates is None else [rates])
+    assert rates is None or (events[0] == rates and rates.wait is None)
+
+
+def test_a_refusal_without_retry_after_waits_for_what_is_used_up(service: Service) -> None:
+    used = {
+        "x-ratelimit-remaining-requests": "3",
+        "x-ratelimit-reset-requests": "1h0m0s",
+        "x-ratelimit-remaining-tokens": "0",
+        "x-ratelimit-reset-tokens": "6m0s",
+    }
+    error, _ = service.says(Status(429, error_body("Slow down"), used)).failure()
+    assert error.retry_after == timedelta(minutes=6)
+
+    error, _ = service.says(Status(429, error_body("Slow down"), {"x-rate-limit-reset-tokens": "55"})).failure()
+    assert error.retry_after == timedelta(seconds=55)
+
+    error, _ = service.says(Status(429, error_body("Slow down"), {**used, "retry-after": "2"})).failure()
+    assert error.retry_after == timedelta(seconds=2)
+
+
+def test_a_limit_of_a_minute_is_told_from_one_of_a_day() -> None:
+    assert Rate(60, 59, timedelta(seconds=1)).a_minute == 60
+    assert Rate(60, 0, timedelta(seconds=60)).a_minute == 60
+    assert Rate(200, 199, timedelta(minutes=7, seconds=12)).a_minute is None
+    assert Rate(60, 60, timedelta(seconds=1)).a_minute is None, "nothing is used: it cannot be told"
+    assert Rate(60, 59, None).a_minute is None
 
 
 def test_an_answer_that_is_no_stream_says_so(service: Service) -> None:

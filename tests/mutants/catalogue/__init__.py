@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.mutants.catalogue import calls, claims, dispatch, ends, gates, legs, logs, presence
+from tests.mutants.catalogue import calls, claims, dispatch, ends, gates, legs, logs, models, presence
 from tests.mutants.mutant import Group, Later
 
 GROUPS: tuple[Group, ...] = (
@@ -13,6 +13,7 @@ GROUPS: tuple[Group, ...] = (
     presence.WATCHER,
     legs.POISON,
     legs.BOUNDARIES,
+    models.LIMITS,
     legs.EXIT,
     legs.LINGERS,
     legs.DRAINS,

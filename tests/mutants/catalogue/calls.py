@@ -471,6 +471,22 @@ ATOMIC = Group(
             model="atomic_in_two",
         ),
         one(
+            "atomic_half_though_answered",
+            "What a failed atomic body wrote goes, though a hook makes a result of its error.",
+            "tools/layers.py",
+            "    with transaction.atomic() if undone else contextlib.nullcontext():\n",
+            "    with contextlib.nullcontext():\n",
+            "tests/engine/test_hooks.py::test_what_a_failed_atomic_body_wrote_goes_though_a_hook_answers",
+        ),
+        one(
+            "result_though_its_hook_failed",
+            "The result of a call whose `after` failed is not kept.",
+            "tools/layers.py",
+            "        # Never the result as it was",
+            "        return outcome\n        # Never the result as it was",
+            "tests/engine/test_hooks.py::test_a_hook_after_that_fails_keeps_the_result_back_and_the_tool_does_not_run_again",
+        ),
+        one(
             "atomic_without_a_transaction",
             "The rows of a failed atomic attempt are gone.",
             EXECUTION,

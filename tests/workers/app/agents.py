@@ -8,6 +8,7 @@ from django.conf import settings
 
 from agents_project.demo.models import Ledger
 from runs import Agent
+from tests.workers.app.choice import choice_test
 from tests.workers.app.slow import slow_test
 from tools import ToolContext, ToolFailed, tool
 
@@ -83,4 +84,4 @@ def narrow(seconds: float, ctx: ToolContext) -> str:
 TOOLS: list[Any] = [atomic, idempotent, plain, once, once_told, once_fails, narrow, tenth_fails]
 worker_test = Agent(name="worker_test", model="openai:test", instructions="Do as told.", tools=TOOLS)
 
-__all__ = ["slow_test", "worker_test"]
+__all__ = ["choice_test", "slow_test", "worker_test"]

@@ -14,7 +14,7 @@ from django.db.models import Max, Min, Q
 
 from runs import admission, agents
 from runs.exceptions import BadInput, NotLast, ThreadBusy
-from runs.models import LIVE, OCCUPYING, Run, Status
+from runs.models import LIVE, OCCUPYING, Run, Status, StopReason
 from threads import transcript
 from threads.models import Message, MessageStatus, Role, Thread
 from tools.models import ToolCall
@@ -25,7 +25,8 @@ SAID = (MessageStatus.COMPLETED, MessageStatus.PARTIAL)
 def resume(run: Run, input: str | None = None) -> Run:
     """Start a new run that goes on where a cancelled or failed one ended, on the same thread.
 
-    Of a run that was cancelled before it left `held`, the input never had a place in the thread: it is given again.
+    Of a run that was cancelled before it left `held`, the input never had a place in the thread: it is given again. So is
+    that of a run that was rolled back.
     Raises BadInput for another run, and what `admission.start` raises.
     """
     run.refresh_from_db()
@@ -151,10 +152,17 @@ def _refuse_unsaved(run: Run, what: str) -> None:
 
 
 def _never_placed(run: Run) -> dict[str, Any]:
-    """Return what a run was given that was cancelled while it was held, as `start` takes it: it never had a place."""
-    if run.dispatch_seq:
-        return {}
+    """Return what a run was given, as `start` takes it, when none of it counts in the thread.
+
+    That is one that was cancelled while it was held, whose input never had a place, and one that was rolled back.
+    """
     given = Message.objects.filter(run_id=run.pk, status=MessageStatus.DISCARDED, position__isnull=True)
+    if run.stop_reason == StopReason.ROLLED_BACK and run.input_message_id:
+        said = Message.objects.filter(pk=run.input_message_id).values("created_at")
+        # What steered it came later, and is not given again.
+        given = Message.objects.filter(run_id=run.pk, step=None, status=MessageStatus.ROLLED_BACK, created_at__lte=said)
+    elif run.dispatch_seq:
+        return {}
     fields = ("role", "content", "metadata", "client_id")
     found: dict[str, Any] = {"messages": []}
     for message in given.order_by("created_at", "id"):
@@ -199,6 +207,10 @@ def _place_after(run: Run, after_step: int | None) -> int:
         )
     if not run.dispatch_seq:
         raise BadInput("The run never left `held`: nothing of it stands in its thread. Start one with its input.")
+    if run.stop_reason == StopReason.ROLLED_BACK:
+        raise BadInput(
+            "The run was rolled back: nothing of it stands in its thread. Retry it, or start one with its input."
+        )
     step = run.steps if after_step is None else after_step
     own = Message.objects.filter(run_id=run.pk, position__isnull=False)
     after: int | None = own.filter(role=Role.ASSISTANT, step__gt=step).aggregate(place=Min("position"))["place"]

@@ -542,3 +542,25 @@ def test_a_run_that_is_not_saved_is_resumed_with_an_input_only(agent: Agent, scr
     scripted_model.say("hi")
     assert run_to_end(run.resume("hello again")).output == "hi"
     whole(run)
+
+
+@pytest.mark.parametrize("follow", ["resume", "retry"])
+def test_a_run_that_was_rolled_back_is_given_its_input_again(
+    cast: Cast, scripted_model: ScriptedModel, follow: str
+) -> None:
+    scripted_model.say("Stopped.", "Three.")
+    agent = cast()
+    run = agent.start("one and two", messages=[{"role": "system", "content": "be short"}], client_id="c")
+    agent.start("quick", thread=run.thread, busy="steer")
+    run_to_end(agent.start("stop", thread=run.thread, busy="rollback"))
+    run.refresh_from_db()
+    with refused(BadInput, "rolled back"):
+        run.fork()
+    new = run_to_end(getattr(run, follow)())
+    assert (new.parent, new.origin, new.output) == (run, follow, "Three.")
+    assert texts(scripted_model.requests[-1]) == ["stop", "Stopped.", "be short", "one and two"]
+    assert (
+        new.thread.messages.filter(client_id="c").values_list("status", flat=True).order_by("position")[1]
+        == "completed"
+    )
+    whole(new)

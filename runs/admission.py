@@ -1,7 +1,8 @@
 """How a run comes to be, and how its message gets out.
 
-Every row that is ready is published at once; fair release between owners comes later, its columns exist. A message is only
-a hint: it is published after the commit, and the sweep publishes again what stays queued.
+A run that has a slot keeps it; any other goes out when there is room and nothing waits before it, or waits for its turn in
+Postgres, until `release` sends it. A message is only a hint: it is published after the commit, and the sweep publishes again
+what stays queued.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from runs.exceptions import (
     ThreadBusy,
     TooManyHeld,
 )
+from runs.gates import gates_of, lane_of
 from runs.models import OCCUPYING, Run, Status, StopReason
 from threads import clock, database, logs, transcript
 from threads.content import Part, clean, parts_of
@@ -137,7 +139,7 @@ def start(
     if parts is not None:
         drafts.append(Message(thread=thread, role=Role.USER, content=parts, client_id=client_id, shown=save != "none"))
     keyed = (owner_id, idempotency_key or "", fingerprint)
-    given = _Given(drafts, message, parts is not None, definition, told or {}, keyed)
+    given = _Given(drafts, message, parts is not None, agent, definition, told or {}, keyed)
     begins = 0
     while True:
         begins += 1
@@ -161,6 +163,7 @@ class _Given:
     drafts: list[Message]
     message: Message | None
     has_input: bool
+    agent: agents.Agent
     definition: agents.Definition
     told: Mapping[str, Any]
     key: tuple[Any, str, str]
@@ -174,7 +177,7 @@ def _taken_meanwhile(error: Exception) -> bool:
 def _insert(run: Run, thread: Thread, given: _Given) -> Run:
     """Insert the run and its messages, held or queued, and return it; or the live run, which was steered. In a transaction."""
     drafts, message, has_input = given.drafts, given.message, given.has_input
-    told, replaced = given.told, None
+    agent, told, replaced = given.agent, given.told, None
     left: list[Message] = []
     for draft in drafts:
         draft.status, draft.position = MessageStatus.COMPLETED, None
@@ -236,11 +239,16 @@ def _insert(run: Run, thread: Thread, given: _Given) -> Run:
         log.insert(0, ("run.held", {}))
     else:
         log.append(("run.queued", {"reason": "start", **told}))
+    run.max_dispatched = settings().max_dispatched
+    run.gates = gates_of(agent, thread.owner_id)
+    run.lane = lane_of(agent.queue or "", run.gates)
     run.last_seq = len(log)
     run.save(force_insert=True)
     Message.objects.bulk_create(drafts, batch_size=transcript.BATCH)
-    lifecycle.begin_log(run.pk, moment, log)
-    run_id, agent = run.pk, run.agent
+    entered = lifecycle.enter(run.pk, moment, log)
+    if not occupied and not entered["out"]:
+        run.refresh_from_db(fields=["turn", "publishes", "next_publish_at"])
+    run_id = run.pk
 
     def after_commit() -> None:
         if replaced is not None and run.parent is not None:
@@ -249,9 +257,12 @@ def _insert(run: Run, thread: Thread, given: _Given) -> Run:
         if not new_thread:
             bells.ring([bells.thread_channel(thread.pk)])
         if not occupied:
-            _log("queued", run_id, agent, thread.pk)
-            # Between the commit and the publish a death costs a republish interval: the row says when it is due.
-            publish(run_id, 1, agent)
+            _log("queued", run_id, agent.name, thread.pk)
+        # Between the commit and the publish a death costs a republish interval: the row says when it is due.
+        if entered["out"]:
+            publish(run_id, 1, agent.name)
+        elif entered.get("release"):
+            release()
 
     # One callback a run: people's tests count them.
     transaction.on_commit(after_commit)
@@ -423,17 +434,25 @@ def take_from_absent(run_id: UUID) -> int | None:
 
 
 def publish(run_id: UUID, dispatch_seq: int, agent: str = "") -> None:
-    """Send a run's message. Losing it costs a republish interval. `agent` is for people's eyes."""
+    """Send a run's message to the queue of its agent. Losing it costs a republish interval."""
     from runs import tasks
 
     tasks.publish(run_id, dispatch_seq, agent)
 
 
+def release() -> int:
+    """Send the runs whose turn it is, and return how many. In no transaction of a run's; the watcher does it 4 times a second."""
+    released = lifecycle.release()
+    for run_id, dispatch_seq, agent in released:
+        publish(run_id, dispatch_seq, agent)
+    return len(released)
+
+
 def announce(answer: Mapping[str, Any], *, ring: bool = True) -> None:
     """After the commit: publish and ring what a SQL function's answer says.
 
-    `{"run", "status", "agent", "dispatch_seq", "lingering", "released": [run, dispatch_seq, agent],
-    "publish_call": [call, attempt, timeout in seconds, queue, tool], "parked": calls wait that may have room now}`
+    `{"run", "status", "agent", "dispatch_seq", "lingering", "released": [run, dispatch_seq, agent], "release": runs wait that
+    may go now, "publish_call": [call, attempt, timeout in seconds, queue, tool], "parked": calls wait that may have room now}`
     """
     from tools import tasks as tool_tasks
 
@@ -455,6 +474,8 @@ def announce(answer: Mapping[str, Any], *, ring: bool = True) -> None:
     if released := answer.get("released"):
         bells.ring([bells.run_channel(released[0])])
         publish(UUID(released[0]), released[1], released[2])
+    if answer.get("release"):
+        release()
     if call := answer.get("publish_call"):
         tool_tasks.publish(
             UUID(call[0]), call[1], timedelta(seconds=call[2]), call[3], call[4], run_id or "", answer.get("agent", "")

@@ -30,6 +30,7 @@ from runs.output_schema import OutputSchema
 from runs.providers.port import ToolSpec, UnknownProvider, check_model
 from threads.content import clean, plain
 from threads.exceptions import within
+from tools.gates import Rate
 from tools.hooks import Hooks, check_hooks, name_of
 from tools.registry import Tool, tools_by_name
 
@@ -80,6 +81,9 @@ class Agent:
     parallel_tool_calls: whether the model may ask for several calls at once. None: as its service does by itself. False: of
         several only the first is run, and the model is told so.
     hooks: what runs around every call of its tools, and around the hooks of those.
+    queue: the Celery queue of its runs; the agents queue if not given.
+    max_concurrency: of its runs so many are at work at once, over all workers. One that waits for its tool calls (and whose leg does
+    not linger) or for a person is not. rate_limit: so many of its runs start in any such time: "10/min", with s, min, h or d.
     """
 
     name: str
@@ -98,10 +102,14 @@ class Agent:
     parallel_tool_calls: bool | None = None
     output_schema: Mapping[str, Any] | None = None
     hooks: Sequence[Hooks] = ()
+    queue: str | None = None
+    max_concurrency: int | None = None
+    rate_limit: str | None = None
 
     def __post_init__(self) -> None:
         if not self.name or len(self.name) > 200:
             raise AgentsError("An agent needs a name of 1 to 200 characters.")
+        self._check_dispatch()
         for each in self._sources:
             if not isinstance(each, Tool):
                 _check_function(self.name, each)
@@ -114,6 +122,20 @@ class Agent:
         object.__setattr__(self, "hooks", tuple(self.hooks))
         if self.output_schema is not None:
             output_schema.check(self.output_schema)
+
+    def _check_dispatch(self) -> None:
+        """Raises AgentsError where queue, max_concurrency or rate_limit are none."""
+        said = f"of agent {self.name!r}"
+        if self.queue is not None and (not isinstance(self.queue, str) or not self.queue.strip()):
+            raise AgentsError(f"queue {said} is the name of a Celery queue; got {self.queue!r}.")
+        most = self.max_concurrency
+        if most is not None and (isinstance(most, bool) or not isinstance(most, int) or most < 1):
+            raise AgentsError(f"max_concurrency {said} is a whole number from 1; got {most!r}.")
+        if self.rate_limit is not None:
+            try:
+                Rate.parse(self.rate_limit)
+            except ValueError as error:
+                raise AgentsError(f"rate_limit {said}: {error}.") from None
 
     @cached_property
     def _sources(self) -> tuple[Tool | ToolsOf, ...]:
@@ -470,6 +492,16 @@ class Registry:
     def all(self) -> dict[str, Agent]:
         self.discover()
         return dict(sorted(self._agents.items()))
+
+    def queue_of(self, name: str) -> str:
+        """Return the queue to which the runs of an agent are sent; of one that is not there any more, the agents queue."""
+        self.discover()
+        agent = self._agents.get(name)
+        return (agent.queue if agent else None) or settings().agents_queue
+
+    def queues(self) -> frozenset[str]:
+        """Return the queues of all agents. A worker that consumes one of them runs legs."""
+        return frozenset({settings().agents_queue, *(agent.queue for agent in self.all().values() if agent.queue)})
 
     def broken(self) -> dict[str, Exception]:
         """Return the agents modules that failed to import, and why."""

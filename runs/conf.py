@@ -126,6 +126,12 @@ GROUPS: Mapping[str, Mapping[str, Key]] = {
         "LINGER_SECONDS": _time(2, "how long a leg waits for its tool calls before it ends; 0 is never"),
         "MAX_STEPS": _count(50, "model turns of a run, where the agent says nothing"),
         "MAX_HELD": _count(100, "runs that may wait for one thread", least=0),
+        "MAX_DISPATCHED": _count(
+            100,
+            "queued runs of a queue that are with the broker at once; the others wait in Postgres, and owners take turns",
+        ),
+        "RUNS_PER_OWNER": _most(None, "runs of one owner that are at work at once; the others wait"),
+        "RUN_RATE_PER_OWNER": _rate("100/h", "runs of one owner that start in any such time; None: as many as come"),
         "MAX_INPUT_CHARS": _count(1_000_000, "length of one input"),
         "POISON_LIMIT": _count(5, "times that a run is taken back without a committed step, then it fails"),
         "BAD_CALLS_LIMIT": _count(5, "steps in a row with nothing but invalid calls, then the run fails"),
@@ -264,6 +270,9 @@ class Settings:
     linger: timedelta  # how long a leg waits for its tool calls; zero is never
     max_steps: int
     max_held: int  # held runs a thread
+    max_dispatched: int  # runs of a queue that are sent and not claimed
+    runs_per_owner: int | None  # at work
+    run_rate_per_owner: str | None  # starts, "100/h"
     max_input_chars: int  # of one input
     poison_limit: int  # reclaims without a committed step, then the run fails
     model_tries: int

@@ -148,7 +148,8 @@ def advance(run_id: UUID, dispatch_seq: int, process: Process, *, task_id: str =
     if process.draining:
         # Celery's gevent worker takes up to two messages more after SIGTERM (measured), and acknowledges them when we return:
         # their runs would wait for the sweep. Whoever else takes this one finds the same run, so it is passed on.
-        admission.publish(run_id, dispatch_seq)
+        agent = Run.objects.filter(pk=run_id).values_list("agent", flat=True).first()
+        admission.publish(run_id, dispatch_seq, agent or "")
         return
     presence = process.presence
     with presence.register.entry("run", run_id) as registered:
@@ -171,6 +172,8 @@ def advance(run_id: UUID, dispatch_seq: int, process: Process, *, task_id: str =
         )
         try:
             logger.info("Run %s claimed", run_id, extra={"action": "run.claimed"})
+            if answer.get("release"):
+                admission.release()
             Leg(process, claim, leg_id, answer, registered).advance()
         except FenceLost:
             logger.info("Run %s epoch %s was lost", run_id, claim.epoch, extra={"action": "leg.lost"})

@@ -487,11 +487,24 @@ WHERE position < before;
 
 -- ---- 7. A run never sticks; accepted input is never stranded. From rows: every state has what leads out of it. Admission, when
 
--- 7: A queued run is due to be published: now, or when it may be claimed.
+-- 7: A queued run is due to be published, now or when it may be claimed, or waits for its turn.
 SELECT r.id, 'queued, next published at ' || coalesce(r.next_publish_at::text, 'no time')
 FROM picked r
-WHERE r.status = 'queued' AND (r.next_publish_at IS NULL
+WHERE r.status = 'queued' AND r.turn IS NULL AND (r.next_publish_at IS NULL
       OR r.next_publish_at > greatest(longhaul_now(), r.not_before, r.linger_until) + interval '1 minute');
+
+-- 7: Only a queued run waits for its turn, and no message of it is out.
+SELECT r.id, r.status || ' in turn ' || r.turn || ', published ' || r.publishes || ' times, next at ' || coalesce(r.next_publish_at::text, 'no time')
+FROM picked r
+WHERE r.turn IS NOT NULL AND (r.status <> 'queued' OR r.next_publish_at IS NOT NULL OR r.publishes <> 0);
+
+-- 7: Of the runs of one gate no more are at work than the gate lets.
+SELECT min(r.id::text)::uuid, count(*) || ' runs of ' || g.key || ' at work, ' || max((g.value->>'most')::bigint) || ' are allowed'
+FROM picked r CROSS JOIN LATERAL jsonb_each(r.gates) AS g
+WHERE g.value ? 'most' AND r.turn IS NULL
+  AND (r.status = 'running' OR r.status = 'queued' AND r.publishes > 0
+       OR r.status IN ('waiting', 'requires_action') AND r.linger_until IS NOT NULL)
+GROUP BY g.key HAVING count(*) > max((g.value->>'most')::bigint);
 
 -- 7: A call that is to be run is due to be published, now or when it may be claimed, or waits for its turn.
 SELECT r.id, c.status || ' call ' || c.name || ' ' || c.id || ', next published at ' || coalesce(c.next_publish_at::text, 'no time')

@@ -221,19 +221,27 @@ def record(run_id: UUID, type: str, payload: Mapping[str, Any]) -> None:
     database.call("SELECT longhaul_run_record(%s::uuid, %s::text, %s::jsonb)", (run_id, type, database.dumps(payload)))
 
 
-def begin_log(run_id: UUID, at: datetime, events: Sequence[tuple[str, Mapping[str, Any]]]) -> None:
-    """Write the first events of a run, from seq 1 on, in the transaction that inserts it with so many in `last_seq`."""
-    database.rows_of(
-        "INSERT INTO longhaul_runs_event (run_id, seq, type, at, payload)"
-        " SELECT %s::uuid, place, event->>0, %s::timestamptz, event->1"
-        " FROM jsonb_array_elements(%s::jsonb) WITH ORDINALITY AS log(event, place) RETURNING seq",
-        (run_id, at, database.dumps(events)),
+def enter(run_id: UUID, at: datetime, events: Sequence[tuple[str, Mapping[str, Any]]]) -> Any:
+    """Write the first events of a run, from seq 1 on, in the transaction that inserts it with so many in `last_seq`.
+
+    Returns `{"out": bool, "release": bool}`: whether it goes out now, or waits for its turn; and whether to `release` then.
+    """
+    return database.call(
+        "SELECT longhaul_run_enter(%s::uuid, %s::timestamptz, %s::jsonb)", (run_id, at, database.dumps(events))
     )
 
 
 def due(limit: int = 200) -> list[tuple[UUID, int, str]]:
     """Return (run, dispatch_seq, agent) of the queued runs whose message is to be sent now; raises their next_publish_at."""
     rows = database.rows_of("SELECT run_id, dispatch_seq, agent FROM longhaul_runs_due(%s::int)", (limit,))
+    return [(row[0], row[1], row[2]) for row in rows]
+
+
+def release() -> list[tuple[UUID, int, str]]:
+    """Return (run, dispatch_seq, agent) of the runs whose turn has come: they are to be sent now. Never in a transition."""
+    rows = database.rows_of(
+        "SELECT run_id, dispatch_seq, agent FROM longhaul_runs_release(%s::int)", (settings().max_dispatched,)
+    )
     return [(row[0], row[1], row[2]) for row in rows]
 
 

@@ -102,9 +102,12 @@ class Run(models.Model):
     not_before = models.DateTimeField(null=True)
     next_publish_at = models.DateTimeField(null=True)
     publishes = models.IntegerField(default=0)
-    gates = models.JSONField(null=True)  # as of a ToolCall, and so the next two
+    gates = models.JSONField(null=True)  # as of a ToolCall, and so the next two; a lane begins with the run's own queue
     lane = models.CharField(max_length=1000, blank=True, default="", db_default="")
     turn = models.BigIntegerField(null=True)
+    max_dispatched = models.IntegerField(
+        default=100, db_default=100
+    )  # of its queue, as the settings said when it was made
     # counters
     last_seq = models.BigIntegerField(default=0)
     # What became of the event log after the end: events up to here were removed by a retention setting (0: none), and since
@@ -180,6 +183,11 @@ class Run(models.Model):
             models.Index(
                 fields=["lane", "-priority", "turn", "id"],
                 name="longhaul_run_in_lane",
+                condition=models.Q(turn__isnull=False),
+            ),
+            models.Index(
+                fields=["lane", "owner", "priority", "turn"],
+                name="longhaul_run_turn_of_owner",
                 condition=models.Q(turn__isnull=False),
             ),
             GinIndex(

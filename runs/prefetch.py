@@ -61,7 +61,7 @@ class Prefetch(bootsteps.StartStopStep):
 
 
 def of_the_host(consumed: Iterable[str]) -> set[str]:
-    """Return those of the queues that are neither Longhaul's nor a tool's own.
+    """Return those of the queues that are neither Longhaul's nor an agent's or a tool's own.
 
     The registry is asked only where a queue is left to explain, for it imports what the agents import.
     """
@@ -69,6 +69,7 @@ def of_the_host(consumed: Iterable[str]) -> set[str]:
 
     others = set(consumed) - {settings().agents_queue, settings().tools_queue, settings().control_queue}
     if others:
+        others -= registry.queues()
         others -= {
             tool.queue for agent in registry.all().values() for tool in agent.tools_by_name.values() if tool.queue
         }

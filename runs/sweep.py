@@ -387,6 +387,10 @@ class Sweep:
             done.published_runs += 1
             if self._publishes:
                 admission.publish(run_id, dispatch_seq, agent)
+        for run_id, dispatch_seq, agent in lifecycle.release():
+            done.published_runs += 1
+            if self._publishes:
+                admission.publish(run_id, dispatch_seq, agent)
         due = calls.due(BATCH)
         done.published_calls += len(due)
         if due and self._publishes:
@@ -405,7 +409,8 @@ class Sweep:
         """Messages that the broker lost need not wait out their backoff: with fewer there than rows wait, all are due in a second."""
         default = {"run": settings().agents_queue, "call": settings().tools_queue}
         for kind, waiting in _WAITING.items():
-            own = "queue" if kind == "call" else "''"  # a tool may name a queue for itself
+            # a tool, and an agent, may name a queue for itself
+            own = "queue" if kind == "call" else "split_part(lane, E'\\n', 1)"
             counts: Counter[str] = Counter()
             rows = self._rows(f"SELECT {own}, count(*) FROM {waiting}{_SOON} GROUP BY 1")  # noqa: S608 (constants)
             for queue, count in rows:

@@ -9,8 +9,7 @@ from uuid import UUID
 from celery import shared_task
 from kombu.exceptions import OperationalError as BrokerError
 
-from runs import admission, engine, housekeeping, worker
-from runs.conf import settings
+from runs import admission, agents, engine, housekeeping, worker
 from tools import messages, task_ids
 from tools.envelope import Envelope
 
@@ -31,12 +30,12 @@ def advance_run(self: Any, run_id: str, dispatch_seq: int) -> None:
 
 
 def publish(run_id: UUID, dispatch_seq: int, agent: str = "") -> None:
-    """Send a run's message. Losing it costs a republish interval. `agent` is what Flower shows beside the run."""
+    """Send a run's message, to the agents queue unless its agent names another one. Losing it costs a republish interval."""
     try:
         messages.send(
             advance_run,
             [str(run_id), dispatch_seq],
-            queue=settings().agents_queue,
+            queue=agents.registry.queue_of(agent),
             task_id=task_ids.new("run", run_id, dispatch_seq),
             shown=f"agent={agent} run={run_id} dispatch={dispatch_seq}",
         )

@@ -15,6 +15,7 @@ from celery import signals
 from django.db import DatabaseError, InterfaceError, connection
 
 from runs import engine
+from runs.agents import registry
 from runs.conf import settings
 from runs.flusher import Flusher
 from runs.prefetch import Prefetch, of_the_host
@@ -44,7 +45,7 @@ _ready = threading.Event()
 
 def process() -> engine.Process | None:
     """Return what the legs of this process share, once it is present; None in a worker of other queues."""
-    if settings().agents_queue not in _queues:
+    if not _runs_legs():
         return None
     _ready.wait(ARRIVAL_SECONDS)
     return _process
@@ -60,8 +61,10 @@ def prepare(instance: Any, **_: Any) -> None:
 def recognise(sender: str, instance: Any, **_: Any) -> None:
     """Learn which of our queues this worker consumes, before its pool starts."""
     global _queues, _prefork
+    consumed = frozenset(instance.app.amqp.queues.consume_from)
     ours = {settings().agents_queue, settings().tools_queue, settings().control_queue}
-    _queues = frozenset(instance.app.amqp.queues.consume_from) & frozenset(ours)
+    # The registry is asked only where a queue is left to explain, for it imports what the agents import.
+    _queues = consumed & (ours if consumed <= ours else ours | registry.queues())
     _prefork = "prefork" in instance.pool_cls.__module__
     if not _queues:
         return
@@ -100,8 +103,13 @@ def _take_no_more_than_runs(instance: Any) -> None:
     instance.consumer.initial_prefetch_count = instance.max_concurrency or instance.concurrency
 
 
+def _runs_legs() -> bool:
+    """Whether this worker consumes the agents queue, or one that an agent names for itself."""
+    return bool(_queues - {settings().tools_queue, settings().control_queue})
+
+
 def _kind() -> str:
-    if settings().agents_queue in _queues:
+    if _runs_legs():
         return "agents"
     return "tools" if settings().tools_queue in _queues else "control"
 
@@ -117,10 +125,10 @@ def arrive(**_: Any) -> None:
     global _sweep
     if presence.current is None:
         return
-    if settings().agents_queue in _queues:
+    if _runs_legs():
         _warm()  # first: whoever sees this worker present may count on it
     presence.current.start()
-    if settings().agents_queue in _queues and not _prefork:
+    if _runs_legs() and not _prefork:
         _begin_legs(presence.current)
     if settings().control_queue in _queues:
         _sweep = SweepThread()
@@ -139,7 +147,6 @@ def _begin_legs(present: Presence) -> None:
 
 
 def _warm() -> None:
-    from runs.agents import registry
     from runs.providers.port import get_provider
 
     for agent in registry.all().values():
@@ -182,7 +189,7 @@ def arrive_in_child(**_: Any) -> None:
     child = parent.child(Minder(settings().cancel_grace, kills=True))
     presence.current = child
     child.start()
-    if settings().agents_queue in _queues:
+    if _runs_legs():
         flusher = Flusher(settings().flush_interval)
         flusher.start()
         _process = engine.Process(child, flusher)

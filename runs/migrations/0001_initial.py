@@ -72,6 +72,7 @@ class Migration(migrations.Migration):
                 ('gates', models.JSONField(null=True)),
                 ('lane', models.CharField(blank=True, db_default='', default='', max_length=1000)),
                 ('turn', models.BigIntegerField(null=True)),
+                ('max_dispatched', models.IntegerField(db_default=100, default=100)),
                 ('last_seq', models.BigIntegerField(default=0)),
                 ('events_removed_through', models.BigIntegerField(db_default=0, default=0)),
                 ('compacted_at', models.DateTimeField(null=True)),
@@ -202,6 +203,10 @@ class Migration(migrations.Migration):
         ),
         migrations.AddIndex(
             model_name='run',
+            index=models.Index(condition=models.Q(('turn__isnull', False)), fields=['lane', 'owner', 'priority', 'turn'], name='longhaul_run_turn_of_owner'),
+        ),
+        migrations.AddIndex(
+            model_name='run',
             index=django.contrib.postgres.indexes.GinIndex(condition=models.Q(('gates__isnull', False), ('status__in', ['queued', 'running', 'waiting', 'requires_action'])), fastupdate=False, fields=['gates'], name='longhaul_run_gated'),
         ),
         migrations.AddIndex(
@@ -266,4 +271,5 @@ class Migration(migrations.Migration):
         migrations.RunSQL((SQL / "0003_deltas.sql").read_text(), migrations.RunSQL.noop),
         migrations.RunSQL((SQL / "0004_compaction.sql").read_text(), migrations.RunSQL.noop),
         migrations.RunSQL((SQL / "0005_models.sql").read_text(), migrations.RunSQL.noop),
+        migrations.RunSQL((SQL / "0006_turns.sql").read_text(), migrations.RunSQL.noop),
     ]

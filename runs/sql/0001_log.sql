@@ -104,8 +104,9 @@ END $$;
 
 -- After every change of a call's status, under the run's lock: tells of it (p_type, p_payload), then, while calls are open, the
 -- run's status is a function of them; when none is, join and queue the run. Inside `linger_until` the lingering leg is
--- rung and nothing is published: next_publish_at covers a lingerer that died. One UPDATE of the run in all.
--- Returns {"status", "run", "agent"} and, when queued, {"dispatch_seq", "lingering"}.
+-- rung and nothing is published: next_publish_at covers a lingerer that died; elsewhere the run may have to wait for its turn.
+-- One UPDATE of the run in all.
+-- Returns {"status", "run", "agent"} and, when queued, {"dispatch_seq" (none for a run that waits for its turn), "lingering"}.
 CREATE OR REPLACE FUNCTION longhaul_calls_changed(p_run uuid, p_type text DEFAULT NULL, p_payload jsonb DEFAULT NULL)
 RETURNS jsonb LANGUAGE plpgsql AS $$
 DECLARE
@@ -115,6 +116,8 @@ DECLARE
     v_now timestamptz := longhaul_now();
     v_seq bigint;
     v_lingering boolean;
+    v_turn bigint;
+    v_first boolean;
 BEGIN
     SELECT * INTO v_run FROM longhaul_runs_run WHERE id = p_run;
     v_seq := v_run.last_seq;
@@ -137,13 +140,18 @@ BEGIN
             INSERT INTO longhaul_runs_event (run_id, seq, type, at, payload)
             VALUES (p_run, v_seq, 'run.queued', v_now, '{"reason": "tools"}');
             v_lingering := coalesce(v_run.linger_until > v_now, false);
+            IF NOT v_lingering THEN
+                SELECT t.turn, t.first INTO v_turn, v_first FROM longhaul_run_turn(v_run) AS t;
+            END IF;
             UPDATE longhaul_runs_run
             SET status = 'queued', dispatch_seq = dispatch_seq + 1, queued_at = v_now, not_before = NULL, last_seq = v_seq,
-                publishes = 1,
-                next_publish_at = CASE WHEN v_lingering THEN linger_until ELSE v_now END + interval '1 second'
+                turn = v_turn, publishes = CASE WHEN v_turn IS NULL THEN 1 ELSE 0 END,
+                next_publish_at = CASE WHEN v_turn IS NULL THEN
+                    CASE WHEN v_lingering THEN linger_until ELSE v_now END + interval '1 second' END
             WHERE id = p_run;
-            RETURN jsonb_build_object('run', p_run, 'status', 'queued', 'dispatch_seq', v_run.dispatch_seq + 1,
-                                      'lingering', v_lingering, 'agent', v_run.agent);
+            RETURN jsonb_build_object('run', p_run, 'status', 'queued', 'lingering', v_lingering, 'agent', v_run.agent,
+                                      'dispatch_seq', CASE WHEN v_turn IS NULL THEN v_run.dispatch_seq + 1 END)
+                || CASE WHEN v_first THEN '{"release": true}'::jsonb ELSE '{}' END;
         END IF;
         v_status := CASE WHEN v_works THEN 'waiting' ELSE 'requires_action' END;
         IF v_status <> v_run.status THEN

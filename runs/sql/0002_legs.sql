@@ -102,28 +102,32 @@ END $$;
 
 -- Queues the run p_next that goes on with what steered p_run, which has just ended, and was not taken in: of the same agent,
 -- with the same settings and as much time. Its input has run_id p_next already. The caller holds p_run, as the row was.
-CREATE OR REPLACE FUNCTION longhaul_steered_start(p_run longhaul_runs_run, p_next uuid) RETURNS void LANGUAGE plpgsql AS $$
+-- Returns what longhaul_run_park says of it.
+CREATE OR REPLACE FUNCTION longhaul_steered_start(p_run longhaul_runs_run, p_next uuid) RETURNS jsonb LANGUAGE plpgsql AS $$
 DECLARE
     v_now timestamptz := longhaul_now();
 BEGIN
     INSERT INTO longhaul_runs_run (
         id, thread_id, owner_id, agent, status, stop_reason, origin, parent_id, depth, busy, priority, overrides, save_mode,
         metadata, input_message_id, fingerprint, epoch, dispatch_seq, publishes, next_publish_at, last_seq, steps, legs, lost,
-        bad_calls, model_tries, input_tokens, output_tokens, cost, deadline, created_at, entered_at, queued_at)
+        bad_calls, model_tries, input_tokens, output_tokens, cost, deadline, created_at, entered_at, queued_at,
+        gates, lane, max_dispatched)
     SELECT p_next, p_run.thread_id, p_run.owner_id, p_run.agent, 'queued', '', 'steer', p_run.id, p_run.depth, 'steer', p_run.priority,
            p_run.overrides, p_run.save_mode, p_run.metadata, (
                SELECT id FROM longhaul_threads_message WHERE run_id = p_next ORDER BY created_at, id LIMIT 1),
            '', 0, 1, 1, v_now + interval '1 second', 0, 0, 0, 0, 0, 0, 0, 0, 0, v_now + (p_run.deadline - p_run.created_at),
-           v_now, v_now, v_now;
+           v_now, v_now, v_now, p_run.gates, longhaul_run_lane(split_part(p_run.lane, E'\n', 1), p_run.gates, false), p_run.max_dispatched;
     PERFORM longhaul_messages_admit(p_run.thread_id, p_next, false, true);
     PERFORM longhaul_run_record(p_next, 'run.queued', jsonb_build_object('reason', 'start', 'after', p_run.id));
+    RETURN longhaul_run_park(p_next);
 END $$;
 
 -- The end of a run, of whatever cause: nothing pending, nothing open, the transcript joined, the terminal event last, the
 -- next run of the thread queued, all in the caller's transaction: the one that goes on with what steered this one, else the
 -- oldest held one. p_next: the run that its caller inserts in this place (interrupt, rollback), so none is queued here. The
 -- caller holds the run and has checked that it is live. Cancel raises the epoch: the leg learns of it by its fence.
--- Returns {"status", "released": [run, dispatch_seq, agent]}.
+-- Returns {"status", "released": [run, dispatch_seq, agent]} (none for one that has to wait for its turn) and {"release": true}
+-- when somebody may be let out now.
 CREATE OR REPLACE FUNCTION longhaul_run_end(
     p_run uuid, p_status text, p_stop_reason text, p_error jsonb, p_output jsonb, p_leg_reason text, p_epoch integer DEFAULT NULL,
     p_next uuid DEFAULT NULL)
@@ -133,6 +137,9 @@ DECLARE
     v_held uuid;
     v_on uuid;
     v_next longhaul_runs_run;
+    v_turn bigint;
+    v_first boolean;
+    v_begun jsonb;
     v_message longhaul_threads_message;
 BEGIN
     SELECT * INTO v_run FROM longhaul_runs_run WHERE id = p_run;
@@ -155,6 +162,7 @@ BEGIN
     SET status = p_status, stop_reason = p_stop_reason, error = p_error, output = p_output, finished_at = longhaul_now(),
         entered_at = coalesce(entered_at, longhaul_now()),
         holder = NULL, leg_deadline = NULL, linger_until = NULL, not_before = NULL, next_publish_at = NULL,
+        turn = NULL,
         epoch = epoch + CASE WHEN p_status = 'cancelled' THEN 1 ELSE 0 END
     WHERE id = p_run;
     PERFORM longhaul_run_record(p_run, 'run.' || p_status, jsonb_build_object(
@@ -162,23 +170,30 @@ BEGIN
         'usage', jsonb_build_object('input_tokens', v_run.input_tokens, 'output_tokens', v_run.output_tokens, 'cost', v_run.cost))
         || CASE WHEN v_on IS NULL THEN '{}'::jsonb ELSE jsonb_build_object('next', v_on) END,
         p_epoch);
-    IF p_next IS NOT NULL THEN RETURN jsonb_build_object('run', p_run, 'status', p_status); END IF;
+    IF p_next IS NOT NULL THEN RETURN jsonb_build_object('run', p_run, 'status', p_status) || longhaul_run_freed(v_run); END IF;
     IF v_on IS NOT NULL THEN
-        PERFORM longhaul_steered_start(v_run, v_on);
-        RETURN jsonb_build_object('run', p_run, 'status', p_status, 'released', jsonb_build_array(v_on, 1, v_run.agent));
+        v_begun := longhaul_steered_start(v_run, v_on);
+        RETURN jsonb_build_object('run', p_run, 'status', p_status) || longhaul_run_freed(v_run) || CASE
+            WHEN (v_begun->>'out')::boolean THEN jsonb_build_object('released', jsonb_build_array(v_on, 1, v_run.agent))
+            ELSE v_begun - 'out' END;
     END IF;
     IF v_run.status <> 'held' THEN
         SELECT id INTO v_held FROM longhaul_runs_run
         WHERE thread_id = v_run.thread_id AND status = 'held' ORDER BY created_at, id LIMIT 1 FOR NO KEY UPDATE;
     END IF;
-    IF v_held IS NULL THEN RETURN jsonb_build_object('run', p_run, 'status', p_status); END IF;
+    IF v_held IS NULL THEN RETURN jsonb_build_object('run', p_run, 'status', p_status) || longhaul_run_freed(v_run); END IF;
+    SELECT * INTO v_next FROM longhaul_runs_run WHERE id = v_held;
+    SELECT t.turn, t.first INTO v_turn, v_first FROM longhaul_run_turn(v_next) AS t;
     UPDATE longhaul_runs_run
-    SET status = 'queued', dispatch_seq = dispatch_seq + 1, entered_at = longhaul_now(), queued_at = longhaul_now(), publishes = 1,
-        next_publish_at = longhaul_now() + interval '1 second'
+    SET status = 'queued', dispatch_seq = dispatch_seq + 1, entered_at = longhaul_now(), queued_at = longhaul_now(), turn = v_turn,
+        publishes = CASE WHEN v_turn IS NULL THEN 1 ELSE 0 END,
+        next_publish_at = CASE WHEN v_turn IS NULL THEN longhaul_now() + interval '1 second' END
     WHERE id = v_held RETURNING * INTO v_next;
     PERFORM longhaul_messages_admit(v_run.thread_id, v_held, false, true);
     PERFORM longhaul_run_record(v_held, 'run.queued', '{"reason": "released"}');
-    RETURN jsonb_build_object('run', p_run, 'status', p_status, 'released', jsonb_build_array(v_held, v_next.dispatch_seq, v_next.agent));
+    RETURN jsonb_build_object('run', p_run, 'status', p_status) || longhaul_run_freed(v_run) || CASE
+        WHEN v_turn IS NULL THEN jsonb_build_object('released', jsonb_build_array(v_held, v_next.dispatch_seq, v_next.agent))
+        WHEN v_first THEN '{"release": true}' ELSE '{}' END;
 END $$;
 
 -- Takes all that a run was given, has said and has asked for out of later context: its messages stay where they stand, and the
@@ -203,7 +218,8 @@ BEGIN
 END $$;
 
 -- queued -> running, by dispatch_seq: a doubled or late message matches no row (NULL). {"absent": true}: the worker must beat
--- first. A leg that still lingers is ended here, by the claim of another task. Returns what a leg needs to begin.
+-- first. A run that waits for its turn is claimed by nobody. A leg that still lingers is ended here, by the claim of another task.
+-- Returns what a leg needs to begin, and {"release": true} when this made room for half of those that may be out.
 CREATE OR REPLACE FUNCTION longhaul_run_claim(
     p_run uuid, p_dispatch integer, p_worker uuid, p_worker_name text, p_task text, p_leg uuid, p_prepare interval)
 RETURNS jsonb LANGUAGE plpgsql AS $$
@@ -217,9 +233,10 @@ BEGIN
     UPDATE longhaul_runs_run
     SET status = 'running', epoch = epoch + 1, holder = p_worker, leg_deadline = v_now + p_prepare, linger_until = NULL,
         not_before = NULL, next_publish_at = NULL, publishes = 0, legs = legs + 1, started_at = coalesce(started_at, v_now)
-    WHERE id = p_run AND status = 'queued' AND dispatch_seq = p_dispatch AND (not_before IS NULL OR not_before <= v_now)
+    WHERE id = p_run AND status = 'queued' AND dispatch_seq = p_dispatch AND turn IS NULL AND (not_before IS NULL OR not_before <= v_now)
     RETURNING * INTO v_run;
     IF NOT FOUND THEN RETURN NULL; END IF;  -- another worker got there first, or it is no longer due
+    IF v_run.gates IS NOT NULL AND v_run.legs = 1 THEN PERFORM longhaul_run_begun(v_run); END IF;
     PERFORM longhaul_leg_end(p_run, 'tools', false, v_run.epoch);
     INSERT INTO longhaul_runs_leg (id, run_id, number, epoch, worker_id, worker, task_id, started_at, reason)
     VALUES (p_leg, p_run, v_run.legs, v_run.epoch, p_worker, p_worker_name, p_task, v_now, '');
@@ -231,7 +248,8 @@ BEGIN
         'run', p_run, 'epoch', v_run.epoch, 'thread', v_run.thread_id, 'owner', v_run.owner_id::text, 'agent', v_run.agent,
         'leg', v_run.legs, 'steps', v_run.steps, 'overrides', v_run.overrides, 'thread_overrides', v_overrides,
         'model_tries', v_run.model_tries, 'bad_calls', v_run.bad_calls,
-        'retry_seconds', extract(epoch FROM v_now - v_run.retry_since));
+        'retry_seconds', extract(epoch FROM v_now - v_run.retry_since))
+        || CASE WHEN longhaul_run_makes_room(v_run) THEN '{"release": true}'::jsonb ELSE '{}' END;
 END $$;
 
 -- The messages that the model is shown: the last p_limit of the thread after p_after, by place; a run sees its own
@@ -345,6 +363,7 @@ BEGIN
     PERFORM 1 FROM longhaul_runs_leg WHERE id = p_leg AND ended_at IS NULL;
     IF NOT FOUND THEN RETURN '{"status": "lost"}'; END IF;  -- a claim by another task, or the run's end, closed this leg
     IF v_run.status <> 'queued' THEN RETURN jsonb_build_object('status', v_run.status); END IF;
+    IF v_run.turn IS NOT NULL THEN RETURN '{"status": "waiting"}'; END IF;  -- joined too late for this leg: it waits for its turn
     v_now := longhaul_now();
     IF NOT longhaul_worker_present(p_worker, v_now) THEN RETURN '{"status": "absent"}'; END IF;
     IF p_open THEN
@@ -363,7 +382,8 @@ BEGIN
 END $$;
 
 -- The lingerer gives up: it locks the run and, if its leg is still the open one and the run waits, ends it. linger_until is
--- cleared with it, for a join from now on must publish. A run that the join had already queued for this leg is published.
+-- cleared with it, for a join from now on must publish. A run that the join had already queued for this leg is published, unless
+-- it waits for its turn. {"release": true}: what the leg held may go to somebody else.
 CREATE OR REPLACE FUNCTION longhaul_linger_end(p_run uuid, p_leg uuid, p_reason text) RETURNS jsonb LANGUAGE plpgsql AS $$
 DECLARE
     v_run longhaul_runs_run;
@@ -374,12 +394,13 @@ BEGIN
     IF NOT FOUND THEN RETURN '{}'; END IF;
     PERFORM longhaul_leg_end(p_run, p_reason, false);
     UPDATE longhaul_runs_run
-    SET linger_until = NULL, next_publish_at = CASE WHEN status = 'queued' THEN longhaul_now() + interval '1 second' END
+    SET linger_until = NULL,
+        next_publish_at = CASE WHEN status = 'queued' AND turn IS NULL THEN longhaul_now() + interval '1 second' END
     WHERE id = p_run;
-    IF v_run.status = 'queued' THEN
+    IF v_run.status = 'queued' AND v_run.turn IS NULL THEN
         RETURN jsonb_build_object('run', p_run, 'status', 'queued', 'dispatch_seq', v_run.dispatch_seq, 'lingering', false, 'agent', v_run.agent);
     END IF;
-    RETURN '{}';
+    RETURN longhaul_run_freed(v_run);
 END $$;
 
 -- The commit of a step, fenced, one transaction: the deltas that the flusher still held and the other events (p_events, in
@@ -472,7 +493,8 @@ BEGIN
     IF NOT v_waits THEN RETURN jsonb_build_object('run', p_run, 'status', 'running'); END IF;
     IF v_leg_ends THEN PERFORM longhaul_leg_end(p_run, 'tools', false, p_epoch); END IF;
     IF v_open = '[]' THEN RETURN longhaul_calls_changed(p_run); END IF;  -- every call came settled: join at once
-    RETURN jsonb_build_object('run', p_run, 'status', 'waiting') || coalesce(v_parked, '{}');
+    RETURN jsonb_build_object('run', p_run, 'status', 'waiting') || coalesce(v_parked, '{}')
+        || CASE WHEN v_leg_ends THEN longhaul_run_freed(v_run) ELSE '{}' END;
 END $$;
 
 CREATE OR REPLACE FUNCTION longhaul_usage_record(
@@ -499,7 +521,8 @@ END $$;
 
 -- A leg hands over, fenced: its time budget is used, its worker drains, its model's limits leave no room (`limited`), or the model's
 -- error grants another try after p_delay. One transaction: nothing pending, the leg ended, the run queued. Returns NULL when the fence was lost, else what to publish.
--- Only `retry` counts a try of the model; nothing here counts toward poison.
+-- Only `retry` counts a try of the model; nothing here counts toward poison. Who goes on at once keeps its place among those that
+-- are out, and its slot; who is put off gives both up, and waits for its turn again when it is due.
 CREATE OR REPLACE FUNCTION longhaul_run_requeue(
     p_run uuid, p_epoch integer, p_worker uuid, p_reason text, p_delay interval, p_error jsonb, p_usage jsonb)
 RETURNS jsonb LANGUAGE plpgsql AS $$
@@ -533,7 +556,8 @@ BEGIN
     WHERE id = p_run RETURNING * INTO v_run;
     PERFORM longhaul_run_record(p_run, 'run.queued', jsonb_strip_nulls(jsonb_build_object('reason', p_reason, 'not_before', v_due)), p_epoch);
     RETURN jsonb_build_object('run', p_run, 'status', 'queued', 'dispatch_seq', CASE WHEN v_due IS NULL THEN v_run.dispatch_seq END,
-                              'lingering', false, 'agent', v_run.agent);
+                              'lingering', false, 'agent', v_run.agent)
+        || CASE WHEN v_due IS NOT NULL THEN longhaul_run_freed(v_run) ELSE '{}' END;
 END $$;
 
 -- A leg ends its run outside of a step's commit, fenced: a limit at the boundary, an error of the model or of the configuration.
@@ -594,15 +618,38 @@ END $$;
 
 -- Queued runs whose message must be sent (again), those of the highest priority first, then the longest overdue. What is
 -- overdue by more than 30 s comes before all, by age alone, so that no priority starves. Read are at most ten times as many as
--- are asked for, by index. Raises next_publish_at, doubling from 1 s to 15 s.
+-- are asked for, by index. Raises next_publish_at, doubling from 1 s to 15 s. A run that was put off and is due goes the way of
+-- any that becomes queued: it may have to wait for its turn.
 CREATE OR REPLACE FUNCTION longhaul_runs_due(p_limit integer) RETURNS TABLE (run_id uuid, dispatch_seq integer, priority smallint, agent text)
 LANGUAGE plpgsql AS $$
 DECLARE
     v_now timestamptz := longhaul_now();
+    v_run longhaul_runs_run;
+    v_turn bigint;
+    v_more jsonb := '{}';  -- of each queue, the runs that go out below for the first time
+    v_queue text;
+    v_again uuid[] := '{}';
 BEGIN
+    FOR v_run IN
+        SELECT * FROM longhaul_runs_run r WHERE r.id IN (
+            SELECT o.id FROM longhaul_runs_run o WHERE o.status = 'queued' AND o.next_publish_at <= v_now
+            ORDER BY o.next_publish_at LIMIT p_limit::bigint * 10)
+          AND r.publishes = 0 AND r.status = 'queued' AND r.next_publish_at <= v_now
+        ORDER BY r.priority DESC, r.next_publish_at LIMIT p_limit FOR NO KEY UPDATE SKIP LOCKED
+    LOOP
+        v_queue := split_part(v_run.lane, E'\n', 1);
+        SELECT t.turn INTO v_turn FROM longhaul_run_turn(v_run, coalesce((v_more->>v_queue)::integer, 0)) AS t;
+        IF v_turn IS NULL THEN
+            v_more := v_more || jsonb_build_object(v_queue, coalesce((v_more->>v_queue)::integer, 0) + 1);
+            v_again := v_again || v_run.id;
+        ELSE
+            UPDATE longhaul_runs_run r SET turn = v_turn, next_publish_at = NULL WHERE r.id = v_run.id;
+        END IF;
+    END LOOP;
     RETURN QUERY
     WITH overdue AS (
-        SELECT r.id FROM longhaul_runs_run r WHERE r.status = 'queued' AND r.next_publish_at <= v_now
+        SELECT r.id FROM longhaul_runs_run r
+        WHERE r.status = 'queued' AND r.next_publish_at <= v_now AND (r.publishes > 0 OR r.id = ANY (v_again))
         ORDER BY r.next_publish_at LIMIT p_limit::bigint * 10),
     due AS (
         SELECT r.id, r.priority AS rank, r.next_publish_at AS since FROM longhaul_runs_run r

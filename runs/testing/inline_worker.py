@@ -112,12 +112,17 @@ def _expire(now: datetime, *runs: Run) -> bool:
 
 def _work(run: Run, process: Process) -> list[tuple[datetime | None, Callable[[], None]]]:
     """Return what a worker could do for a run, and from when: its next leg, or its calls."""
-    from runs import engine
+    from runs import engine, lifecycle
     from runs.models import Status
     from threads import clock
     from tools import execution
     from tools.models import CallStatus, ToolCall
 
+    if run.status == Status.QUEUED and run.turn is not None:
+        lifecycle.release()
+        run.refresh_from_db()
+        if run.turn is not None:
+            return []  # what it waits for, `why` says
     if run.status == Status.QUEUED:
         return [(run.not_before, partial(engine.advance, run.pk, run.dispatch_seq, process))]
     ready = ToolCall.objects.filter(run_id=run.pk, status__in=[CallStatus.REQUESTED, CallStatus.RETRYING])

@@ -61,7 +61,7 @@ def test_a_draining_worker_claims_nothing_and_passes_the_message_on(scripted_mod
             engine.advance(run.pk, 1, process)
     run.refresh_from_db()
     assert (run.status, run.legs) == ("queued", 0)
-    publish.assert_called_once_with(run.pk, 1, "")
+    publish.assert_called_once_with(run.pk, 1, "clerk")
 
 
 @pytest.mark.django_db(transaction=True)

@@ -33,8 +33,8 @@ CLAIMS = Group(
             [
                 Change(
                     LEGS,
-                    "AND dispatch_seq = p_dispatch AND (not_before IS NULL OR not_before <= v_now)",
-                    "AND dispatch_seq = p_dispatch",
+                    "AND dispatch_seq = p_dispatch AND turn IS NULL AND (not_before IS NULL OR not_before <= v_now)",
+                    "AND dispatch_seq = p_dispatch AND turn IS NULL",
                 )
             ],
             [f"{CLAIM}a_run_put_off_when_its_message_comes_early_then_no_row_matches"],

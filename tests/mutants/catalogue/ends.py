@@ -21,8 +21,9 @@ _OLDEST = f"{HELD}held_runs_when_the_occupant_ends_then_the_oldest_is_queued_and
 _CLOSED = f"{CANCEL}open_calls_when_a_run_is_cancelled_then_they_are_settled_and_answered_in_order"
 
 _RELEASE = (
-    "    SET status = 'queued', dispatch_seq = dispatch_seq + 1, entered_at = longhaul_now(), queued_at = longhaul_now(), publishes = 1,\n"
-    "        next_publish_at = longhaul_now() + interval '1 second'\n    WHERE id = v_held"
+    "    SET status = 'queued', dispatch_seq = dispatch_seq + 1, entered_at = longhaul_now(), queued_at = longhaul_now(), turn = v_turn,\n"
+    "        publishes = CASE WHEN v_turn IS NULL THEN 1 ELSE 0 END,\n"
+    "        next_publish_at = CASE WHEN v_turn IS NULL THEN longhaul_now() + interval '1 second' END\n    WHERE id = v_held"
 )
 
 ENDS = Group(
@@ -196,7 +197,7 @@ BUSY = Group(
             "A released run is due to be published.",
             LEGS,
             _RELEASE,
-            _RELEASE.replace(",\n        next_publish_at = longhaul_now() + interval '1 second'", ""),
+            _RELEASE.replace("THEN longhaul_now() + interval '1 second' END", "THEN next_publish_at END"),
             f"{_OLDEST}[completed]",
             f"{HELD}an_occupant_that_no_leg_holds_when_it_is_cancelled_then_it_releases_as_well",
         ),

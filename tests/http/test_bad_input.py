@@ -27,6 +27,7 @@ from tests.http.web import Web
 from tests.runs import scenes
 from tests.workers.app.agents import worker_test
 from tests.workers.conftest import eventually
+from threads import database
 from threads.authentication import create_key
 from threads.models import Thread
 from tools.models import ToolCall
@@ -37,9 +38,10 @@ DEEP = b"[" * 100_000 + b"]" * 100_000
 
 
 def rows() -> dict[str, Any]:
-    """All of Longhaul's rows, and how many there are of any other kind."""
-    counted = {model._meta.db_table: model._base_manager.count() for model in apps.get_models()}
-    return {**counted, **scenes.rows()}
+    """All of Longhaul's rows, and how many there are of any other kind: asked in one statement, for it is asked 3,000 times."""
+    tables = sorted({model._meta.db_table for model in apps.get_models()})
+    counted = database.rows_of(" UNION ALL ".join(f"SELECT '{table}', count(*) FROM \"{table}\"" for table in tables))
+    return {**dict(counted), **scenes.rows()}
 
 
 class Sender:

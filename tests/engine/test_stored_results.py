@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from datetime import date
 from decimal import Decimal
 from typing import Any
+from unittest import mock
 from uuid import uuid4
 
 import pytest
@@ -22,7 +23,7 @@ from tests.engine.tool_runs import SECRET, only_call, secret_got_out, told, took
 from tests.http.conftest import Api
 from threads.authentication import create_key
 from threads.exceptions import BadInput
-from tools import File, ToolCall, ToolFailed, tool
+from tools import File, ToolCall, ToolContext, ToolFailed, lifecycle, tool
 from tools.models import StoredContent
 from tools.results import UNSHOWN
 
@@ -237,12 +238,12 @@ def test_a_secret_in_the_words_of_a_failure_is_masked_before_they_are_cut(script
     @tool
     def broken() -> None:
         """Fail with what must not be told."""
-        raise ToolFailed(f"{'x' * 19_975} {SECRET} and more {SECRET} {LONG}")
+        raise ToolFailed(f"{'x' * 19_978} {SECRET} and more {SECRET} {LONG}")
 
     run = took(scripted_model, broken)
     assert not secret_got_out(scripted_model, run)
     message = call_of(run).error["message"]
-    assert "hunter" not in message
+    assert "hunte" not in message
     assert "[Cut: this is the first 20,000 of" in message
 
 
@@ -267,3 +268,34 @@ def test_a_person_may_answer_with_a_file_and_not_with_too_much(scripted_model: S
     assert made.content(1).text == LONG
     assert run_to_end(run).output == "done"
     assert_invariants(run)
+
+
+def test_a_result_that_comes_too_late_leaves_nothing(scripted_model: ScriptedModel) -> None:
+    @tool
+    def slow(ctx: ToolContext) -> str:
+        """Be cancelled meanwhile."""
+        ToolCall.objects.get(pk=ctx.tool_call.pk).cancel()
+        return LONG
+
+    run = took(scripted_model, slow)
+    made = call_of(run)
+    assert (made.outcome, made.result, made.stored) == ("cancelled", None, None)
+    assert not StoredContent.objects.exists()
+    assert_invariants(run)
+
+
+def test_a_settlement_that_is_sent_again_keeps_the_contents_once(scripted_model: ScriptedModel) -> None:
+    with mock.patch.object(lifecycle, "settle", side_effect=twice(lifecycle.settle)):
+        run = took(scripted_model, returning(LONG))
+    made = call_of(run)
+    assert (made.outcome, made.contents.count()) == ("success", 1)
+    assert_invariants(run)
+
+
+def twice(settle: Any) -> Any:
+    def again(*args: Any, **options: Any) -> Any:
+        answer = settle(*args, **options)
+        assert settle(*args, **options) == {"already": True}
+        return answer
+
+    return again

@@ -198,8 +198,8 @@ def test_the_options_of_a_tool_are_all_there_with_their_defaults() -> None:
     rows = {code(option)[0]: default for option, default, _ in table("docs/tools.md", "Options")}
     parameters = inspect.signature(tool).parameters
     assert list(rows) == [
-        "name", "description", "timeout_seconds", "retry", "idempotent", "on_unknown", "atomic", "queue",
-        "max_concurrency", "rate_limit", "strict", "hooks", "in_context", "needs_approval", "deferred",
+        "name", "description", "timeout_seconds", "retry", "idempotent", "on_unknown", "on_deploy", "atomic",
+        "queue", "max_concurrency", "rate_limit", "strict", "hooks", "in_context", "needs_approval", "deferred",
     ]  # fmt: skip
     assert set(rows) == set(parameters) - {"function"}
     for name in ("timeout_seconds", "idempotent", "atomic", "strict", "needs_approval", "deferred"):

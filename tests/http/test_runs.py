@@ -187,6 +187,10 @@ def test_tool_calls_tell_their_attempts(api: Api, worked: dict[str, Any], api_of
         (1, "retrying"),
         (2, "success"),
     ]
+    first, second = calls[1]["attempts"]
+    assert first["worker_name"] == second["worker_name"] != ""
+    assert first["ended_at"] <= first["next_try_at"] <= second["started_at"]
+    assert (second["next_try_at"], second["duration_seconds"] >= 0) == (None, True)
     for each in calls:
         assert api.get(f"/api/tool-calls/{each['id']}") == each
         api_of(f"bob {each['name']}").get(f"/api/tool-calls/{each['id']}", 404)

@@ -149,6 +149,7 @@ def test_a_tool_that_leaves_its_process_no_time_is_not_taken_for_dead(workers: K
     assert call.result in ("done", "done (0)")
 
 
+@pytest.mark.proof  # test_calls has the short form: its settlement is refused
 def test_what_was_stopped_for_longer_than_its_presence_has_no_effect_when_it_wakes(workers: Kit) -> None:
     workers.up(tools=2)
     run, call = begun("talkative 2")

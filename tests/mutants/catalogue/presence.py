@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.mutants.catalogue.places import CALLS, ENGINE, LOST, PRESENCE, SWEEP
+from tests.mutants.catalogue.places import CALLS, CHILDREN, ENGINE, LOST, PRESENCE, SWEEP
 from tests.mutants.mutant import Change, Group, Mutant, one
 
 KEEPS = "tools/presence.py"
@@ -101,6 +101,30 @@ PRESENT = Group(
             "set_config('lock_timeout', %s, true)",
             "set_config('lock_timeout', %s, false)",
             f"{PRESENCE}what_somebody_else_holds_is_given_back_later_and_keeps_no_beat_back",
+        ),
+        one(
+            "child_past_its_limit_lives",
+            "A prefork parent ends a child past the limit of its call, and settles the call.",
+            KEEPS,
+            "            if here and (late is None or late < GRACE.total_seconds()):\n",
+            "            if here:\n",
+            f"{CHILDREN}a_child_past_its_limit_and_a_grace_is_killed_and_its_call_has_timed_out[None-6-True]",
+        ),
+        one(
+            "child_gets_no_time_to_clean_up",
+            "But not before it had its time to clean up.",
+            KEEPS,
+            "late < GRACE.total_seconds()",
+            "late < 0",
+            f"{CHILDREN}a_child_past_its_limit_and_a_grace_is_killed_and_its_call_has_timed_out[None-1-False]",
+        ),
+        one(
+            "child_that_went_on_is_killed",
+            "Nor one that runs another call by now.",
+            KEEPS,
+            " and not to.execute(CALLS.select, (life,)).fetchall()",
+            "",
+            f"{CHILDREN}a_child_that_went_on_to_another_call_lives",
         ),
         one(
             "child_has_no_beat",

@@ -12,12 +12,13 @@ from uuid import UUID
 import pytest
 
 from tests.protocol.rows import World, a_call
-from tests.tools.test_presence import arrive  # noqa: F401 (a fixture)
+from tests.tools import test_presence
 from threads import clock
 from tools.models import ToolCall, Worker
 from tools.presence import Presence
 
 pytestmark = pytest.mark.django_db(transaction=True)
+arrive = test_presence.arrive
 
 
 @pytest.fixture
@@ -41,7 +42,7 @@ def held(world: World, child: Presence, late: timedelta, **options: Any) -> UUID
 @pytest.mark.parametrize("idempotent", [None, False])
 def test_a_child_past_its_limit_and_a_grace_is_killed_and_its_call_has_timed_out(
     world: World,
-    arrive: Callable[..., Presence],  # noqa: F811
+    arrive: Callable[..., Presence],
     process: subprocess.Popen[bytes],
     seconds: int,
     cut: bool,

@@ -138,6 +138,20 @@ test("a run is what its last event says, and a retry takes away what it replaces
   assert.deepEqual([made.run, made.messages], [{ id: "s", status: "queued", stop_reason: null, error: null, output: null }, []]);
 });
 
+test("a run that was rolled back takes its messages and its calls away", () => {
+  const made = new Fold();
+  const answer = { message: "a", role: "assistant", step: 1 };
+  const back = { type: "message.discarded", reason: "rolled_back" };
+  for (const event of log(
+    { type: "message.completed", message: "u", role: "user", content: [{ type: "text", text: "Hi" }] },
+    { type: "message.created", ...answer }, { type: "message.completed", ...answer, content: [] },
+    { type: "tool_call.created", tool_call: "c", name: "book", message: "a", arguments: {} },
+    { ...back, message: "u", role: "user" }, { ...back, ...answer },
+    { type: "run.cancelled", stop_reason: "rolled_back", error: null, output: null, next: "s" },
+  )) made.apply(event);
+  assert.deepEqual([made.messages, made.run.status, made.run.stop_reason], [[], "cancelled", "rolled_back"]);
+});
+
 test("what its thread does not show is known, and not shown", () => {
   const made = new Fold();
   const hidden = { type: "message.completed", message: "u", role: "user", content: [{ type: "text", text: "Hi" }], shown: false };

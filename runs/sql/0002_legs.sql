@@ -75,8 +75,8 @@ END $$;
 
 -- What the end of a run does about what steered it and was not taken in: it becomes the input of the run that goes on. That is
 -- p_next, whose caller inserts it in this transaction; or a run of its own, of the same agent with the same settings,
--- queued here. None where nobody is to answer: a rollback takes it back, a deleted thread takes it along. Returns the run
--- that goes on, if one does, and whether it is queued here. The caller holds the run and ends it in this transaction.
+-- queued by longhaul_steered_start. Where nobody is to answer (a rollback, a deleted thread) it is discarded. Returns the run
+-- that goes on, or NULL. The caller holds the run and ends it in this transaction.
 CREATE OR REPLACE FUNCTION longhaul_steered(p_run longhaul_runs_run, p_stop_reason text, p_next uuid)
 RETURNS uuid LANGUAGE plpgsql AS $$
 DECLARE

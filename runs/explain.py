@@ -284,6 +284,11 @@ def _queued(run: Run, facts: Facts) -> Explanation:
         return Explanation(said)
     if run.linger_until is not None and run.linger_until > now:
         return Explanation(f"{said}; the leg that lingers takes it")
+    if run.turn is not None:
+        bounds = run.lane.split("\n")[1:]
+        said += f", waits for its turn: {', '.join(bounds) if bounds else 'room among those that are sent'}"
+        stuck = not facts.swept
+        return Explanation(said + _unswept(stuck), start("control") if stuck else None, stuck)
     due = run.next_publish_at
     said += f", published {times(run.publishes)}"
     said += "" if due is None else f", again in {span(due - now)}" if due > now else f", again since {span(now - due)}"

@@ -584,10 +584,11 @@ _RULES = {
             SELECT 1 FROM longhaul_runs_run r WHERE r.thread_id = h.thread_id
             AND r.status IN ('queued', 'running', 'waiting', 'requires_action'))""",
     "what is ready is due to be published": """
-        SELECT id AS run FROM longhaul_runs_run WHERE status = 'queued' AND next_publish_at IS NULL
+        SELECT id AS run FROM longhaul_runs_run WHERE status = 'queued' AND (next_publish_at IS NULL) <> (turn IS NOT NULL)
         UNION ALL SELECT run_id FROM longhaul_tools_toolcall
         WHERE status IN ('requested', 'retrying') AND (next_publish_at IS NULL) <> (turn IS NOT NULL)""",
     "what waits for its turn is to be run": """
-        SELECT run_id AS run FROM longhaul_tools_toolcall
+        SELECT id AS run FROM longhaul_runs_run WHERE turn IS NOT NULL AND (status <> 'queued' OR publishes > 0)
+        UNION ALL SELECT run_id FROM longhaul_tools_toolcall
         WHERE turn IS NOT NULL AND (status NOT IN ('requested', 'retrying') OR publishes > 0)""",
 }

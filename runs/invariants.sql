@@ -341,17 +341,16 @@ WHERE c.id IS NULL OR c.outcome IS DISTINCT FROM m.part->>'outcome'
    OR coalesce(c.result, 'null') IS DISTINCT FROM coalesce(m.part->'result', 'null');
 
 -- 4: The tool messages of a step stand in call order, after the message that asks and before the next one of the model.
-SELECT r.id, 'answer ' || c.index || ' of step ' || m.step || ' stands at ' || m.position
-FROM picked r JOIN longhaul_threads_message m ON m.run_id = r.id AND m.role = 'tool'
-JOIN longhaul_tools_toolcall c ON c.run_id = r.id AND c.step = m.step AND c.id::text = m.content->0->>'tool_call'
-WHERE EXISTS (
-    SELECT 1 FROM longhaul_threads_message other
-    LEFT JOIN longhaul_tools_toolcall sibling
-      ON sibling.run_id = r.id AND sibling.step = other.step AND sibling.id::text = other.content->0->>'tool_call'
-    WHERE other.run_id = r.id AND other.id <> m.id AND (
-        other.role = 'tool' AND other.step = m.step AND (other.position < m.position) <> (sibling.index < c.index)
-        OR other.role = 'assistant' AND other.step <= m.step AND other.position > m.position
-        OR other.role = 'assistant' AND other.step > m.step AND other.position < m.position));
+SELECT id, 'answer ' || index || ' of step ' || step || ' stands at ' || position
+FROM (SELECT r.id, m.step, m.position, c.index,
+             lag(c.index) OVER (PARTITION BY r.id, m.step ORDER BY m.position) AS before,
+             (SELECT max(asking.position) FROM longhaul_threads_message asking
+              WHERE asking.run_id = r.id AND asking.role = 'assistant' AND asking.step <= m.step) AS asked,
+             (SELECT min(asking.position) FROM longhaul_threads_message asking
+              WHERE asking.run_id = r.id AND asking.role = 'assistant' AND asking.step > m.step) AS asks_next
+      FROM picked r JOIN longhaul_threads_message m ON m.run_id = r.id AND m.role = 'tool'
+      JOIN longhaul_tools_toolcall c ON c.run_id = r.id AND c.step = m.step AND c.id::text = m.content->0->>'tool_call') AS answers
+WHERE before > index OR asked > position OR asks_next < position;
 
 -- 4: A call is open only while its run waits for it: none is when the model is asked again.
 SELECT r.id, c.status || ' call ' || c.name || ' ' || c.id || ' of a run that is ' || r.status

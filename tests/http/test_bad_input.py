@@ -329,7 +329,8 @@ class TestAddresses:
         for path, method, said in operations():
             if "<row_id:id>" in path and not (id == "%2f" or id == ".."):
                 body = b'{"content": "x"}' if "messages" in path and method == "post" else b"{}"
-                sender.refused(404, method, path.replace("<row_id:id>", id), body if said.body else b"")
+                address = path.replace("<row_id:id>", id).replace("<int:number>", "1")
+                sender.refused(404, method, address, body if said.body else b"")
         assert sender.send("get", f"/api/docs/{id}").status_code == 404
 
     @pytest.mark.parametrize(

@@ -135,7 +135,10 @@ def test_every_model_that_holds_something_of_a_run_has_a_page() -> None:
         "IdempotencyKey",
         "Approval",
         "StoredContent",
-    }  # the test clock, answers of the API, what a later issue writes, and what its call's page has links to
+        "RateUse",
+        "Pause",
+        "Leave",
+    }  # the test clock, answers of the API, what a later issue writes, what its call's page has links to, and what `why` is made of
     named = {
         model
         for app in ("longhaul_threads", "longhaul_tools", "longhaul_runs")

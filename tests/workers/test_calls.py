@@ -51,11 +51,11 @@ def log_of(workers: Kit, life: UUID | None) -> str:
 
 @pytest.mark.parametrize("kind", ["plain", "atomic"])
 def test_a_worker_that_was_stopped_in_a_call_is_refused_when_it_wakes(workers: Kit, kind: str) -> None:
+    workers.up(tools=2)  # before one is stopped, for to start may take longer than one that is silent is taken for alive
     run = worker_test.start(f"call {kind} 3")
     call = working(run)
     life = call.holder
     with stopped(workers, life):
-        workers.up(tools=2)
         assert ended(run).output == "It is done."
         last = run.last_seq
         assert attempts(call) == ["lost", "success"]

@@ -21,6 +21,7 @@ from runs.models import OCCUPYING
 from threads.models import Message as MessageRow
 from threads.models import Thread as ThreadRow
 from tools.hooks import name_of
+from tools.models import CallStatus as CallStatuses
 from tools.models import ToolCall as CallRow
 from tools.registry import Tool as ToolDefinition
 
@@ -505,27 +506,34 @@ class StandingCall(BaseModel):
     outcome: Literal["success", "failed", "denied", "cancelled"] | None
     result: Any
     error: Problem | None
+    stored: list[Stored] | None = Field(description=STORED)
     fraction: float | None
     note: str | None
 
 
 def standing(run: models.Run) -> list[dict[str, Any]]:
+    """How the calls of a live run's last step stand: what its events say, and not what an attempt before has left in the row."""
     rows = CallRow.objects.filter(run_id=run.pk, step=run.steps).order_by("index")
-    return [
-        {
-            "tool_call": str(row.pk),
-            "name": row.name,
-            "message": str(row.message_id),
-            "status": row.status,
-            "attempt": row.attempt,
-            "outcome": row.outcome or None,
-            "result": row.result,
-            "error": row.error if row.status in ("retrying", "settled") else None,  # else of an attempt before
-            "fraction": (row.progress or {}).get("fraction"),
-            "note": (row.progress or {}).get("note"),
-        }
-        for row in rows
-    ]
+    return [_stands(row) for row in rows]
+
+
+def _stands(row: CallRow) -> dict[str, Any]:
+    told = row.progress or {}
+    if told.get("attempt") != row.attempt - (row.status == CallStatuses.RETRYING):
+        told = {}
+    return {
+        "tool_call": str(row.pk),
+        "name": row.name,
+        "message": str(row.message_id),
+        "status": row.status,
+        "attempt": row.attempt,
+        "outcome": row.outcome or None,
+        "result": row.result,
+        "stored": row.stored,
+        "error": row.error if row.status in (CallStatuses.RETRYING, CallStatuses.SETTLED) else None,
+        "fraction": told.get("fraction"),
+        "note": told.get("note"),
+    }
 
 
 class Agents(BaseModel):

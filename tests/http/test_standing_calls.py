@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from psycopg.types.json import Jsonb
 
 from longhaul_client import Event, Transcript
 from longhaul_client.answers import events_of, messages
@@ -24,6 +25,11 @@ def test_a_snapshot_says_how_the_calls_of_the_live_run_stand(world: World, api: 
     world.settle(world.call_claim(settled), result={"n": 1})
     world.retry(world.call_claim(retrying))
     world.call_reclaim(world.call_claim(unknown))
+    # What an attempt before has told of itself is in the row, and is no more what its readers see.
+    world.db.execute(
+        "UPDATE longhaul_tools_toolcall SET progress = %s, error = %s WHERE id = %s",
+        Jsonb({"fraction": 0.5, "note": "half", "attempt": 0}), Jsonb({"code": "error"}), running,
+    )  # fmt: skip
 
     page = messages(api.get(f"/api/threads/{thread}/messages"))
     seen = Transcript(page).tool_calls

@@ -51,7 +51,7 @@ def log_of(workers: Kit, life: UUID | None) -> str:
 
 @pytest.mark.parametrize("kind", ["plain", "atomic"])
 def test_a_worker_that_was_stopped_in_a_call_is_refused_when_it_wakes(workers: Kit, kind: str) -> None:
-    workers.up(tools=2)  # before one is stopped, for to start may take longer than one that is silent is taken for alive
+    workers.up(tools=2)  # before one is stopped: to start may take longer than who is silent is taken for alive
     run = worker_test.start(f"call {kind} 3")
     call = working(run)
     life = call.holder

@@ -104,7 +104,7 @@ def spawning(seconds: float, ctx: ToolContext) -> str:
     return f"done ({os.waitpid(forked, 0)[1]})"
 
 
-@tool(timeout_seconds=3600)
+@tool(timeout_seconds=900)
 def long(seconds: float, ctx: ToolContext) -> str:
     """Work, say how far it is, and listen."""
     tell(ctx, "started")
@@ -143,14 +143,14 @@ def writing(seconds: float, ctx: ToolContext) -> str:
     return "late"
 
 
-@tool(timeout_seconds=3600, on_deploy="give_back", idempotent=True)
+@tool(timeout_seconds=900, on_deploy="give_back", idempotent=True)
 def given_back(seconds: float, ctx: ToolContext) -> str:
     """Work; a deploy interrupts it."""
     _begin(ctx, seconds)
     return "done"
 
 
-@tool(timeout_seconds=3600)
+@tool(timeout_seconds=900)
 def stopping(seconds: float, ctx: ToolContext) -> str:
     """Work; end it when the worker leaves."""
     tell(ctx, "started")

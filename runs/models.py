@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 import orjson
 from asgiref.sync import sync_to_async
 from django.conf import settings
-from django.contrib.postgres.indexes import GinIndex
 from django.db import models
 
 from threads.clock import Now
 from threads.ids import new_id
+from threads.indexes import Gin
 from threads.models import Message, Thread
 
 if TYPE_CHECKING:
@@ -190,11 +190,10 @@ class Run(models.Model):
                 name="longhaul_run_turn_of_owner",
                 condition=models.Q(turn__isnull=False),
             ),
-            GinIndex(
+            Gin(
                 fields=["gates"],
                 name="longhaul_run_gated",
                 condition=models.Q(gates__isnull=False, status__in=["queued", "running", "waiting", "requires_action"]),
-                fastupdate=False,
             ),
             # Which logs are due to be removed. Not by last_seq: it rises with each event, and that must stay a cheap (HOT) update.
             models.Index(

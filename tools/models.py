@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from django.conf import settings
-from django.contrib.postgres.indexes import GinIndex
 from django.db import models
 
 from threads.clock import Now
 from threads.ids import new_id
+from threads.indexes import Gin
 
 if TYPE_CHECKING:
     from tools.results import File
@@ -123,13 +123,12 @@ class ToolCall(models.Model):
                 name="longhaul_call_turn_of",
                 condition=models.Q(turn__isnull=False),
             ),
-            GinIndex(
+            Gin(
                 fields=["gates"],
                 name="longhaul_call_gated",
                 condition=models.Q(
                     gates__isnull=False, turn__isnull=True, status__in=["requested", "retrying", "running"]
                 ),
-                fastupdate=False,
             ),
             models.Index(fields=["holder"], name="longhaul_call_held", condition=models.Q(status="running")),
             models.Index(

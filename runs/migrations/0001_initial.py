@@ -1,9 +1,9 @@
 from pathlib import Path
 
-import django.contrib.postgres.indexes
 import django.db.models.deletion
 import threads.clock
 import threads.ids
+import threads.indexes
 from django.conf import settings
 from django.db import migrations, models
 
@@ -207,7 +207,7 @@ class Migration(migrations.Migration):
         ),
         migrations.AddIndex(
             model_name='run',
-            index=django.contrib.postgres.indexes.GinIndex(condition=models.Q(('gates__isnull', False), ('status__in', ['queued', 'running', 'waiting', 'requires_action'])), fastupdate=False, fields=['gates'], name='longhaul_run_gated'),
+            index=threads.indexes.Gin(condition=models.Q(('gates__isnull', False), ('status__in', ['queued', 'running', 'waiting', 'requires_action'])), fields=['gates'], name='longhaul_run_gated'),
         ),
         migrations.AddIndex(
             model_name='run',

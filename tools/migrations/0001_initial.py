@@ -1,9 +1,9 @@
 from pathlib import Path
 
-import django.contrib.postgres.indexes
 import django.db.models.deletion
 import threads.clock
 import threads.ids
+import threads.indexes
 from django.conf import settings
 from django.db import migrations, models
 
@@ -155,7 +155,7 @@ class Migration(migrations.Migration):
         ),
         migrations.AddIndex(
             model_name='toolcall',
-            index=django.contrib.postgres.indexes.GinIndex(condition=models.Q(('gates__isnull', False), ('status__in', ['requested', 'retrying', 'running']), ('turn__isnull', True)), fastupdate=False, fields=['gates'], name='longhaul_call_gated'),
+            index=threads.indexes.Gin(condition=models.Q(('gates__isnull', False), ('status__in', ['requested', 'retrying', 'running']), ('turn__isnull', True)), fields=['gates'], name='longhaul_call_gated'),
         ),
         migrations.AddIndex(
             model_name='toolcall',

@@ -190,6 +190,16 @@ class Facts:
         return {row[0]: Wait(*row[1:]) for row in rows}
 
     @cached_property
+    def turns(self) -> dict[UUID, Wait]:
+        """What the runs that wait for their turn wait for."""
+        parked = [run.pk for run in self._of(Status.QUEUED) if run.turn is not None]
+        rows = database.rows_of(
+            "SELECT run_id, kind, key, used, bound, seconds, until, ahead FROM longhaul_runs_waits(%s::uuid[], %s::int)",
+            (parked, settings().max_dispatched),
+        ) if parked else []  # fmt: skip
+        return {row[0]: Wait(*row[1:]) for row in rows}
+
+    @cached_property
     def successors(self) -> dict[UUID, UUID]:
         """The last run that goes on after each failed or cancelled one."""
         ended = [run.pk for run in self._of(Status.FAILED, Status.CANCELLED)]
@@ -205,7 +215,7 @@ class Facts:
 
 
 class Wait(NamedTuple):
-    """What a parked call waits for, as longhaul_calls_waits tells it."""
+    """What a parked call or run waits for, as longhaul_calls_waits and longhaul_runs_waits tell it."""
 
     kind: str
     key: str | None
@@ -215,20 +225,21 @@ class Wait(NamedTuple):
     until: datetime | None
     ahead: int
 
-    def in_words(self, queue: str) -> str:
+    def in_words(self, queue: str, what: str = "calls") -> str:
         of, _, name = (self.key or "").partition(":")
-        whose = f"of {name}" if of == "tool" else "of its owner"
+        whose = f"of {name}" if of in ("tool", "agent") else "of its owner"
         before = f", {'1,000 or more' if self.ahead >= 1000 else self.ahead} before it" if self.ahead else ""
+        at_work = "run" if what == "calls" else "are at work"
         match self.kind:
             case "most":
-                return f"waits for its turn: {self.used} of {self.bound} calls {whose} run{before}"
+                return f"waits for its turn: {self.used} of {self.bound} {what} {whose} {at_work}{before}"
             case "rate":
                 unit = {1: "s", 60: "min", 3600: "h"}.get(int(self.seconds or 0), "d")
                 return f"waits for the rate {whose}, {self.bound}/{unit}{before}"
             case "pause":
-                return f"waits until {self.until:%H:%M:%S} UTC, for calls {whose} are paused{before}"
+                return f"waits until {self.until:%H:%M:%S} UTC, for {what} {whose} are paused{before}"
             case _ if self.used >= self.bound:
-                return f"waits for room: {self.used} calls of {queue} are out{before}"
+                return f"waits for room: {self.used} {what} of {queue} are out{before}"
         return f"waits for its turn, which has come{before}"
 
 
@@ -284,9 +295,14 @@ def _queued(run: Run, facts: Facts) -> Explanation:
         return Explanation(said)
     if run.linger_until is not None and run.linger_until > now:
         return Explanation(f"{said}; the leg that lingers takes it")
+    queue = run.lane.partition("\n")[0]
     if run.turn is not None:
-        bounds = run.lane.split("\n")[1:]
-        said += f", waits for its turn: {', '.join(bounds) if bounds else 'room among those that are sent'}"
+        wait = facts.turns.get(run.pk)  # None: it was let out meanwhile
+        said += f", {wait.in_words(queue or settings().agents_queue, 'runs') if wait else 'waits for its turn'}"
+        if since < UNHEARD:
+            return Explanation(said)
+        if "agents" not in facts.present:
+            return Explanation(f"{said}; no agents worker is present", start("agents", queue), True)
         stuck = not facts.swept
         return Explanation(said + _unswept(stuck), start("control") if stuck else None, stuck)
     due = run.next_publish_at
@@ -297,7 +313,7 @@ def _queued(run: Run, facts: Facts) -> Explanation:
     if since < UNHEARD or "agents" in facts.present:
         overdue = now - due > UNHEARD and not facts.swept
         return Explanation(said + _unswept(overdue), start("control") if overdue else None, overdue)
-    return Explanation(f"{said}; no agents worker is present", start("agents"), True)
+    return Explanation(f"{said}; no agents worker is present", start("agents", queue), True)
 
 
 def _limited(run: Run, leave: Leave, facts: Facts) -> Explanation:
@@ -486,10 +502,10 @@ def _workers(ids: Iterable[UUID | None], now: datetime) -> dict[UUID | None, tup
 # --- commands -------------------------------------------------------------------------------------------------------
 
 
-def start(kind: str, *queues_of_tools: str) -> str:
-    """Return the command that starts a worker of this kind, which consumes the queues of single tools too."""
+def start(kind: str, *own: str) -> str:
+    """Return the command that starts a worker of this kind, which consumes the queues of single tools or agents too ("": none)."""
     queues = {"agents": settings().agents_queue, "tools": settings().tools_queue, "control": settings().control_queue}
-    consumed = ",".join([queues[kind], *queues_of_tools])
+    consumed = ",".join([queues[kind], *filter(None, own)])
     return f"{celery()} -A {current_app.main or 'PROJECT'} worker -Q {consumed} {POOLS[kind]} -n {kind}@%h"
 
 

@@ -173,9 +173,9 @@ BEGIN
     IF p_next IS NOT NULL THEN RETURN jsonb_build_object('run', p_run, 'status', p_status) || longhaul_run_freed(v_run); END IF;
     IF v_on IS NOT NULL THEN
         v_begun := longhaul_steered_start(v_run, v_on);
-        RETURN jsonb_build_object('run', p_run, 'status', p_status) || longhaul_run_freed(v_run) || CASE
+        RETURN jsonb_build_object('run', p_run, 'status', p_status) || CASE
             WHEN (v_begun->>'out')::boolean THEN jsonb_build_object('released', jsonb_build_array(v_on, 1, v_run.agent))
-            ELSE v_begun - 'out' END;
+            ELSE v_begun - 'out' END || longhaul_run_freed(v_run);  -- last: its slot is free, whatever the next one needs
     END IF;
     IF v_run.status <> 'held' THEN
         SELECT id INTO v_held FROM longhaul_runs_run

@@ -244,3 +244,39 @@ BEGIN
           AND r.status IN ('waiting', 'requires_action') AND r.linger_until <= p_now
         FOR NO KEY UPDATE SKIP LOCKED);
 END $$;
+
+-- What each of these parked runs waits for, for people, as longhaul_calls_waits tells of calls: the first of its bounds that is
+-- shut ("most": `used` of `bound` are at work; "rate": `bound` starts in `seconds`; "pause": until `until`), else "room": `used` of
+-- its queue are out (less than p_window: it goes out at the next release). `ahead`: how many of its lane go before it, counted to 1,000.
+CREATE OR REPLACE FUNCTION longhaul_runs_waits(p_runs uuid[], p_window integer) RETURNS TABLE (
+    run_id uuid, kind text, key text, used bigint, bound bigint, seconds double precision, until timestamptz, ahead bigint)
+LANGUAGE plpgsql AS $$
+DECLARE
+    v_now timestamptz := longhaul_now();
+    v_run longhaul_runs_run;
+    v_bound record;
+    v_left bigint;
+BEGIN
+    FOR v_run IN SELECT r.* FROM longhaul_runs_run r WHERE r.id = ANY (p_runs) AND r.turn IS NOT NULL ORDER BY r.id LOOP
+        run_id := v_run.id; kind := 'room'; key := NULL; bound := p_window; seconds := NULL; until := NULL;
+        used := longhaul_runs_out(split_part(v_run.lane, E'\n', 1), p_window);
+        SELECT count(*) INTO ahead FROM (
+            SELECT 1 FROM longhaul_runs_run r WHERE r.turn IS NOT NULL AND r.lane = v_run.lane
+              AND (-r.priority, r.turn, r.id) < (-v_run.priority, v_run.turn, v_run.id) LIMIT 1000) AS those;
+        FOR v_bound IN SELECT * FROM longhaul_run_bounds(v_run.gates, v_run.legs > 0) AS b ORDER BY b.name LOOP
+            v_left := longhaul_run_bound_left(v_bound.name, v_bound.key, v_bound.gate, v_now);
+            CONTINUE WHEN v_left > 0;
+            key := v_bound.key;
+            SELECT p.until INTO until FROM longhaul_tools_pause p WHERE p.key = v_bound.key AND p.until > v_now;
+            IF FOUND THEN
+                kind := 'pause';
+            ELSIF v_bound.name = v_bound.key THEN
+                kind := 'most'; bound := (v_bound.gate->>'most')::bigint; used := bound - v_left;
+            ELSE
+                kind := 'rate'; bound := (v_bound.gate->>'count')::bigint; seconds := (v_bound.gate->>'seconds')::double precision;
+            END IF;
+            EXIT;
+        END LOOP;
+        RETURN NEXT;
+    END LOOP;
+END $$;

@@ -286,7 +286,7 @@ def test_given_a_join_that_is_under_way_when_the_linger_is_over_then_it_keeps_it
     held = world.call_claim(world.calls(first)[0])
     with world.db.transaction():
         world.settle(held)
-        world.ahead(21 * SECOND)
+        World(db_b).ahead(21 * SECOND)
         db_b.execute("SET lock_timeout = '2s'")
         assert let_out(db_b) == []  # it waits for nobody
     assert let_out(world.db) == []
@@ -295,11 +295,12 @@ def test_given_a_join_that_is_under_way_when_the_linger_is_over_then_it_keeps_it
 
 def test_given_two_releases_at_once_then_the_second_leaves_it_to_the_first(world: World, db_b: Database) -> None:
     runs = [enter(world, gate(most=2)) for _ in range(4)]
+    beside = enter(world, gate(most=2) | gate("runs_of:1", most=9))  # of another lane, bounded by the same
     with world.db.transaction():
         assert let_out(world.db) == runs[:2]
         assert let_out(db_b) == []
     assert let_out(db_b) == []
-    assert parked(world) == set(runs[2:])
+    assert parked(world) == {*runs[2:], beside}
 
 
 def test_given_a_run_that_is_being_cancelled_then_the_release_passes_it_by(world: World, db_b: Database) -> None:
@@ -309,6 +310,15 @@ def test_given_a_run_that_is_being_cancelled_then_the_release_passes_it_by(world
         world.cancel(first)
         assert let_out(db_b) == []  # its place was counted as the first's
     assert let_out(world.db) == [second]
+
+
+def test_given_a_run_that_waits_when_it_is_cancelled_then_it_waits_no_more(world: World) -> None:
+    first, second, third = (enter(world, gate(most=1)) for _ in range(3))
+    assert let_out(world.db) == [first]
+    world.cancel(second)
+    assert parked(world) == {third}
+    world.cancel(first)
+    assert let_out(world.db) == [third]
 
 
 def test_given_a_shut_gate_then_others_pass_it(world: World) -> None:
@@ -331,6 +341,14 @@ def test_given_two_gates_then_both_must_be_open(world: World) -> None:
     another = enter(world, gate("agent:echo", most=3))
     assert let_out(world.db) == [other]
     assert parked(world) == {runs[1], another}
+
+
+def test_given_lanes_with_the_same_gate_then_one_release_counts_them_together(world: World) -> None:
+    for gates in (gate(most=3), gate(most=3) | gate("runs_of:1", most=9)):
+        enter(world, gates)
+        enter(world, gates)
+    assert len(let_out(world.db)) == 3
+    assert let_out(world.db) == []
 
 
 def test_given_a_pause_then_nothing_of_its_key_goes_out_until_its_time(world: World) -> None:

@@ -11,6 +11,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
+from django.contrib.auth import get_user_model
 from django.core.management import CommandError, call_command
 
 from runs import engine, explain, lifecycle
@@ -28,7 +29,7 @@ from threads.clock import Now
 from threads.ids import new_id
 from tools import execution, presence, tool
 from tools.lifecycle import claim as claim_call
-from tools.models import ToolCall, Worker
+from tools.models import Pause, ToolCall, Worker
 
 pytestmark = pytest.mark.django_db
 
@@ -102,6 +103,44 @@ def test_a_run_that_nobody_publishes_again(agent: Agent) -> None:
     says(run, "no control worker is present", mend="worker -Q longhaul.control", stuck=True)
     worker("control")
     says(run, "again since", mend=None, stuck=False)
+
+
+@pytest.mark.parametrize(("bounds", "settled", "words"), [
+    ({"max_concurrency": 1}, {}, "waits for its turn: 1 of 1 runs of {agent} are at work"),
+    ({"rate_limit": "1/h"}, {}, "waits for the rate of {agent}, 1/h"),
+    ({}, {"RUNS_PER_OWNER": 1}, "waits for its turn: 1 of 1 runs of its owner are at work"),
+    ({"queue": "gpu"}, {"MAX_DISPATCHED": 1}, "waits for room: 1 runs of gpu are out"),
+])  # fmt: skip
+def test_a_run_that_waits_for_its_turn_says_for_what_and_is_not_stuck_while_somebody_lets_it_out(
+    cast: Cast, settings: Any, bounds: dict[str, Any], settled: dict[str, Any], words: str
+) -> None:
+    settings.LONGHAUL = {**settings.LONGHAUL, **settled}
+    limited = cast(**bounds)
+    owner = get_user_model()._default_manager.create(username="somebody")
+    runs = [limited.start("hello", owner=owner) for _ in range(3)]
+    lifecycle.release()
+    words = words.format(agent=limited.name)
+    says(runs[0], "published once", mend=None, stuck=False)
+    says(runs[1], "queued for", f"(new), {words}", mend=None, stuck=False)
+    says(runs[2], f"{words}, 1 before it", mend=None, stuck=False)
+    move_clock(timedelta(seconds=12))
+    own = ",gpu" if "queue" in bounds else ""
+    says(runs[2], "no agents worker is present", mend=f"worker -Q longhaul.agents{own} -P", stuck=True)
+    worker("agents")
+    says(runs[2], "no control worker is present", mend="longhaul.control", stuck=True)
+    worker("control")
+    for each in runs[1:]:
+        says(each, words, mend=None, stuck=False)
+    assert "No run is stuck." in told("list_runs", "--stuck")
+
+
+def test_a_run_whose_agent_is_left_alone_says_until_when(cast: Cast) -> None:
+    paused = cast(max_concurrency=5)
+    run = paused.start("hello")
+    Pause.objects.create(key=f"agent:{paused.name}", until=clock.now() + timedelta(hours=1), reason="too dear")
+    says(run, "waits until", f"UTC, for runs of {paused.name} are paused", mend=None, stuck=False)
+    Pause.objects.all().delete()
+    says(run, "waits for its turn, which has come", mend=None, stuck=False)
 
 
 def test_a_worker_that_is_silent_is_not_present(agent: Agent) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.mutants.catalogue import calls, claims, dispatch, ends, gates, legs, logs, models, presence
+from tests.mutants.catalogue import calls, claims, dispatch, ends, gates, legs, logs, models, presence, turns
 from tests.mutants.mutant import Group, Later
 
 GROUPS: tuple[Group, ...] = (
@@ -24,6 +24,7 @@ GROUPS: tuple[Group, ...] = (
     calls.ANSWERS,
     calls.ORDER,
     gates.LIMITS,
+    turns.RUNS,
     ends.ENDS,
     ends.BUSY,
     presence.DEADLINES,
@@ -40,8 +41,5 @@ LATER: tuple[Later, ...] = (
     Later("steer", "The step commit looks again for steering input before it ends the run.", "steering"),
     Later("interrupt", "Cancel and the start of the next run are one transaction.", "interrupt and rollback"),
     Later("deadline of a decision", "Approvals and deferred results are ended by the sweep.", "approvals"),
-    Later(
-        "room", "At most `max_dispatched` runs have a message out; the others are released in fair order.", "admission"
-    ),
     Later("child_end_in_two", "A child run ends in the transaction that settles the call.", "child runs"),
 )

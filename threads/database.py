@@ -7,13 +7,14 @@ server-side prepared statement. Errors come out as Django's.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Coroutine, Generator, Mapping, Sequence
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar
 
 import orjson
 from asgiref.sync import sync_to_async
-from django.db import DatabaseError, InterfaceError, OperationalError, connection
+from django.db import DatabaseError, InterfaceError, OperationalError, connection, connections
 from psycopg import Cursor, errors
 
 P = ParamSpec("P")
@@ -78,6 +79,33 @@ def release() -> None:
     """Give the connection back before waiting for anything but Postgres. Inside a transaction it stays."""
     if not connection.in_atomic_block:
         connection.close()
+
+
+@contextlib.contextmanager
+def transactions_kept() -> Generator[None]:
+    """Leave this thread's transactions as the block found them: one that the block has left open is rolled back.
+
+    An exception out of a signal may come in the middle of Django's `atomic`. What is written next would never be
+    committed then, nor anything that this process writes later.
+    """
+    found = {
+        each.alias: (len(each.savepoint_ids), len(each.atomic_blocks))
+        for each in connections.all(initialized_only=True)
+        if each.in_atomic_block
+    }
+    try:
+        yield
+    finally:
+        for each in connections.all(initialized_only=True):
+            if each.alias in found:
+                savepoints, blocks = found[each.alias]
+                del each.savepoint_ids[savepoints:]
+                del each.atomic_blocks[blocks:]
+            elif each.in_atomic_block or (
+                each.connection is not None and each.autocommit != each.settings_dict["AUTOCOMMIT"]
+            ):
+                each.in_atomic_block = each.closed_in_transaction = False
+                each.close()
 
 
 def apart(function: Callable[P, R]) -> Callable[P, Coroutine[Any, Any, R]]:

@@ -25,13 +25,14 @@ from threads import database, logs
 from threads.redaction import redact
 from tools import interrupts, lifecycle, run_log
 from tools.context import ToolContext
-from tools.exceptions import InvalidArguments, InvalidResult, Problem, ToolError, WorkerLeaving
+from tools.exceptions import InvalidArguments, InvalidResult, Problem, ToolError, ToolNotAvailable, WorkerLeaving
 from tools.layers import call_within
 from tools.lifecycle import NOTHING
 from tools.models import Outcome, ToolCall
 from tools.presence import Presence
 from tools.registry import Tool
 from tools.results import Kept, cut, limits
+from tools.retry import RetryPolicy
 from tools.schema import storable_text
 
 logger = logging.getLogger("longhaul.tools")
@@ -41,6 +42,8 @@ R = TypeVar("R")
 
 PROGRESS = "tool_call.progress"
 PROGRESS_SECONDS = 1.0
+# When what offers a tool is asked again, after the database did not answer. How often is said by the tool's own policy.
+ASKED_AGAIN = RetryPolicy(attempts=1_000_000)
 # Of a tool that starts at most once, and did not come to its end.
 NOBODY_KNOWS = (
     " Whether it has taken effect is not known. Do not call it again for the same purpose unless you have made sure that it"
@@ -103,6 +106,11 @@ def _run(claimed: Claimed) -> None:
     except ToolError as error:
         _settle(claimed, Outcome.FAILED, error=described_error(error))
         return
+    except (OperationalError, InterfaceError) as error:  # no fault of what offers the tool: it is asked again
+        logger.warning("Call %s: what offers %s could not be asked", claimed.call_id, claimed.name, exc_info=error)
+        left = claimed.attempt < claimed.answer["max_attempts"]
+        told = ToolNotAvailable(f"{claimed.name} is not available: the database did not answer.")
+        return _again(claimed, described_error(told), ASKED_AGAIN.delay(claimed.attempt) if left else None)
     except Exception as error:  # a validator of the user's own
         logger.warning("The arguments of call %s could not be checked", claimed.call_id, exc_info=error)
         refused = InvalidArguments(claimed.name, [{"path": "", "message": f"not checked: {type(error).__name__}"}])
@@ -211,7 +219,10 @@ def _call(
         arguments[tool.context_parameter] = context_of(claimed, told)
     seconds = claimed.answer.get("seconds")
     gives_back = tool.on_deploy == "give_back"
-    with interrupts.body(claimed.call_id, claimed.attempt, seconds, gives_back=gives_back) as body:
+    with (
+        database.transactions_kept(),
+        interrupts.body(claimed.call_id, claimed.attempt, seconds, gives_back=gives_back) as body,
+    ):
         try:
             if around:
                 return call_within(around, tool, arguments, context_of(claimed, told), body)
@@ -244,12 +255,20 @@ def _after_error(claimed: Claimed, tool: Tool, error: BaseException) -> None:
     )
     # The class only: the text of a foreign exception may carry what neither model nor log may see.
     described = {"code": "error", "message": f"The tool failed with {type(error).__name__}."}
-    delay = tool.retry.delay(claimed.attempt, error) if claimed.attempt < claimed.answer["max_attempts"] else None
+    # One that was given back is none of the policy's attempts: its call may have one more for each.
+    given_back = max(claimed.answer["max_attempts"] - tool.retry.attempts, 0)
+    tried = max(claimed.attempt - given_back, 1)
+    delay = tool.retry.delay(tried, error) if claimed.attempt < claimed.answer["max_attempts"] else None
+    _again(claimed, described, delay)
+
+
+def _again(claimed: Claimed, error: Mapping[str, Any], delay: timedelta | None) -> None:
+    """Ask for another attempt after `delay`; None: there is none, and the call has failed."""
     if delay is None:
-        return _settle(claimed, Outcome.FAILED, error=described)
+        return _settle(claimed, Outcome.FAILED, error=error)
     _until_answered(
         claimed,
-        lambda: lifecycle.retry(claimed.call_id, claimed.attempt, worker=claimed.worker, error=described, delay=delay),
+        lambda: lifecycle.retry(claimed.call_id, claimed.attempt, worker=claimed.worker, error=error, delay=delay),
         "retried",
     )
 

@@ -111,6 +111,8 @@ class Body:
 _current: Body | None = None
 _meant: tuple[UUID, int, Reason] | None = None
 _delivers = False
+# Held to send a signal: it must not come when nobody hears it any more, for then it ends the process.
+_sending = threading.Lock()
 
 
 def current() -> Body | None:
@@ -133,10 +135,11 @@ def _heard(number: int, frame: FrameType | None) -> None:
 def interrupt(call_id: UUID, attempt: int, reason: Reason) -> None:
     """Interrupt this attempt, if it is the one that runs here. From any thread."""
     global _meant
-    if _delivers:
-        _meant = (call_id, attempt, reason)
-        # To the main thread itself, for it may wait in a system call. SIGALRM: nobody else is asked to deal with it.
-        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGALRM)
+    with _sending:
+        if _delivers:
+            _meant = (call_id, attempt, reason)
+            # To the main thread itself, for it may wait in a system call. SIGALRM: nobody else is asked to deal with it.
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGALRM)
 
 
 @contextlib.contextmanager
@@ -154,8 +157,9 @@ def delivered(*, prefork: bool) -> Generator[None]:
         _delivers = True
         yield
     finally:
-        _delivers = False
         _current = None
+        with _sending:
+            _delivers = False
         signal.setitimer(signal.ITIMER_REAL, 0)
         for each, handler in before.items():
             signal.signal(each, handler)

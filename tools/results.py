@@ -270,6 +270,7 @@ class _Weight:
         elif isinstance(value, BaseModel):
             self.of(value.__dict__, depth + 1)
         elif is_dataclass(value) and not isinstance(value, type):
+            self.take(2 * len(fields(value)))
             for each in fields(value):
                 self.of(getattr(value, each.name, None), depth + 1)
 

@@ -9,16 +9,18 @@ from unittest import mock
 
 import pytest
 from django.contrib.auth.models import Group, User
+from django.db import OperationalError
 
 from runs import agents
 from runs.exceptions import BadInput
 from runs.models import Run, Step
 from runs.pytest_longhaul import ScriptedModel, assert_invariants, call, run_to_end
 from runs.step_request import step_request
-from tests.engine.tool_runs import SECRET, add, calls_of, only_call, stored
+from tests.engine.tool_runs import SECRET, add, attempts, calls_of, only_call, stored
 from tests.runs.scenes import asked, refused
 from threads.models import Thread
 from tools import Hooks, Tool, tool
+from tools.models import ToolCall
 
 pytestmark = pytest.mark.django_db
 
@@ -214,3 +216,19 @@ def test_what_can_be_asked_for_no_tools_is_refused_where_the_agent_is_written() 
         clerk([3])
     with pytest.raises(TypeError, match="must be a plain def, not async"):
         clerk(later)
+
+
+def test_where_a_call_is_run_they_are_asked_for_again_when_the_database_did_not_answer(
+    scripted_model: ScriptedModel,
+) -> None:
+    def away_at_first(run: Run) -> list[Tool]:
+        if ToolCall.objects.filter(run_id=run.pk, status="running", attempt=1).exists():
+            raise OperationalError("the server closed the connection")
+        return [refund]
+
+    agent = clerk(away_at_first)
+    scripted_model.say(call("refund", euros=5), "done")
+    run = run_to_end(agent.start("hello"))
+    made = only_call(run)
+    assert (made.outcome, made.result, attempts(made)) == ("success", "paid 5", ["retrying", "success"])
+    assert_invariants(run)

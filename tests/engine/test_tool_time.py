@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 from celery.exceptions import SoftTimeLimitExceeded
+from django.contrib.auth.models import Group
+from django.db import connection, transaction
 
 from runs.pytest_longhaul import ScriptedModel, assert_invariants
 from runs.verification import verify
@@ -52,6 +54,58 @@ def test_a_tool_whose_worker_leaves_begins_again_and_loses_no_attempt(
     assert attempts(only_call(run)) == [*["given_back"] * 3, "success"]
     assert verify(run).differences == []
     assert_invariants(run)
+
+
+def test_an_attempt_that_was_given_back_is_none_of_those_that_the_policy_grants(scripted_model: ScriptedModel) -> None:
+    begun = []
+
+    @tool(retry=RetryPolicy(attempts=2, initial_seconds=0))
+    def work() -> str:
+        """Work."""
+        begun.append(1)
+        if len(begun) < 3:
+            raise WorkerLeaving
+        if len(begun) == 3:
+            raise ConnectionError
+        return "done"
+
+    run = took(scripted_model, work)
+    assert attempts(only_call(run)) == ["given_back", "given_back", "retrying", "success"]
+
+
+def test_given_back_or_not_a_call_is_tried_as_often_as_its_policy_says(scripted_model: ScriptedModel) -> None:
+    begun = []
+
+    @tool(retry=RetryPolicy(attempts=2, initial_seconds=0))
+    def work() -> str:
+        """Work."""
+        begun.append(1)
+        raise WorkerLeaving if len(begun) == 1 else ConnectionError
+
+    run = took(scripted_model, work)
+    assert attempts(only_call(run)) == ["given_back", "retrying", "failed"]
+
+
+@pytest.mark.django_db(transaction=True)
+@pytest.mark.parametrize("atomic", [False, True])
+def test_code_that_is_broken_off_on_its_way_out_of_a_transaction_is_settled_all_the_same(
+    scripted_model: ScriptedModel, atomic: bool
+) -> None:
+    @tool(atomic=atomic)
+    def work() -> None:
+        """Work."""
+        # What a signal leaves that comes when Django has not yet begun to end the block.
+        transaction.atomic().__enter__()
+        Group.objects.create(name="left open")
+        raise SoftTimeLimitExceeded
+
+    made = only_call(took(scripted_model, work))
+    assert not connection.in_atomic_block
+    connection.close()  # as Celery does after a task: what was not committed goes
+    made.refresh_from_db()
+    assert made.error is not None
+    assert made.error["code"] == "timed_out"
+    assert not Group.objects.exists()
 
 
 def test_a_tool_that_must_not_start_twice_does_not_begin_again_on_its_own_word(scripted_model: ScriptedModel) -> None:

@@ -65,6 +65,24 @@ def test_handlers_of_others_are_put_back() -> None:
     assert [signal.getsignal(each) for each in (signal.SIGALRM, signal.SIGUSR1)] == before
 
 
+def test_no_signal_comes_when_nobody_hears_it_any_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    sends, heard_by = threading.Event(), []
+
+    def slow(thread: int, number: int) -> None:
+        sends.set()
+        time.sleep(0.1)  # long enough for the block to end, did it not wait
+        heard_by.append(signal.getsignal(number))
+
+    before = signal.getsignal(signal.SIGALRM)
+    monkeypatch.setattr(signal, "pthread_kill", slow)
+    sender = threading.Thread(target=interrupts.interrupt, args=(new_id(), 1, Reason.UNWANTED))
+    with interrupts.delivered(prefork=True):
+        sender.start()
+        assert sends.wait(LONG)
+    sender.join()
+    assert heard_by != [before]
+
+
 @pytest.mark.parametrize(
     ("reason", "error"), [(Reason.LEAVING, WorkerLeaving), (Reason.UNWANTED, SoftTimeLimitExceeded)]
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import tracemalloc
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -118,3 +119,18 @@ def test_what_postgres_will_not_take_is_told_from_an_outage(
         database.rows_of(statement)
     assert database.refused(caught.value) is refused
     connection.close()
+
+
+@dataclass
+class Pair:
+    left: Any
+    right: Any
+
+
+def test_few_objects_that_stand_for_very_many_are_refused_soon(settings: Any) -> None:
+    settings.LONGHAUL = {**settings.LONGHAUL, "MAX_RESULT_BYTES": 1_000}
+    value: Any = None
+    for _ in range(100):
+        value = Pair(value, value)
+    with pytest.raises(Unkept, match="too large"):
+        keep(value)

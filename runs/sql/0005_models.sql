@@ -89,12 +89,13 @@ BEGIN
     END IF;
     SELECT * INTO v_own FROM longhaul_runs_leave WHERE run_id = p_run.id AND key = v_key AND message_id IS NULL;
     -- Who comes before it: of those that were not let go yet, the ones in front; for one that is new, all.
+    -- Who waits for its turn as a run is before nobody: it cannot ask now, and nobody knows when it can.
     SELECT count(*), coalesce(sum(l.tokens), 0) INTO v_before, v_between FROM longhaul_runs_leave l
     WHERE l.key = v_key AND l.message_id IS NULL AND l.run_id <> p_run.id AND v_own.released_at IS NULL
       AND (v_own.run_id IS NULL OR l.released_at IS NOT NULL
            OR (-l.priority, l.turn, l.run_id) < (-v_own.priority, v_own.turn, v_own.run_id))
       AND EXISTS (SELECT 1 FROM longhaul_runs_run r WHERE r.id = l.run_id
-                  AND (r.status = 'queued' OR r.status = 'running' AND r.pending_message_id IS NULL));
+                  AND (r.status = 'queued' AND r.turn IS NULL OR r.status = 'running' AND r.pending_message_id IS NULL));
     IF v_before > 0 THEN
         v_reason := format('%s before it', v_before);
         v_due := v_now + make_interval(secs => v_before * 0.1);
@@ -196,12 +197,6 @@ DECLARE
     v_run longhaul_runs_run;
     v_count integer := 0;
 BEGIN
-    -- What was asked a long time ago, and whose turn did not end with its usage.
-    DELETE FROM longhaul_runs_leave WHERE run_id IN (
-        SELECT l.run_id FROM longhaul_runs_leave l
-        WHERE l.message_id IS NOT NULL AND l.since < longhaul_now() - interval '15 minutes'
-          AND NOT EXISTS (SELECT 1 FROM longhaul_runs_run r WHERE r.id = l.run_id AND r.pending_message_id = l.message_id)
-        ORDER BY l.since LIMIT 200 FOR UPDATE SKIP LOCKED);
     FOR v_key IN
         WITH RECURSIVE waiting AS (
             (SELECT key FROM longhaul_runs_leave WHERE message_id IS NULL ORDER BY key LIMIT 1)
@@ -219,10 +214,12 @@ BEGIN
         -- Those that were let go and have ended since.
         DELETE FROM longhaul_runs_leave l WHERE l.key = v_key AND l.message_id IS NULL AND l.released_at <= v_now - interval '10 seconds'
           AND NOT EXISTS (SELECT 1 FROM longhaul_runs_run r WHERE r.id = l.run_id AND r.status IN ('queued', 'running'));
-        SELECT count(*) FILTER (WHERE released_at > v_now - interval '10 seconds'),
-               coalesce(sum(tokens) FILTER (WHERE released_at > v_now - interval '10 seconds'), 0),
-               min(priority) < max(priority) AND random() < 0.1
-        INTO v_out, v_taken, v_by_age FROM longhaul_runs_leave WHERE key = v_key AND message_id IS NULL;
+        -- No place is kept for one that waits for its turn as a run.
+        SELECT count(*), coalesce(sum(l.tokens), 0) INTO v_out, v_taken FROM longhaul_runs_leave l
+        WHERE l.key = v_key AND l.message_id IS NULL AND l.released_at > v_now - interval '10 seconds'
+          AND NOT EXISTS (SELECT 1 FROM longhaul_runs_run r WHERE r.id = l.run_id AND r.turn IS NOT NULL);
+        SELECT min(priority) < max(priority) AND random() < 0.1 INTO v_by_age
+        FROM longhaul_runs_leave WHERE key = v_key AND message_id IS NULL;
         v_room := 10;
         IF v_limits ? 'concurrency' THEN
             v_calls := (v_limits->>'concurrency')::bigint;
@@ -251,6 +248,7 @@ BEGIN
                 CONTINUE;
             END IF;
             CONTINUE WHEN v_run.status = 'running' AND v_run.pending_message_id IS NULL;  -- it is about to be handed over
+            CONTINUE WHEN v_run.turn IS NOT NULL;  -- it waits for its turn as a run first, and asks then
             IF v_run.status <> 'queued' THEN
                 DELETE FROM longhaul_runs_leave WHERE run_id = v_next.run_id AND message_id IS NULL;
                 CONTINUE;
@@ -267,5 +265,12 @@ BEGIN
             EXIT WHEN v_room < 1;
         END LOOP;
     END LOOP;
+    -- What was asked a long time ago, and whose turn did not end with its usage. Last of all: who
+    -- holds one of these rows must not wait for the lock of a key, whose holder may want that row.
+    DELETE FROM longhaul_runs_leave WHERE run_id IN (
+        SELECT l.run_id FROM longhaul_runs_leave l
+        WHERE l.message_id IS NOT NULL AND l.since < longhaul_now() - interval '15 minutes'
+          AND NOT EXISTS (SELECT 1 FROM longhaul_runs_run r WHERE r.id = l.run_id AND r.pending_message_id = l.message_id)
+        ORDER BY l.since LIMIT 200 FOR UPDATE SKIP LOCKED);
     RETURN v_count;
 END $$;

@@ -405,6 +405,65 @@ def test_given_nobody_lets_go_then_the_first_of_the_line_gets_there_by_its_own_t
     opened(model.go(first))
 
 
+# --- those that wait for their turn as runs
+
+
+def park(world: World, run: UUID) -> None:
+    """The gate of its agent shuts before it is sent: so the run waits, in no line but that."""
+    world.db.execute(
+        """UPDATE longhaul_runs_run SET gates = '{"agent:echo": {"most": 1}}', lane = E'\\nagent:echo' WHERE id = %s""",
+        run,
+    )
+    world.db.call_rows("longhaul_runs_due", p_limit=10)
+    assert world.run(run)["turn"] is not None
+
+
+def test_given_one_let_go_that_waits_for_its_gate_then_nobody_waits_for_it(world: World) -> None:
+    model = Model(world, limits(concurrency=1))
+    busy = opened(model.go(model.start()))
+    first, second = line_up(model, "a", "a")
+    world.commit(busy, end=ENDED)
+    assert model.release() == [first]
+    park(world, first)
+    assert model.release() == [second], "no place is kept for one that cannot come"
+    going = opened(model.go(second))
+    world.commit(going, end=ENDED)
+    opened(model.go(model.start()))
+
+
+def test_given_one_in_the_line_that_waits_for_its_gate_then_it_is_passed_by_and_keeps_its_turn(world: World) -> None:
+    model = Model(world, limits(concurrency=1))
+    busy = opened(model.go(model.start()))
+    first, second = line_up(model, "a", "a")
+    model.move(timedelta(seconds=62))  # longer than anybody forgets it
+    park(world, first)
+    turn = world.run(first)["turn"]
+    world.commit(busy, end=ENDED)
+    assert model.release() == [second]
+    row = world.run(first)
+    assert (row["turn"], row["next_publish_at"]) == (turn, None)
+    assert first not in model.due()
+
+
+def test_given_an_old_leave_whose_run_asks_again_when_the_watcher_looks_then_neither_waits_for_the_other(
+    world: World, db_b: Database
+) -> None:
+    model = Model(world, limits(concurrency=5))
+    run = model.start()
+    world.requeue(opened(model.go(run)), "retry", SECOND)  # its call told of no usage
+    model.move(timedelta(minutes=16))
+    asks = model.claim(run)
+    other = model.claim(model.start())
+    world.db.call("longhaul_model_pause", p_key=KEY, p_pause=0 * SECOND, p_reason="", p_run=other.run, p_limits=None)
+    with world.db.transaction():
+        world.db.execute("SELECT longhaul_model_lock(%s)", KEY)  # as it does when it asks
+        looks = db_b.in_background(db_b.call, "longhaul_models_release")
+        wait_until(lambda: waits_for_a_lock(world.db, db_b))
+        opened_or_told = model.open(asks)
+    assert looks.result() is not None
+    assert opened_or_told
+
+
 # --- tokens
 
 

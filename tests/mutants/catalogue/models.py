@@ -55,6 +55,22 @@ LIMITS = Group(
             f"{_GIVEN}a_discarded_answer_then_its_usage_counts_as_well",
         ),
         one(
+            "model_line_behind_the_parked",
+            "A run that waits for its turn is before nobody in its model's line, and no place is kept for it.",
+            _MODELS,
+            "r.status = 'queued' AND r.turn IS NULL OR r.status = 'running'",
+            "r.status = 'queued' OR r.status = 'running'",
+            f"{_GIVEN}one_let_go_that_waits_for_its_gate_then_nobody_waits_for_it",
+        ),
+        one(
+            "model_line_sends_the_parked",
+            "A model's line lets go none that waits for its turn as a run.",
+            _MODELS,
+            "            CONTINUE WHEN v_run.turn IS NOT NULL;",
+            "            CONTINUE WHEN false;",
+            f"{_GIVEN}one_in_the_line_that_waits_for_its_gate_then_it_is_passed_by_and_keeps_its_turn",
+        ),
+        one(
             "model_larger_than_a_minute_never_sent",
             "A request that is larger than a minute's tokens is sent when none are used.",
             _MODELS,
@@ -106,8 +122,8 @@ LIMITS = Group(
             "model_place_kept_for_ever",
             "Who was let go and does not come holds up nobody for long.",
             _MODELS,
-            "        SELECT count(*) FILTER (WHERE released_at > v_now - interval '10 seconds'),\n",
-            "        SELECT count(*) FILTER (WHERE released_at IS NOT NULL),\n",
+            "l.message_id IS NULL AND l.released_at > v_now - interval '10 seconds'\n",
+            "l.message_id IS NULL AND l.released_at IS NOT NULL\n",
             f"{_GIVEN}who_was_let_go_and_never_comes_then_its_place_is_given_on",
         ),
         one(

@@ -38,8 +38,6 @@ LATER: tuple[Later, ...] = (
         "deferred tools",
     ),
     Later("child_in_two", "A child run is inserted in the transaction that takes its call to waiting.", "child runs"),
-    Later("steer", "The step commit looks again for steering input before it ends the run.", "steering"),
-    Later("interrupt", "Cancel and the start of the next run are one transaction.", "interrupt and rollback"),
     Later("deadline of a decision", "Approvals and deferred results are ended by the sweep.", "approvals"),
     Later("child_end_in_two", "A child run ends in the transaction that settles the call.", "child runs"),
 )

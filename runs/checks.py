@@ -417,7 +417,7 @@ def check_streams(app_configs: Configs, **_: Any) -> list[CheckMessage]:
 
 @register(SECTION)
 def check_agents(app_configs: Configs, **_: Any) -> list[CheckMessage]:
-    """Every `agents.py` can be imported, and every agent has a model."""
+    """Every `agents.py` can be imported, and every agent has a model and a queue that is for agents."""
     from runs.agents import registry
 
     found: list[CheckMessage] = [
@@ -436,6 +436,16 @@ def check_agents(app_configs: Configs, **_: Any) -> list[CheckMessage]:
         )
         for agent in registry.all().values()
         if not (agent.model or settings().default_model)
+    ]
+    theirs = {settings().tools_queue: "tools", settings().control_queue: "control"}
+    found += [
+        Error(
+            f"The queue of the agent {agent.name!r} is {agent.queue!r}, the {theirs[agent.queue]} queue.",
+            hint="Give it another name, or none: legs would run in a worker that has no place for them.",
+            id="longhaul.E004",
+        )
+        for agent in registry.all().values()
+        if agent.queue in theirs
     ]
     return found
 

@@ -27,6 +27,23 @@ def test_a_start_that_would_not_wait_is_refused_with_the_live_run(cast: Cast) ->
         cast().start("two", thread=thread, busy="reject")
 
 
+def test_what_goes_on_with_the_steering_of_a_bounded_run_waits_for_its_turn_as_any_other(cast: Cast) -> None:
+    agent = cast(max_concurrency=1, queue="gpu")
+    occupant, beside = agent.start("one"), agent.start("beside")
+    assert [run for run, _, _ in lifecycle.release()] == [occupant.pk]
+    assert agent.start("two", thread=occupant.thread, busy="steer") == occupant
+    assert (
+        lifecycle.cancel(occupant.pk)["release"] is True
+    )  # its slot is free, though what goes on comes after the other
+    after = Run.objects.get(parent=occupant)
+    assert (after.status, after.gates, after.lane) == ("queued", occupant.gates, "gpu\nagent:clerk")
+    assert after.turn is not None
+    assert [run for run, _, _ in lifecycle.release()] == [beside.pk]
+    lifecycle.cancel(beside.pk)
+    assert [run for run, _, _ in lifecycle.release()] == [after.pk]
+    assert_invariants()
+
+
 def test_a_thread_holds_so_many_runs_and_no_more(cast: Cast, settings: Any) -> None:
     settings.LONGHAUL = {"MAX_HELD": 2}
     thread = Thread.objects.create()

@@ -329,6 +329,14 @@ def test_an_agent_without_a_model(cast: Cast, settings: Any) -> None:
     assert found() == {}
 
 
+@pytest.mark.parametrize("kind", ["tools", "control"])
+def test_an_agent_whose_queue_is_for_others(cast: Cast, kind: str) -> None:
+    cast(name="lost", queue=f"longhaul.{kind}")
+    assert f"'lost' is 'longhaul.{kind}', the {kind} queue" in found()["E004"]
+    cast(name="lost", queue="gpu")
+    assert found() == {}
+
+
 @pytest.mark.django_db
 def test_agents_workers_without_a_control_worker() -> None:
     """A gevent worker restores nothing that Redis redelivers, and takes nothing over: without a control worker, nobody does."""

@@ -128,6 +128,17 @@ class Kit:
             lambda: all(len(self._present(kind)) >= count for kind, count in kinds.items()), why=f"{kinds} present"
         )
 
+    @contextmanager
+    def consuming(self, queue: str) -> Iterator[str]:
+        """Within the block a worker runs the agents of a queue of their own, and of no other. Yields its name."""
+        self._start("own", queue)
+        name = f"own-{self.started}"
+        try:
+            eventually(lambda: Worker.objects.filter(name=f"{name}@test", kind="agents", gone_at=None).exists())
+            yield f"{name}@test"
+        finally:
+            self.kill(self.processes[name])
+
     def names(self, kind: str) -> list[str]:
         return [name for name, process in self.processes.items() if name.startswith(kind) and process.poll() is None]
 
@@ -135,9 +146,9 @@ class Kit:
         rows = Worker.objects.filter(kind=kind, gone_at=None, parent=None).values_list("name", flat=True)
         return [name for name in self.names(kind) if f"{name}@test" in set(rows)]
 
-    def _start(self, kind: str) -> None:
+    def _start(self, kind: str, queue: str = "") -> None:
         self.started += 1
-        name = f"{kind}-{self.started}"
+        name, pool = f"{kind}-{self.started}", "agents" if queue else kind
         command = [
             sys.executable,
             "-m",
@@ -147,15 +158,15 @@ class Kit:
             "agents_project",
             "worker",
             "-Q",
-            f"longhaul.{kind}",
+            queue or f"longhaul.{kind}",
             "-n",
             f"{name}@test",
         ]
         quiet = ["--without-gossip", "--without-mingle", "--without-heartbeat", "--loglevel", "INFO"]
-        environment = {**self.environment, **({"LONGHAUL_DB_POOL": "1"} if kind == "agents" else {})}
+        environment = {**self.environment, **({"LONGHAUL_DB_POOL": "1"} if pool == "agents" else {})}
         with (self.folder / f"{name}.log").open("wb") as log:
             self.processes[name] = subprocess.Popen(
-                [*command, *POOLS[kind], *quiet], env=environment, stdout=log, stderr=log, start_new_session=True
+                [*command, *POOLS[pool], *quiet], env=environment, stdout=log, stderr=log, start_new_session=True
             )
 
     @contextmanager

@@ -8,7 +8,9 @@ import pytest
 from django.contrib.auth import get_user_model
 
 from runs import Run
-from tests.workers.app.agents import worker_test
+from runs.agents import registry
+from runs.models import Leg
+from tests.workers.app.agents import own_queue_test, worker_test
 from tests.workers.conftest import Kit, eventually
 from tests.workers.test_deaths import ended
 from tools.models import ToolAttempt, ToolCall
@@ -53,3 +55,16 @@ def test_no_more_than_its_limits_run_and_start_whoever_dies(workers: Kit) -> Non
         assert len(beside) <= 2, beside
         in_a_second = [other for other in began if timedelta(0) <= other.started_at - attempt.started_at < SECOND]
         assert len(in_a_second) <= 8, in_a_second
+
+
+def test_the_runs_of_an_agent_with_a_queue_of_its_own_wait_for_a_worker_of_that_queue(workers: Kit) -> None:
+    registry.add(own_queue_test)
+    run = own_queue_test.start("tell me")
+    beside = worker_test.start("tell me")
+    assert ended(beside).status == "completed"
+    eventually(lambda: Run.objects.get(pk=run.pk).publishes >= 2, why="its message is sent again")
+    run.refresh_from_db()
+    assert (run.status, run.legs) == ("queued", 0)
+    with workers.consuming("own_queue_test") as name:
+        assert ended(run).status == "completed"
+    assert [leg.worker for leg in Leg.objects.filter(run=run)] == [name]

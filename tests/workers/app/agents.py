@@ -83,5 +83,6 @@ def narrow(seconds: float, ctx: ToolContext) -> str:
 
 TOOLS: list[Any] = [atomic, idempotent, plain, once, once_told, once_fails, narrow, tenth_fails]
 worker_test = Agent(name="worker_test", model="openai:test", instructions="Do as told.", tools=TOOLS)
+own_queue_test = Agent(name="own_queue_test", model="openai:test", instructions="Do as told.", queue="own_queue_test")
 
-__all__ = ["choice_test", "slow_test", "worker_test"]
+__all__ = ["choice_test", "own_queue_test", "slow_test", "worker_test"]

@@ -130,19 +130,20 @@ def _is_refused() -> bool:
 def test_a_broker_that_hangs_is_waited_for_a_bounded_time(
     app: Any, node: RabbitMQ, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(confirms, "PATIENCE", 0.5)
     send()
     os.kill(node.pid, signal.SIGSTOP)
     try:
-        assert "timed out" in refused()
-        began = time.monotonic()
-        monkeypatch.setattr(confirms, "CONNECT_PATIENCE", 0.5)
-        monkeypatch.setattr(messages, "_hang", None)  # a second on
-        assert messages.depth(app, QUEUE) is None
-        assert time.monotonic() - began < 20  # two tries to connect
+        with monkeypatch.context() as patch:
+            patch.setattr(confirms, "PATIENCE", 0.5)
+            assert "timed out" in refused()
+            began = time.monotonic()
+            patch.setattr(confirms, "CONNECT_PATIENCE", 0.5)
+            patch.setattr(messages, "_hang", None)  # a second on
+            assert messages.depth(app, QUEUE) is None
+            assert time.monotonic() - began < 20  # two tries to connect
     finally:
         os.kill(node.pid, signal.SIGCONT)
-    wait_until(lambda: not _is_refused(), 20)
+    wait_until(lambda: not _is_refused(), 60)
 
 
 def test_nobody_queues_for_long_behind_those_who_wait_for_a_broker_that_hangs(

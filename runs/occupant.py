@@ -20,8 +20,8 @@ from threads.models import IdempotencyKey, Message, MessageStatus, Thread
 from tools.models import ToolCall
 
 REPLACES = {"interrupt": StopReason.INTERRUPTED, "rollback": StopReason.ROLLED_BACK}
-# How an attempt ended that has done nothing: its code never began, or a person said so.
-HARMLESS = {"given_back", "released"}
+# How an attempt ended that has done nothing: a person said so. One that was given back may have begun: its tool may do that itself.
+HARMLESS = {"released"}
 
 
 def of(thread: Thread) -> Run:

@@ -10,11 +10,13 @@ from celery.exceptions import SoftTimeLimitExceeded
 from django.contrib.auth.models import Group
 from django.db import connection, transaction
 
+from runs import occupant
 from runs.pytest_longhaul import ScriptedModel, assert_invariants
 from runs.verification import verify
 from tests.engine.tool_runs import attempts, only_call, told, took
 from tests.runs.scenes import payloads
 from tools import RetryPolicy, ToolContext, ToolFailed, WorkerLeaving, tool
+from tools.models import ToolCall
 
 pytestmark = pytest.mark.django_db
 
@@ -71,6 +73,21 @@ def test_an_attempt_that_was_given_back_is_none_of_those_that_the_policy_grants(
 
     run = took(scripted_model, work)
     assert attempts(only_call(run)) == ["given_back", "given_back", "retrying", "success"]
+
+
+def test_what_gave_itself_back_may_have_had_an_effect(scripted_model: ScriptedModel) -> None:
+    @tool
+    def work(ctx: ToolContext) -> None:
+        """Work."""
+        if ctx.attempt == 1:
+            raise WorkerLeaving
+
+    run = took(scripted_model, work)
+    made = only_call(run)
+    # As when the run was rolled back before the second attempt.
+    made.attempts.filter(number=2).delete()
+    ToolCall.objects.filter(pk=made.pk).update(outcome="cancelled")
+    assert [each["effect"] for each in occupant.effects(run)] == ["possible"]
 
 
 def test_given_back_or_not_a_call_is_tried_as_often_as_its_policy_says(scripted_model: ScriptedModel) -> None:

@@ -31,6 +31,8 @@ NEEDS = {
     "decision": CallStatus.UNKNOWN,
 }
 
+FILE = ((ANYTHING, bytes), ("*/*", bytes))  # of whatever type its tool says; a generated client knows the first
+
 
 class CallList(Paged):
     status: list[answers.CallStatus] = []
@@ -100,14 +102,14 @@ def _answered(view: View, request: Request, work: Callable[[], ToolCall]) -> Res
 
 
 class Whole(View):
-    @operation(sees(ToolCall), name="get_whole_result", raises=(404,), answers={200: ((ANYTHING, bytes),)})
+    @operation(sees(ToolCall), name="get_whole_result", raises=(404,), answers={200: FILE})
     def get(self, request: Request, toolcall: ToolCall) -> HttpResponse:
         """Return what the tool returned, whole, as an attachment: JSON, a text, or the file that is all of it."""
         return _content(toolcall, 0)
 
 
 class Content(View):
-    @operation(sees(ToolCall), name="get_result_content", raises=(404,), answers={200: ((ANYTHING, bytes),)})
+    @operation(sees(ToolCall), name="get_result_content", raises=(404,), answers={200: FILE})
     def get(self, request: Request, toolcall: ToolCall, number: int) -> HttpResponse:
         """Return one content of a result as an attachment: a file within it (from 1), or its whole (0)."""
         return _content(toolcall, number)

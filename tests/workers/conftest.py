@@ -125,7 +125,9 @@ class Kit:
             for _ in range(count - len(self.names(kind))):
                 self._start(kind)
         eventually(
-            lambda: all(len(self._present(kind)) >= count for kind, count in kinds.items()), why=f"{kinds} present"
+            lambda: all(len(self._present(kind)) >= count for kind, count in kinds.items()),
+            within=2 * PATIENCE,  # several Pythons start at once
+            why=f"{kinds} present",
         )
 
     @contextmanager

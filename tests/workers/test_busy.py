@@ -26,7 +26,7 @@ def test_the_stream_of_a_silent_model_is_torn_down_and_the_new_run_answers(worke
     assert workers.model.open_streams == 1
     new = worker_test.start("tell me", thread=run.thread, busy=busy)
     assert ended(new).output == SENTENCE
-    eventually(lambda: workers.model.open_streams == 0, within=3, why="the stream is torn down")
+    eventually(lambda: workers.model.open_streams == 0, why="the stream is torn down")
     kept = "partial" if busy == "interrupt" else "rolled_back"
     asked = "completed" if busy == "interrupt" else "rolled_back"
     assert shown(run) == [

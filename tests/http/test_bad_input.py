@@ -400,7 +400,7 @@ class TestAddresses:
         for pattern in urls.urlpatterns:
             assert isinstance(pattern, URLPattern)
             view: Any = pattern.callback.view_class  # type: ignore[attr-defined]
-            address = f"/{pattern.pattern}".replace("<str:name>", "start.js")
+            address = f"/{pattern.pattern}".replace("<str:name>", "start.js").replace("<int:number>", "1")
             address = address.replace("<row_id:id>", run if "/runs/" in address else thread)
             for method in (*METHODS, "options", "trace", "foo"):
                 if method not in view.operations():

@@ -11,7 +11,7 @@ from benchmarks.step_cost import Sample
 from tests.benchmarks.conftest import Quick
 
 
-@pytest.mark.slow
+@pytest.mark.proof  # a minute and more of two cores, which CI does not have
 @pytest.mark.timeout(240)
 def test_with_events_on_the_workers_tell_of_each_task_and_flower_hears_it(quick: Quick) -> None:
     found = quick("celery_events")

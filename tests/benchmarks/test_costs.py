@@ -14,7 +14,7 @@ from benchmarks.memory import resident
 from tests.benchmarks.conftest import Quick
 
 
-@pytest.mark.slow
+@pytest.mark.proof  # a minute and more of two cores, which CI does not have
 @pytest.mark.timeout(240)
 def test_a_streaming_run_stays_under_its_bar_of_memory(quick: Quick) -> None:
     found = quick("memory", "--runs", "100")
@@ -23,7 +23,7 @@ def test_a_streaming_run_stays_under_its_bar_of_memory(quick: Quick) -> None:
     assert 0 < found["kb_per_run"] <= 150
 
 
-@pytest.mark.slow
+@pytest.mark.proof  # a minute and more of two cores, which CI does not have
 @pytest.mark.timeout(240)
 def test_a_model_call_costs_by_its_bytes_and_not_by_its_messages(quick: Quick) -> None:
     found = quick("provider")
@@ -37,7 +37,7 @@ def test_a_model_call_costs_by_its_bytes_and_not_by_its_messages(quick: Quick) -
     assert found["growth_longhaul"] < 2.5 < found["growth_openai"]
 
 
-@pytest.mark.slow
+@pytest.mark.proof  # a minute and more of two cores, which CI does not have
 @pytest.mark.timeout(240)
 def test_a_later_step_of_a_thread_is_compared_with_an_early_one(quick: Quick) -> None:
     found = quick("flat_cost", "--late", "150")

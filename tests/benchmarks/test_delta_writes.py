@@ -10,7 +10,7 @@ from benchmarks.delta_writes import proposed
 from tests.benchmarks.conftest import Quick
 
 
-@pytest.mark.slow
+@pytest.mark.proof  # a minute and more of two cores, which CI does not have
 @pytest.mark.timeout(300)
 def test_the_quick_form_measures_batches_and_intervals(quick: Quick) -> None:
     found = quick("delta_writes")

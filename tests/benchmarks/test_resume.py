@@ -28,7 +28,7 @@ def test_the_quick_form_prints_one_line_of_json_with_every_kind_of_kill(quick: Q
     assert found["peers_by_default"]["absurd"] == "120 s"
 
 
-@pytest.mark.slow
+@pytest.mark.proof  # a minute and more of two cores, which CI does not have
 @pytest.mark.timeout(240)  # 55 s are promised on an idle machine
 def test_a_rolling_restart_prints_one_line_of_json(quick: Quick) -> None:
     """It ends with an error when a run failed or lost a step, or a worker did not leave in order."""

@@ -28,6 +28,7 @@ def speak(name, late):
     leg = SimpleNamespace(
         model="m", instructions="", window=SimpleNamespace(messages=list), tools=b"", options={}, usage=None,
         definition=SimpleNamespace(choice_at=lambda step, last: "auto", parallel_tool_calls=None),
+        quota=SimpleNamespace(limits=None),
         provider=SimpleNamespace(stream=lambda request: (number for number in range(1000))),
         claim=SimpleNamespace(check=lambda: None, interruptible=nullcontext),
         process=SimpleNamespace(flusher=SimpleNamespace(is_late=late)),

@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import os
+import shlex
 import re
 import signal
 import socket
@@ -70,7 +71,7 @@ def make_stack(tmp_path: Path, told: Told) -> Callable[..., Stack]:
         for name, source in programs.items():
             script = tmp_path / f"{name}.py"
             script.write_text(source)
-            lines.append(f"{name}: exec {sys.executable} {script}\n")
+            lines.append(f"{name}: exec {shlex.quote(sys.executable)} {script}\n")
         (tmp_path / "Procfile").write_text("".join(lines))
         return Stack(tmp_path / "Procfile", tmp_path / "dev", Printer(told), timedelta(seconds=grace))
 

@@ -53,16 +53,21 @@ class Recorder:
         self._listening = socket.create_server(("127.0.0.1", 0))
         self.url = f"http://127.0.0.1:{self._listening.getsockname()[1]}{self._to.path}"
         self.bodies: list[bytes] = []
+        self._open: list[socket.socket] = []
         threading.Thread(target=self._accept, daemon=True).start()
 
     def close(self) -> None:
-        self._listening.close()
+        for each in (self._listening, *self._open):
+            with contextlib.suppress(OSError):
+                each.shutdown(socket.SHUT_RDWR)  # whoever waits for it wakes
+            each.close()
 
     def _accept(self) -> None:
         with contextlib.suppress(OSError):
             while True:
                 ours, _ = self._listening.accept()
                 theirs = socket.create_connection((self._to.hostname or "", self._to.port or 0))
+                self._open += [ours, theirs]
                 threading.Thread(target=self._pass, args=(ours, theirs, self._take()), daemon=True).start()
                 threading.Thread(target=self._pass, args=(theirs, ours, lambda data: None), daemon=True).start()
 

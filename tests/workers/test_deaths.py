@@ -286,4 +286,6 @@ def test_a_deadline_ends_a_run_whose_tool_is_slow(workers: Kit) -> None:
     call = working(run)
     ended(run, 10)
     call.refresh_from_db()
-    assert (run.status, run.stop_reason, call.outcome) == ("failed", "deadline", "cancelled")
+    assert (run.status, run.stop_reason) == ("failed", "deadline")
+    # The deadline cuts the tool's own time too: who comes first says how its call ended.
+    assert call.outcome == "cancelled" or call.error["code"] == "timed_out"

@@ -6,8 +6,8 @@ import base64
 import io
 import json
 import os
-import shlex
 import re
+import shlex
 import signal
 import socket
 import stat

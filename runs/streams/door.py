@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("longhaul.streams")
 
 AT_ONCE = 8  # threads; more of them take the processor from the streams that are open
-LINE_SECONDS = 5.0  # who has waited so long goes the other way: the host's policy may hang, and the threads with it
+LINE_SECONDS = 5.0  # a line that has not moved for so long is left: the host's policy may hang, and the threads with it
 ENDS_WITH = "/stream"
 
 R = TypeVar("R")
@@ -97,6 +97,7 @@ class Door(ASGIHandler):
         self.load_middleware(is_async=False)
         self._application: Application = application
         self._turns: dict[asyncio.AbstractEventLoop, asyncio.Semaphore] = {}
+        self._let_in = 0
 
     @classmethod
     def beside(cls, application: Application) -> Door | None:
@@ -123,21 +124,32 @@ class Door(ASGIHandler):
         try:
             # A turn is for the threads alone: none waits with it for a client, who may be slow.
             turn = self._turns.setdefault(asyncio.get_running_loop(), asyncio.Semaphore(AT_ONCE))
-            try:
-                async with asyncio.timeout(LINE_SECONDS):
-                    await turn.acquire()
-            except TimeoutError:
+            if not await self._comes(turn):
                 await self._application(scope, _once_more(body_file, receive), send)
                 return
             try:
                 response = await self.threads.do(lambda: self._respond(scope, body_file))
             finally:
+                self._let_in += 1
                 turn.release()
             await self.send_response(response, cast("Any", send))
             if response.streaming:
                 await self.threads.do(response.close)
         finally:
             body_file.close()
+
+    async def _comes(self, turn: asyncio.Semaphore) -> bool:
+        """Wait for a turn, as long as the line moves. False: it does not."""
+        while True:
+            before = self._let_in
+            try:
+                async with asyncio.timeout(LINE_SECONDS):
+                    await turn.acquire()
+            except TimeoutError:
+                if self._let_in == before:
+                    return False
+            else:
+                return True
 
     def _respond(self, scope: Scope, body_file: Any) -> HttpResponseBase:
         set_script_prefix(get_script_prefix(scope))

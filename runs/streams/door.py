@@ -13,6 +13,7 @@ import contextvars
 import logging
 import threading
 from collections.abc import Callable
+from functools import partial
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -22,6 +23,8 @@ from django.core.handlers.asgi import ASGIHandler, get_script_prefix
 from django.core.handlers.base import BaseHandler
 from django.http import HttpResponseBase
 from django.urls import Resolver404, resolve, set_script_prefix
+
+from runs.streams import replies
 
 if TYPE_CHECKING:
     from runs.streams.app import Application, Message, Receive, Scope, Send
@@ -62,29 +65,13 @@ class Threads:
     def _run(self) -> None:
         while True:
             context, work, answer, loop = self._work.get()
-            found: Any = None
-            error: BaseException | None = None
-            try:
-                found = context.run(work)
-            except Exception as raised:
-                error = raised
-            except BaseException as raised:  # SystemExit is a view's that is broken, and ends no thread of ours
-                error = RuntimeError(repr(raised))
+            found, error = replies.tried(partial(context.run, work))
             with self._lock:
                 self._idle += 1
             try:
-                loop.call_soon_threadsafe(_answer, answer, found, error)
+                loop.call_soon_threadsafe(replies.fill, answer, found, error)
             except RuntimeError:
                 pass  # the loop was closed
-
-
-def _answer(answer: asyncio.Future[Any], found: Any, error: BaseException | None) -> None:
-    if answer.done():
-        return  # nobody waits for it any more
-    if error is None:
-        answer.set_result(found)
-    else:
-        answer.set_exception(error)
 
 
 class Door(ASGIHandler):

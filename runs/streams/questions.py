@@ -13,6 +13,7 @@ import threading
 from collections.abc import Callable, Hashable
 from typing import Any, TypeVar
 
+from runs.streams import replies
 from threads.database import release
 
 logger = logging.getLogger("longhaul.streams")
@@ -72,14 +73,7 @@ class Questions:
         return None
 
     def _run(self, subject: Hashable, question: Callable[[], Any], answer: asyncio.Future[Any]) -> None:
-        found: Any = None
-        error: Exception | None = None
-        try:
-            found = question()
-        except Exception as raised:
-            error = raised
-        except BaseException as raised:  # SystemExit is a policy's that is broken, and ends no server
-            error = RuntimeError(repr(raised))
+        found, error = replies.tried(question)
         with contextlib.suppress(Exception):  # whatever it is, the question was answered
             release()
         try:
@@ -92,9 +86,4 @@ class Questions:
 
     def _answered(self, subject: Hashable, answer: asyncio.Future[Any], found: Any, error: Exception | None) -> None:
         self._over(subject)
-        if answer.done():
-            return  # nobody waits for it any more
-        if error is None:
-            answer.set_result(found)
-        else:
-            answer.set_exception(error)
+        replies.fill(answer, found, error)
